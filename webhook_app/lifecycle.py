@@ -1,0 +1,328 @@
+"""The state machine of a build: what was seen, and what it changes.  Pure: no clock, no I/O.
+
+An `Observation` is what one push, poll or report says about one build.  `verdict` holds it
+against what is recorded (`Recorded`) and says what to do.  Nothing here knows a platform;
+the platform modules translate into these words (spec section 3).
+
+The rules, in the order they are tried:
+
+* a lower attempt changes nothing; a higher one opens that attempt, even if the end of the
+  one before was never seen;
+* inside an attempt a build only moves up: queued < in_progress < an end;
+* an end told by the platform is final for its attempt.  An end that we set ourselves
+  (polling gave up, heartbeat lost, not found) yields to a later word;
+* a platform without attempt numbers (GitLab) shows a re-run by its jobs: a retry makes job
+  ids larger than any seen, a played manual job wakes up.  With that evidence, or with a poll
+  whose platform clock is later than all we know, a new attempt opens.  Without it, `running`
+  after `success` may be a retry or a late delivery: the verdict is `ASK`, and a poll decides.
+
+Order comes from attempt, rank, job ids and the platform's own clock, never from the time of
+arrival.
+"""
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import Enum, StrEnum
+
+
+class State(StrEnum):
+    """The state of a build; the last four are ends."""
+
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
+
+    @property
+    def terminal(self) -> bool:
+        """Is this an end?"""
+        return self not in (State.QUEUED, State.IN_PROGRESS)
+
+    @property
+    def rank(self) -> int:
+        """0 queued, 1 in progress, 2 any end."""
+        return 2 if self.terminal else int(self is State.IN_PROGRESS)
+
+
+class Conclusion(StrEnum):
+    """Why a build is over (or, for `action_required`, why it waits)."""
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+    CANCELLED = "cancelled"
+    NEUTRAL = "neutral"
+    SKIPPED = "skipped"
+    TIMED_OUT = "timed_out"
+    ACTION_REQUIRED = "action_required"
+    STALE = "stale"
+
+
+class ObservedBy(StrEnum):
+    """Where a fact comes from: an inbound webhook, our own read, or a build script."""
+
+    PUSH = "push"
+    POLL = "poll"
+    REPORT = "report"
+
+
+class JobStatus(StrEnum):
+    """The status of one job of a build, as far as progress needs it."""
+
+    QUEUED = "queued"
+    MANUAL = "manual"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFact:
+    """One job of a build.  Jobs measure progress and give evidence of a retry; they never end a build."""
+
+    id: int
+    name: str
+    status: JobStatus
+    steps_done: int = 0
+    steps_total: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detail:
+    """What a build script tells beside the state: recorded as a `build.reported` event.
+
+    `type` is the script's own word (`stage_started`, `task_completed`, …), `data` its JSON fields.
+    """
+
+    type: str
+    data: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What one push, poll or report says about one build.
+
+    `key` identifies the build whatever the case or the present name of its repository
+    (`github:RUN_ID`); `build_id` is the id shown if the build is new.  With an empty `key` the
+    observation names no build itself and goes to the one whose `group` it shares (a GitHub check
+    run knows only its check suite), or to none.
+
+    `state` None: nothing is said about the state (a job's event, a word we do not know).
+    `attempt` None: the platform has no attempt numbers.
+    `waiting`: a person or a date is awaited; such a build never times out.
+    `platform_at`: the platform's clock for this fact, aware UTC.
+    `jobs_complete`: `jobs` is the whole list of the attempt, not one job of it.
+    `doubtful`: contradictory in itself (over, but without a conclusion): read it again at once.
+    `ours`: an end that BuildRelay sets, not the platform.
+    `progress`: percent told by the sender; None lets the jobs say.
+    """
+
+    source: str
+    platform: str
+    observed_by: ObservedBy
+    key: str
+    build_id: str
+    group: str | None = None
+    attempt: int | None = None
+    state: State | None = None
+    conclusion: Conclusion | None = None
+    raw_status: str | None = None
+    raw_conclusion: str | None = None
+    waiting: bool = False
+    repository: str | None = None
+    workflow: str | None = None
+    branch: str | None = None
+    commit: str | None = None
+    number: int | None = None
+    url: str | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    platform_at: datetime | None = None
+    jobs: tuple[JobFact, ...] = ()
+    jobs_complete: bool = False
+    progress: int | None = None
+    error: str | None = None
+    doubtful: bool = False
+    ours: bool = False
+    detail: Detail | None = None
+    preview_url: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What the state machine needs to know of a recorded build.
+
+    `told_state` is the last state the platform told; it differs from `state` only after an end
+    that we set ourselves.  `jobs` maps job ids of the current attempt to their status;
+    `jobs_complete`: they were the whole list when the state was last told.
+    """
+
+    attempt: int
+    state: State
+    told_state: State
+    conclusion: Conclusion | None = None
+    waiting: bool = False
+    platform_at: datetime | None = None
+    jobs: dict[int, JobStatus] = field(default_factory=dict)
+    jobs_complete: bool = False
+
+
+class Act(Enum):
+    """What an observation does to a build."""
+
+    CREATE = "create"  # the first word about this build
+    MOVE = "move"  # same attempt, a later state
+    REOPEN = "reopen"  # a re-run: the next attempt begins
+    ENRICH = "enrich"  # same state, perhaps more facts
+    DROP = "drop"  # late, doubled or older: changes nothing
+    ASK = "ask"  # cannot be decided from this alone: poll now
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What to do: for CREATE, MOVE and REOPEN the new attempt and state; `ask` wants a poll at once."""
+
+    act: Act
+    attempt: int
+    state: State
+    conclusion: Conclusion | None
+    ask: bool = False
+
+
+WHOLE_SECONDS = timedelta(seconds=1)
+"""Webhooks of GitLab carry whole seconds, REST milliseconds: two times closer than this are not ordered."""
+
+
+def verdict(recorded: Recorded | None, seen: Observation) -> Verdict:
+    """Hold an observation against what is recorded of its build (None: nothing yet)."""
+    if recorded is None:
+        return Verdict(
+            Act.CREATE,
+            max(seen.attempt or 1, 1),
+            seen.state or State.QUEUED,
+            seen.conclusion,
+            ask=seen.doubtful,
+        )
+    if seen.ours:
+        return _own_end(recorded, seen)
+    if seen.attempt is not None and seen.attempt != recorded.attempt:
+        return _other_attempt(recorded, seen, seen.attempt)
+    if seen.state is None:
+        return _stay(recorded, seen)
+    if recorded.told_state.terminal:
+        return _after_the_end(recorded, seen, seen.state)
+    if recorded.state.terminal:
+        return _after_our_own_end(recorded, seen, seen.state)
+    if seen.attempt is None and _is_older(recorded, seen):
+        return _drop(recorded)
+    if seen.state.rank > recorded.state.rank:
+        return _move(recorded, seen, seen.state)
+    if seen.state.rank < recorded.state.rank and not seen.waiting:
+        return _drop(recorded)
+    return _stay(recorded, seen)
+
+
+def _drop(recorded: Recorded) -> Verdict:
+    return Verdict(Act.DROP, recorded.attempt, recorded.state, recorded.conclusion)
+
+
+def _ask(recorded: Recorded) -> Verdict:
+    return Verdict(Act.ASK, recorded.attempt, recorded.state, recorded.conclusion, ask=True)
+
+
+def _stay(recorded: Recorded, seen: Observation) -> Verdict:
+    conclusion = recorded.conclusion
+    if not recorded.state.terminal and seen.state is not None:
+        conclusion = seen.conclusion
+    return Verdict(Act.ENRICH, recorded.attempt, recorded.state, conclusion, ask=seen.doubtful)
+
+
+def _move(recorded: Recorded, seen: Observation, state: State) -> Verdict:
+    return Verdict(Act.MOVE, recorded.attempt, state, seen.conclusion, ask=seen.doubtful)
+
+
+def _reopen(seen: Observation, attempt: int) -> Verdict:
+    return Verdict(Act.REOPEN, attempt, seen.state or State.QUEUED, seen.conclusion, ask=seen.doubtful)
+
+
+def _own_end(recorded: Recorded, seen: Observation) -> Verdict:
+    """We end only what is still open."""
+    if recorded.state.terminal or seen.state is None:
+        return _drop(recorded)
+    return _move(recorded, seen, seen.state)
+
+
+def _other_attempt(recorded: Recorded, seen: Observation, attempt: int) -> Verdict:
+    return _reopen(seen, attempt) if attempt > recorded.attempt else _drop(recorded)
+
+
+def _after_our_own_end(recorded: Recorded, seen: Observation, state: State) -> Verdict:
+    """The end was ours: a later word of the platform takes its place, an older one does not."""
+    later = (
+        state.rank > recorded.told_state.rank
+        or seen.observed_by is not ObservedBy.PUSH
+        or _is_later(recorded, seen)
+    )
+    return _move(recorded, seen, state) if later else _drop(recorded)
+
+
+def _after_the_end(recorded: Recorded, seen: Observation, state: State) -> Verdict:
+    """The platform said it is over; only a re-run without a number can still be news."""
+    if seen.attempt is not None or seen.observed_by is ObservedBy.REPORT:
+        return _stay(recorded, seen) if state is recorded.state else _drop(recorded)
+    if not recorded.jobs and recorded.platform_at is None:
+        return _stay(recorded, seen) if state is recorded.state else _drop(recorded)
+    if _is_older(recorded, seen):
+        return _drop(recorded)
+    if _job_evidence(recorded, seen):
+        return _reopen(seen, recorded.attempt + 1)
+    if _same_end(recorded.state, seen, state):
+        return _stay(recorded, seen)
+    if seen.observed_by is ObservedBy.POLL:
+        return _poll_after_the_end(recorded, seen, state)
+    return _ask(recorded)
+
+
+def _same_end(known: State, seen: Observation, state: State) -> bool:
+    """GitLab's REST shows a time-out as a plain failure as long as nobody reads its jobs."""
+    blurred = seen.observed_by is ObservedBy.POLL and (known, state) == (State.TIMEOUT, State.FAILED)
+    return state is known or blurred
+
+
+def _poll_after_the_end(recorded: Recorded, seen: Observation, state: State) -> Verdict:
+    """A poll whose clock is later shows a re-run; one within the same second is read again while it runs."""
+    if _is_later(recorded, seen, WHOLE_SECONDS):
+        return _reopen(seen, recorded.attempt + 1)
+    return _drop(recorded) if state.terminal else _ask(recorded)
+
+
+def _job_evidence(recorded: Recorded, seen: Observation) -> bool:
+    """Does a job show a re-run: a new id after the end, or a manual job that was played?"""
+    if not recorded.jobs:
+        return False
+    largest = max(recorded.jobs)
+    awake = (JobStatus.QUEUED, JobStatus.IN_PROGRESS, JobStatus.COMPLETED)
+    return any(
+        (job.id > largest and recorded.jobs_complete)
+        or (recorded.jobs.get(job.id) is JobStatus.MANUAL and job.status in awake)
+        for job in seen.jobs
+    )
+
+
+def _is_older(recorded: Recorded, seen: Observation) -> bool:
+    """Do job ids, or else the platform's clock, show that this is from before what we know?"""
+    if seen.jobs_complete and seen.jobs and recorded.jobs:
+        newest_seen, newest_known = max(job.id for job in seen.jobs), max(recorded.jobs)
+        if newest_seen < newest_known:
+            return True
+        if newest_seen > newest_known and recorded.jobs_complete:
+            return False
+    if seen.platform_at is None or recorded.platform_at is None:
+        return False
+    return seen.platform_at < recorded.platform_at - WHOLE_SECONDS
+
+
+def _is_later(recorded: Recorded, seen: Observation, margin: timedelta = timedelta(0)) -> bool:
+    if seen.platform_at is None or recorded.platform_at is None:
+        return False
+    return seen.platform_at > recorded.platform_at + margin
