@@ -1,0 +1,166 @@
+"""One file per CI platform, each PURE: headers and bytes in, dataclasses out; nothing is opened or stored.
+
+A platform is a module of this package whose name does not begin with `_`; `find()` lists the folder.
+It offers (see `Platform`):
+
+* `NAME`: the platform's word, also the name of its default source
+* `CONTENT_TYPES`: media types its webhooks use
+* `verify(headers, body, secrets, now)`: returns, or raises `BadSignature`
+* `envelope(headers, body)`: what makes this delivery unique
+* `parse_webhook(source, headers, body)`: `Webhook`, or raises `NotJson` / `Unreadable`
+* `poll_request(source, target)`: the `Request` that reads one build, or None if it can't be polled
+* `parse_poll(source, target, answer)`: the `Observation`, or raises `PollError`
+* `follow_up(source, seen)`: the `Request` that says more about a poll that left something open, or None
+* `parse_follow_up(seen, answer)`: the observation with that added
+* `list_request(source, repository)`: the `Request` for the newest builds of a repository, or None
+* `parse_list(source, repository, answer)`: an `Observation` for each, or raises `PollError`
+* `named(source, build_id)`: an `Observation` that says no more than which build an id means, or None
+
+Header names are lower case.  Times are aware UTC.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cache
+from typing import Protocol, cast
+
+from webhook_app.lifecycle import Observation
+
+Headers = Mapping[str, str]
+
+
+class BadSignature(Exception):
+    """Missing, malformed, wrong or too old: one answer for all, so that nothing is told to a guesser."""
+
+
+class NotJson(Exception):
+    """The body is not what its content type says."""
+
+
+class Unreadable(Exception):
+    """Verified, but without the fields or values we can read; `str()` is the reason shown to admins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One configured CI instance, as far as a platform module needs it.
+
+    `api_url` has no trailing slash; `token` and `username` are plain text, in memory only.
+    """
+
+    name: str
+    platform: str
+    api_url: str = ""
+    token: str = field(default="", repr=False)
+    username: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What makes a delivery unique together with its source: one GitHub GUID serves several hooks."""
+
+    event: str
+    hook_id: str
+    delivery_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """A verified, readable webhook: what it says, or why it says nothing.
+
+    `observations` empty and `ignored` set: an event that carries no build state.  `pong`: answer a ping.
+    """
+
+    observations: tuple[Observation, ...] = ()
+    ignored: str | None = None
+    pong: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PollTarget:
+    """One build to read, as recorded."""
+
+    build_id: str
+    key: str
+    repository: str | None
+    number: int | None
+    attempt: int
+    url: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One outgoing GET, to be sent by `webhook_app.outbound`."""
+
+    url: str
+    headers: dict[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back: status, headers (lower case), body."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+class PollFault(StrEnum):
+    """Why a poll gave no observation; also the metric label."""
+
+    RATE_LIMITED = "rate_limited"
+    UNAUTHORIZED = "unauthorized"
+    FORBIDDEN = "forbidden"
+    NOT_FOUND = "not_found"
+    UNAVAILABLE = "unavailable"  # network, time-out, 5xx
+    UNREADABLE = "unreadable"  # HTML, broken or foreign JSON
+
+
+class PollError(Exception):
+    """A poll that told nothing.  `retry_after_seconds`: how long the platform asks us to wait, if it does."""
+
+    def __init__(self, fault: PollFault, message: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.fault = fault
+        self.retry_after_seconds = retry_after_seconds
+
+
+class Platform(Protocol):
+    """What a platform module offers."""
+
+    NAME: str
+    CONTENT_TYPES: tuple[str, ...]
+
+    def verify(self, headers: Headers, body: bytes, secrets: tuple[str, ...], now: float) -> None: ...
+
+    def envelope(self, headers: Headers, body: bytes) -> Envelope: ...
+
+    def parse_webhook(self, source: Source, headers: Headers, body: bytes) -> Webhook: ...
+
+    def poll_request(self, source: Source, target: PollTarget) -> Request | None: ...
+
+    def parse_poll(self, source: Source, target: PollTarget, answer: Answer) -> Observation: ...
+
+    def follow_up(self, source: Source, seen: Observation) -> Request | None: ...
+
+    def parse_follow_up(self, seen: Observation, answer: Answer) -> Observation: ...
+
+    def list_request(self, source: Source, repository: str) -> Request | None: ...
+
+    def parse_list(self, source: Source, repository: str, answer: Answer) -> tuple[Observation, ...]: ...
+
+    def named(self, source: Source, build_id: str) -> Observation | None: ...
+
+
+@cache
+def find() -> dict[str, Platform]:
+    """The platforms by name, found by listing this folder."""
+    modules = (
+        importlib.import_module(f"{__name__}.{info.name}")
+        for info in pkgutil.iter_modules(__path__)
+        if not info.name.startswith("_")
+    )
+    return {module.NAME: cast(Platform, module) for module in modules}

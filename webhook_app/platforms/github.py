@@ -1,0 +1,328 @@
+"""GitHub Actions.
+
+Webhooks: https://docs.github.com/en/webhooks/webhook-events-and-payloads
+REST: https://docs.github.com/en/rest/actions/workflow-runs
+
+* Only `workflow_run` and the REST run tell a state, and they tell it in `status`, not in `action`:
+  GitHub itself publishes an `action: completed` whose status is `queued`.
+* `workflow_job` says that a run has begun, and how far it is.  It never ends one (re-running the
+  failed jobs sends `completed` again for the others), it is never ordered by its times (a gated
+  job's three events carry the same ones), and a job that has not begun says nothing: the run is
+  `queued` at least by being known.
+* `check_run` shows foreign checks and doubles of jobs.  It says only that something happened.
+"""
+
+import re
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from webhook_app import signing
+from webhook_app.lifecycle import Conclusion, JobFact, JobStatus, Observation, ObservedBy, State
+from webhook_app.platforms import (
+    Answer,
+    BadSignature,
+    Envelope,
+    Headers,
+    PollError,
+    PollFault,
+    PollTarget,
+    Request,
+    Source,
+    Unreadable,
+    Webhook,
+    _read,
+)
+
+NAME = "github"
+CONTENT_TYPES = ("application/json", "application/x-www-form-urlencoded")
+
+API_VERSION = "2022-11-28"
+"""Sent explicitly: the default may move. https://docs.github.com/en/rest/about-the-rest-api/api-versions"""
+
+_WAITING = {"waiting"}
+_NOT_BEGUN = {"requested", "queued", "pending"} | _WAITING
+
+_ENDS = {
+    "success": (State.COMPLETED, Conclusion.SUCCESS),
+    "neutral": (State.COMPLETED, Conclusion.NEUTRAL),
+    "skipped": (State.COMPLETED, Conclusion.SKIPPED),
+    "failure": (State.FAILED, Conclusion.FAILURE),
+    "startup_failure": (State.FAILED, Conclusion.FAILURE),
+    "timed_out": (State.TIMEOUT, Conclusion.TIMED_OUT),
+    "stale": (State.TIMEOUT, Conclusion.STALE),
+    "cancelled": (State.CANCELLED, Conclusion.CANCELLED),
+}
+_UNKNOWN_END = (State.FAILED, Conclusion.FAILURE)
+"""A word we do not know never means success."""
+
+
+_FULL_NAME = re.compile(r"([A-Za-z0-9_-]{1,100})/([A-Za-z0-9_.-]{1,100})")
+_RUN_URL = re.compile(r"https?://[^/]+/([^/]+/[^/]+)/actions/runs/([0-9]{1,18})(?=[/?#]|$)")
+
+
+# ---- webhooks ------------------------------------------------------------------------------------
+
+
+def verify(headers: Headers, body: bytes, secrets: tuple[str, ...], now: float) -> None:
+    """Check `X-Hub-Signature-256` over the raw body, form-encoded or not; or raise `BadSignature`."""
+    if not signing.verify_github(headers.get("x-hub-signature-256"), body, secrets):
+        raise BadSignature
+
+
+def envelope(headers: Headers, body: bytes) -> Envelope:
+    """Event, hook and GUID: one GUID serves several hooks, and stays through redeliveries."""
+    return Envelope(
+        event=headers.get("x-github-event", ""),
+        hook_id=headers.get("x-github-hook-id", ""),
+        delivery_id=headers.get("x-github-delivery") or _read.digest(body),
+    )
+
+
+def parse_webhook(source: Source, headers: Headers, body: bytes) -> Webhook:
+    """What a delivery says; raises `NotJson` or `Unreadable`."""
+    payload = _read.loads(_read.form_payload(body) if _read.is_form(headers) else body)
+    event = headers.get("x-github-event", "")
+    if event == "workflow_run":
+        run = _read.need_mapping(payload, "workflow_run")
+        return Webhook((_run(source, run, _repository(payload, run), ObservedBy.PUSH),))
+    if event == "workflow_job":
+        return Webhook((_job(source, payload),))
+    if event == "check_run":
+        return _check_run(source, payload)
+    if event == "ping":
+        return Webhook(pong=True)
+    if not event:
+        raise Unreadable("X-GitHub-Event: the header is missing")
+    return Webhook(ignored=f"the event {_read.clean(event, 100)} carries no build state")
+
+
+# ---- polls ---------------------------------------------------------------------------------------
+
+
+def poll_request(source: Source, target: PollTarget) -> Request | None:
+    """`GET /repos/OWNER/REPO/actions/runs/ID`: the newest attempt.  None without a readable repository."""
+    run_id = target.key.rpartition(":")[2]
+    if not source.api_url or not _is_repository(target.repository) or not re.fullmatch("[0-9]{1,19}", run_id):
+        return None
+    return Request(f"{source.api_url}/repos/{target.repository}/actions/runs/{run_id}", _headers(source))
+
+
+def _headers(source: Source) -> dict[str, str]:
+    headers = {
+        "Accept": "application/vnd.github+json",
+        "User-Agent": _read.USER_AGENT,
+        "X-GitHub-Api-Version": API_VERSION,
+    }
+    return headers | ({"Authorization": f"Bearer {source.token}"} if source.token else {})
+
+
+def parse_poll(source: Source, target: PollTarget, answer: Answer) -> Observation:
+    """The run that was read, in the same words as its webhook; or raises `PollError`."""
+    run = _read.fetched(answer)
+    told = _read.text(_read.mapping(run.get("repository")).get("full_name"))
+    try:
+        seen = _run(source, run, told if _is_repository(told) else target.repository, ObservedBy.POLL)
+    except Unreadable as error:
+        raise PollError(PollFault.UNREADABLE, str(error)) from error
+    if seen.key != target.key:
+        raise PollError(PollFault.UNREADABLE, f"the answer is about {seen.key}, not {target.key}")
+    return seen
+
+
+def follow_up(source: Source, seen: Observation) -> Request | None:
+    """None: a run says all about its state."""
+    return None
+
+
+def parse_follow_up(seen: Observation, answer: Answer) -> Observation:
+    """Nothing to add."""
+    return seen
+
+
+def list_request(source: Source, repository: str) -> Request | None:
+    """`GET /repos/OWNER/REPO/actions/runs`, unfiltered: filtered lists come late from a search index."""
+    if not source.api_url or not _is_repository(repository):
+        return None
+    return Request(f"{source.api_url}/repos/{repository}/actions/runs?per_page=100", _headers(source))
+
+
+def parse_list(source: Source, repository: str, answer: Answer) -> tuple[Observation, ...]:
+    """The runs that can be read; or raises `PollError`."""
+    runs = [_read.mapping(run) for run in _read.items(_read.fetched(answer).get("workflow_runs"))]
+    found = []
+    for run in runs:
+        with suppress(Unreadable):
+            found.append(_run(source, run, _repository({}, run) or repository, ObservedBy.POLL))
+    return tuple(found)
+
+
+def named(source: Source, build_id: str) -> Observation | None:
+    """The run that `SOURCE:OWNER:REPO:RUN_ID` means."""
+    parts = re.fullmatch(r"[^:]+:([^:]+):([^:]+):([1-9][0-9]{0,17})", build_id)
+    if parts is None or not _is_repository(f"{parts[1]}/{parts[2]}"):
+        return None
+    return _about(source, int(parts[3]), f"{parts[1]}/{parts[2]}", ObservedBy.POLL)
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def _run(source: Source, run: dict[str, Any], repository: str | None, observed_by: ObservedBy) -> Observation:
+    """A run object, which webhooks and REST share."""
+    status = _read.need_text(run, "workflow_run.status")
+    conclusion = _read.text(run.get("conclusion"))
+    state, ended_as, waiting = _state(status, conclusion)
+    updated_at = _read.moment(run.get("updated_at"))
+    return replace(
+        _about(source, _read.need_id(run, "workflow_run.id"), repository, observed_by),
+        group=_suite(source, run.get("check_suite_id")),
+        attempt=_attempt(run, "workflow_run.run_attempt"),
+        state=state,
+        conclusion=ended_as,
+        raw_status=status,
+        raw_conclusion=conclusion,
+        waiting=waiting,
+        workflow=_read.text(run.get("name")) or _workflow_file(run.get("path")),
+        branch=_read.text(run.get("head_branch")),
+        commit=_read.text(run.get("head_sha")),
+        number=_read.whole(run.get("run_number")),
+        url=_read.web_url(run.get("html_url")),
+        started_at=_read.moment(run.get("run_started_at")),
+        ended_at=updated_at if state is not None and state.terminal else None,
+        platform_at=updated_at,
+        doubtful=status == "completed" and conclusion is None,
+    )
+
+
+def _state(status: str, conclusion: str | None) -> tuple[State | None, Conclusion | None, bool]:
+    """(state, conclusion, waiting for a person) of a run."""
+    if status == "completed":
+        if conclusion is None:  # over, but how?  A poll will tell.
+            return State.IN_PROGRESS, None, False
+        if conclusion == "action_required":  # waits for approval; then the same run runs
+            return State.QUEUED, Conclusion.ACTION_REQUIRED, True
+        return *_ENDS.get(conclusion, _UNKNOWN_END), False
+    if status == "in_progress":
+        return State.IN_PROGRESS, None, False
+    return (State.QUEUED if status in _NOT_BEGUN else None), None, status in _WAITING
+
+
+def _about(source: Source, run_id: int, repository: str | None, observed_by: ObservedBy) -> Observation:
+    """An observation that only names its run."""
+    if not _is_repository(repository):
+        raise Unreadable("repository.full_name: OWNER/REPO is needed")
+    return Observation(
+        source=source.name,
+        platform=NAME,
+        observed_by=observed_by,
+        key=f"{source.name}:{run_id}",
+        build_id=f"{source.name}:{(repository or '').replace('/', ':')}:{run_id}",
+        repository=repository,
+    )
+
+
+def _repository(payload: dict[str, Any], inner: dict[str, Any]) -> str | None:
+    """`OWNER/REPO` as GitHub spells it."""
+    for holder in (payload, inner):
+        name = _read.text(_read.mapping(holder.get("repository")).get("full_name"))
+        if name is not None:
+            return name
+    return None
+
+
+def _is_repository(name: str | None) -> bool:
+    """Two parts that are safe in a URL path; `.` and `..` would climb out of it."""
+    parts = _FULL_NAME.fullmatch(name or "")
+    return parts is not None and parts[2] not in (".", "..")
+
+
+def _suite(source: Source, suite_id: object) -> str | None:
+    """What a run shares with its check runs, which do not know it."""
+    number = _read.whole(suite_id)
+    return None if number is None else f"{source.name}:suite:{number}"
+
+
+def _attempt(data: dict[str, Any], name: str) -> int | None:
+    """The attempt, from 1; None where an old server does not tell it."""
+    told = data.get("run_attempt")
+    if told is None:
+        return None
+    attempt = _read.count(told)
+    if not attempt:
+        raise Unreadable(f"{name}: a whole number above 0 is needed")
+    return attempt
+
+
+def _workflow_file(path: object) -> str | None:
+    """A run may have no name; its file always has: `.github/workflows/build.yml@main`."""
+    name = _read.text(path)
+    return name.partition("@")[0].rpartition("/")[2] or None if name else None
+
+
+# ---- jobs and checks -----------------------------------------------------------------------------
+
+
+def _job(source: Source, payload: dict[str, Any]) -> Observation:
+    """One job: while it runs it shows that its run runs, and never that its run is over.
+
+    A job that has ended says nothing about its run: re-running the failed jobs tells again of those
+    that were done before.
+
+    Without `run_attempt` (servers before 2021) nobody knows which attempt it belongs to: then it
+    only shows that the run exists.
+    """
+    job = _read.need_mapping(payload, "workflow_job")
+    run_id = _read.need_id(job, "workflow_job.run_id")
+    fact = _job_fact(job)
+    attempt = _attempt(job, "workflow_job.run_attempt")
+    url = _read.web_url(job.get("html_url"))
+    run_url = _RUN_URL.match(url) if url else None
+    return replace(
+        _about(source, run_id, _repository(payload, job), ObservedBy.PUSH),
+        attempt=attempt,
+        state=State.IN_PROGRESS if attempt and job.get("status") == "in_progress" else None,
+        workflow=_read.text(job.get("workflow_name")),
+        branch=_read.text(job.get("head_branch")),
+        commit=_read.text(job.get("head_sha")),
+        url=run_url[0] if run_url and int(run_url[2]) == run_id else None,
+        jobs=(fact,) if attempt else (),
+    )
+
+
+def _job_fact(job: dict[str, Any]) -> JobFact:
+    status = _read.need_text(job, "workflow_job.status")
+    known = {"in_progress": JobStatus.IN_PROGRESS, "completed": JobStatus.COMPLETED}
+    steps = [_read.mapping(step) for step in _read.items(job.get("steps"))]
+    return JobFact(
+        id=_read.need_id(job, "workflow_job.id"),
+        name=_read.text(job.get("name")) or "",
+        status=known.get(status, JobStatus.QUEUED),
+        steps_done=sum(step.get("status") == "completed" for step in steps),
+        steps_total=len(steps),
+    )
+
+
+def _check_run(source: Source, payload: dict[str, Any]) -> Webhook:
+    """A check names its suite and, if Actions made it, its run's page; about the state it says nothing."""
+    check = _read.need_mapping(payload, "check_run")
+    repository = _repository(payload, check)
+    group = _suite(source, _read.mapping(check.get("check_suite")).get("id"))
+    run_id = _run_of(check, repository)
+    if run_id is not None:
+        return Webhook((replace(_about(source, run_id, repository, ObservedBy.PUSH), group=group),))
+    if group is None:
+        return Webhook(ignored="the check names neither a run nor a suite")
+    nameless = Observation(
+        source=source.name, platform=NAME, observed_by=ObservedBy.PUSH, key="", build_id="", group=group
+    )
+    return Webhook((nameless,))
+
+
+def _run_of(check: dict[str, Any], repository: str | None) -> int | None:
+    """The run a check's page belongs to, if it is a run of this very repository."""
+    for name in ("details_url", "html_url"):
+        found = _RUN_URL.match(_read.web_url(check.get(name)) or "")
+        if found and found[1].casefold() == (repository or "").casefold():
+            return int(found[2]) or None
+    return None

@@ -1,0 +1,364 @@
+"""GitLab CI.
+
+Webhooks: https://docs.gitlab.com/user/project/integrations/webhook_events/
+REST: https://docs.gitlab.com/api/pipelines/
+
+GitLab numbers no attempts: a retry or a played manual job runs the same pipeline again.  What
+tells them from late deliveries are job ids and GitLab's own clock, so both are passed on with care:
+
+* A pipeline's clock is the latest time in it.  REST has `updated_at`.
+* A job that runs shows that its pipeline runs, at the time the job began: late, that is older than
+  the pipeline's end and changes nothing; after a retry it is newer, and the job is new.
+* A job that has ended says nothing about its pipeline (its event and the pipeline's last one are
+  sent side by side and overtake each other): it only counts for progress.
+* A job that has not begun says nothing at all.  Its event may be old (a manual job was `created`
+  once), and keeping its id would hide a retry from the pipeline event that proves it.
+"""
+
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+from webhook_app import signing
+from webhook_app.lifecycle import Conclusion, JobFact, JobStatus, Observation, ObservedBy, State
+from webhook_app.platforms import (
+    Answer,
+    BadSignature,
+    Envelope,
+    Headers,
+    PollError,
+    PollFault,
+    PollTarget,
+    Request,
+    Source,
+    Unreadable,
+    Webhook,
+    _read,
+)
+
+NAME = "gitlab"
+CONTENT_TYPES = ("application/json",)
+
+_NOT_BEGUN = {"created", "waiting_for_resource", "preparing", "waiting_for_callback", "pending"}
+_WAITING = {"manual", "scheduled"}
+_RUNNING = {"running", "canceling"}
+_ENDS = {
+    "success": (State.COMPLETED, Conclusion.SUCCESS),
+    "skipped": (State.COMPLETED, Conclusion.SKIPPED),
+    "canceled": (State.CANCELLED, Conclusion.CANCELLED),
+    "failed": (State.FAILED, Conclusion.FAILURE),
+}
+"""All statuses: https://docs.gitlab.com/api/pipelines/#list-project-pipelines"""
+
+_JOB_STATUS = (
+    dict.fromkeys(_WAITING, JobStatus.MANUAL)
+    | dict.fromkeys(_RUNNING, JobStatus.IN_PROGRESS)
+    | dict.fromkeys(_ENDS, JobStatus.COMPLETED)
+)
+
+_RETRY_GAP = timedelta(minutes=1)
+
+_TIME_OUTS = {"job_execution_timeout", "stuck_or_timeout_failure"}
+
+_PIPELINE_PATH = re.compile(r"/(.+?)(?:/-)?/pipelines/[0-9]+/?")
+
+
+# ---- webhooks ------------------------------------------------------------------------------------
+
+
+def verify(headers: Headers, body: bytes, secrets: tuple[str, ...], now: float) -> None:
+    """Check the signature if there is one, else the plain token; or raise `BadSignature`.
+
+    `secrets` that begin with `whsec_` are signing tokens, the others are compared with
+    `X-Gitlab-Token`.  A wrong signature never falls back to the token, and with nothing but
+    signing tokens set an unsigned request is refused.  (`webhook-id` alone does not mean "signed":
+    GitLab sends it with every hook.)
+    """
+    if "webhook-signature" in headers:
+        signing_tokens = tuple(secret for secret in secrets if secret.startswith(signing.HMAC_PREFIX))
+        genuine = signing.verify_v1(headers, body, signing_tokens, now)
+    else:
+        plain = tuple(secret for secret in secrets if not secret.startswith(signing.HMAC_PREFIX))
+        genuine = signing.verify_token(headers.get("x-gitlab-token"), plain)
+    if not genuine:
+        raise BadSignature
+
+
+def envelope(headers: Headers, body: bytes) -> Envelope:
+    """Event and message id; GitLab's two other ids name a chain of requests and a random number."""
+    return Envelope(
+        event=headers.get("x-gitlab-event", ""),
+        hook_id="",
+        delivery_id=headers.get("webhook-id") or headers.get("idempotency-key") or _read.digest(body),
+    )
+
+
+def parse_webhook(source: Source, headers: Headers, body: bytes) -> Webhook:
+    """What a delivery says, by its `object_kind`; raises `NotJson` or `Unreadable`."""
+    payload = _read.loads(body)
+    kind = _read.need_text(payload, "object_kind")
+    if kind == "pipeline":
+        return Webhook((_pipeline_hook(source, payload),))
+    if kind == "build":
+        return Webhook((_job_hook(source, payload),))
+    return Webhook(ignored=f"the event {kind} carries no build state")
+
+
+# ---- polls ---------------------------------------------------------------------------------------
+
+
+def poll_request(source: Source, target: PollTarget) -> Request | None:
+    """`GET /api/v4/projects/ID/pipelines/ID`; None without both ids in the key."""
+    ids = re.fullmatch(r"[^:]+:([0-9]{1,19}):([0-9]{1,19})", target.key)
+    if not source.api_url or ids is None:
+        return None
+    return Request(f"{source.api_url}/api/v4/projects/{ids[1]}/pipelines/{ids[2]}", _headers(source))
+
+
+def _headers(source: Source) -> dict[str, str]:
+    headers = {"Accept": "application/json", "User-Agent": _read.USER_AGENT}
+    return headers | ({"PRIVATE-TOKEN": source.token} if source.token else {})
+
+
+def parse_poll(source: Source, target: PollTarget, answer: Answer) -> Observation:
+    """The pipeline that was read; or raises `PollError`.
+
+    Its jobs are not in it, so a failure by time-out reads `failed` here: `follow_up` asks for them.
+    """
+    pipeline = _read.fetched(answer)
+    try:
+        seen = _rest_pipeline(source, target.repository, pipeline)
+    except Unreadable as error:
+        raise PollError(PollFault.UNREADABLE, str(error)) from error
+    if seen.key != target.key:
+        raise PollError(PollFault.UNREADABLE, f"the answer is about {seen.key}, not {target.key}")
+    return seen
+
+
+def follow_up(source: Source, seen: Observation) -> Request | None:
+    """`GET …/pipelines/ID/jobs?scope[]=failed` of a failed pipeline: did it run out of time?"""
+    if seen.state is not State.FAILED:
+        return None
+    _name, project, pipeline = seen.key.rsplit(":", 2)
+    path = f"/api/v4/projects/{project}/pipelines/{pipeline}/jobs?scope[]=failed&per_page=100"
+    return Request(source.api_url + path, _headers(source))
+
+
+def parse_follow_up(seen: Observation, answer: Answer) -> Observation:
+    """The failed pipeline, as a time-out if that is why its jobs failed."""
+    if not _timed_out(_read.fetched_items(answer)):
+        return seen
+    return replace(seen, state=State.TIMEOUT, conclusion=Conclusion.TIMED_OUT)
+
+
+def list_request(source: Source, repository: str) -> Request | None:
+    """`GET /api/v4/projects/ID/pipelines`, newest change first; `repository` is an id or a path."""
+    if not source.api_url or not repository:
+        return None
+    path = (
+        f"/api/v4/projects/{_read.path_part(repository)}/pipelines?order_by=updated_at&sort=desc&per_page=100"
+    )
+    return Request(source.api_url + path, _headers(source))
+
+
+def parse_list(source: Source, repository: str, answer: Answer) -> tuple[Observation, ...]:
+    """The pipelines that can be read; or raises `PollError`."""
+    found = []
+    for pipeline in _read.fetched_items(answer):
+        with suppress(Unreadable):
+            found.append(_rest_pipeline(source, None if repository.isdigit() else repository, pipeline))
+    return tuple(found)
+
+
+def named(source: Source, build_id: str) -> Observation | None:
+    """The pipeline that `SOURCE:PROJECT_ID:PIPELINE_ID` means."""
+    parts = re.fullmatch(r"[^:]+:([1-9][0-9]{0,17}):([1-9][0-9]{0,17})", build_id)
+    return _about(source, int(parts[1]), int(parts[2]), ObservedBy.POLL) if parts else None
+
+
+def _rest_pipeline(source: Source, repository: str | None, pipeline: dict[str, Any]) -> Observation:
+    status = _read.need_text(pipeline, "pipeline.status")
+    state, conclusion = _state(status, begun=_read.moment(pipeline.get("started_at")) is not None)
+    url = _read.web_url(pipeline.get("web_url"))
+    return replace(
+        _about(
+            source,
+            _read.need_id(pipeline, "pipeline.project_id"),
+            _read.need_id(pipeline, "pipeline.id"),
+            ObservedBy.POLL,
+        ),
+        state=state,
+        conclusion=conclusion,
+        raw_status=status,
+        waiting=status in _WAITING,
+        repository=repository or _project_path(source, url),
+        workflow=_read.text(pipeline.get("name")) or _read.text(pipeline.get("source")),
+        branch=_branch(pipeline.get("ref")),
+        commit=_read.text(pipeline.get("sha")),
+        number=_read.whole(pipeline.get("iid")),
+        url=url,
+        started_at=_read.moment(pipeline.get("started_at")),
+        ended_at=_end(state, pipeline),
+        platform_at=_read.moment(pipeline.get("updated_at")),
+    )
+
+
+def _project_path(source: Source, url: str | None) -> str | None:
+    """`group/project` out of a pipeline's page, less the path GitLab itself may live under."""
+    path = urlsplit(url or "").path.removeprefix(urlsplit(source.api_url).path)
+    found = _PIPELINE_PATH.fullmatch(path)
+    return _read.text(found[1]) if found else None
+
+
+# ---- pipelines -----------------------------------------------------------------------------------
+
+
+def _pipeline_hook(source: Source, payload: dict[str, Any]) -> Observation:
+    pipeline = _read.need_mapping(payload, "object_attributes")
+    project = _read.need_mapping(payload, "project")
+    pipeline_id = _read.need_id(pipeline, "object_attributes.id")
+    status = _read.need_text(pipeline, "object_attributes.status")
+    builds = [_read.mapping(build) for build in _read.items(payload.get("builds"))]
+    jobs = tuple(fact for fact in map(_job_fact, builds) if fact is not None)
+    state, conclusion = _state(status, begun=any(map(_has_begun, builds)))
+    if status == "failed" and _timed_out(builds):
+        state, conclusion = State.TIMEOUT, Conclusion.TIMED_OUT
+    return replace(
+        _about(source, _read.need_id(project, "project.id"), pipeline_id, ObservedBy.PUSH),
+        state=state,
+        conclusion=conclusion,
+        raw_status=status,
+        waiting=status in _WAITING,
+        repository=_read.text(project.get("path_with_namespace")),
+        workflow=_read.text(pipeline.get("name")) or _read.text(pipeline.get("source")),
+        branch=_branch(pipeline.get("ref")),
+        commit=_read.text(pipeline.get("sha")),
+        number=_read.whole(pipeline.get("iid")),
+        url=_read.web_url(pipeline.get("url")) or _pipeline_page(project.get("web_url"), pipeline_id),
+        started_at=_start(builds),
+        ended_at=_end(state, pipeline),
+        platform_at=_latest(
+            *_times([pipeline], "created_at", "finished_at"), *_times(builds, "started_at", "finished_at")
+        ),
+        jobs=jobs,
+        jobs_complete=bool(jobs) and len(jobs) == len(builds),
+    )
+
+
+def _state(status: str, *, begun: bool) -> tuple[State | None, Conclusion | None]:
+    """State and conclusion of a pipeline; `begun`: a job of it has ever started."""
+    if status in _NOT_BEGUN or status in _WAITING:
+        return (State.IN_PROGRESS if begun else State.QUEUED), None
+    if status in _RUNNING:
+        return State.IN_PROGRESS, None
+    return _ENDS.get(status, (None, None))
+
+
+def _timed_out(builds: Iterable[dict[str, Any]]) -> bool:
+    """Did every job that made the pipeline fail run out of time?  (None at all: the YAML is broken.)"""
+    reasons = [
+        _read.text(build.get("failure_reason"))
+        for build in builds
+        if build.get("status") == "failed" and build.get("allow_failure") is not True
+    ]
+    return bool(reasons) and all(reason in _TIME_OUTS for reason in reasons)
+
+
+def _has_begun(build: dict[str, Any]) -> bool:
+    return _read.moment(build.get("started_at")) is not None
+
+
+def _job_fact(build: dict[str, Any]) -> JobFact | None:
+    """One entry of `builds`; None if it has no id.
+
+    A manual job is `created` until its turn comes.  It counts as manual from the beginning, so
+    that an old event can't look as if somebody had played it.
+    """
+    job_id, status = _read.whole(build.get("id")), _read.text(build.get("status")) or ""
+    if job_id is None:
+        return None
+    known = _JOB_STATUS.get(status, JobStatus.QUEUED)
+    if status == "created" and (build.get("manual") is True or build.get("when") == "manual"):
+        known = JobStatus.MANUAL
+    return JobFact(id=job_id, name=_read.text(build.get("name")) or "", status=known)
+
+
+def _start(builds: list[dict[str, Any]]) -> datetime | None:
+    """When the first job of the newest run began.
+
+    A pipeline's jobs are created together; a retry adds new ones long after, and those from before
+    belong to an earlier run.
+    """
+    newest = max(_times(builds, "created_at"), default=None)
+    if newest is None:
+        return None
+    run = [build for build in builds if any(at > newest - _RETRY_GAP for at in _times([build], "created_at"))]
+    return min(_times(run, "started_at"), default=None)
+
+
+def _end(state: State | None, pipeline: dict[str, Any]) -> datetime | None:
+    """`finished_at` of a pipeline that is over: while a retry runs, it may still show the old one."""
+    return _read.moment(pipeline.get("finished_at")) if state is not None and state.terminal else None
+
+
+def _branch(ref: object) -> str | None:
+    """REST shows merge request pipelines as `refs/merge-requests/1/head`, which is no branch."""
+    branch = _read.text(ref)
+    return None if branch is None or branch.startswith("refs/merge-requests/") else branch
+
+
+# ---- jobs ----------------------------------------------------------------------------------------
+
+
+def _job_hook(source: Source, payload: dict[str, Any]) -> Observation:
+    """One job's event; the module's docstring tells what it may say about its pipeline."""
+    project, repository = _read.mapping(payload.get("project")), _read.mapping(payload.get("repository"))
+    pipeline_id = _read.need_id(payload, "pipeline_id")
+    status = _read.need_text(payload, "build_status")
+    fact = JobFact(
+        id=_read.need_id(payload, "build_id"),
+        name=_read.text(payload.get("build_name")) or "",
+        status=_JOB_STATUS.get(status, JobStatus.QUEUED),
+    )
+    page = _read.web_url(project.get("web_url")) or _read.web_url(repository.get("homepage"))
+    runs = fact.status is JobStatus.IN_PROGRESS
+    path = _read.text(project.get("path_with_namespace"))
+    return replace(
+        _about(source, _read.need_id(payload, "project_id"), pipeline_id, ObservedBy.PUSH),
+        state=State.IN_PROGRESS if runs else None,
+        repository=path or (_read.text(urlsplit(page).path.strip("/")) if page else None),
+        branch=_branch(payload.get("ref")),
+        commit=_read.text(payload.get("sha")),
+        url=_pipeline_page(page, pipeline_id),
+        platform_at=_read.moment(payload.get("build_started_at")) if runs else None,
+        jobs=(fact,) if runs or fact.status is JobStatus.COMPLETED else (),
+    )
+
+
+# ---- both ----------------------------------------------------------------------------------------
+
+
+def _about(source: Source, project_id: int, pipeline_id: int, observed_by: ObservedBy) -> Observation:
+    """An observation that only names its pipeline."""
+    build_id = f"{source.name}:{project_id}:{pipeline_id}"
+    return Observation(
+        source=source.name, platform=NAME, observed_by=observed_by, key=build_id, build_id=build_id
+    )
+
+
+def _pipeline_page(project_url: object, pipeline_id: int) -> str | None:
+    page = _read.web_url(project_url)
+    return f"{page.rstrip('/')}/-/pipelines/{pipeline_id}" if page else None
+
+
+def _times(holders: Iterable[dict[str, Any]], *names: str) -> list[datetime]:
+    found = (_read.moment(holder.get(name)) for holder in holders for name in names)
+    return [at for at in found if at is not None]
+
+
+def _latest(*times: datetime) -> datetime | None:
+    return max(times, default=None)

@@ -1,0 +1,333 @@
+"""Jenkins, through the Notification plugin and the JSON API.
+
+Webhook: https://github.com/jenkinsci/notification-plugin (README and source)
+API: https://www.jenkins.io/doc/book/using/remote-access-api/
+
+* A build is known by its path (`job/team/job/web/12/`): the `name` in the body lacks the folders.
+* In `build_id` every character of a name that is not a letter, a digit, `.`, `_` or `-` is written
+  `~HH` (hex of its UTF-8 bytes): the id stays what it is in a URL, encoded there or not.  The
+  branch job `feature%2Fpay` is `feature~252Fpay`.
+* Jenkins ignores the case of names, so the key is folded.
+* A rebuild or replay is a new number: there are no attempts.  There is no clock but that of the
+  phase, and phases are ordered by rank, so no time orders anything.
+* COMPLETED and FINALIZED both end a build, whichever is configured; before 1.6 it was FINISHED.
+"""
+
+import re
+from base64 import b64encode
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from webhook_app import signing
+from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
+from webhook_app.platforms import (
+    Answer,
+    BadSignature,
+    Envelope,
+    Headers,
+    NotJson,
+    PollError,
+    PollFault,
+    PollTarget,
+    Request,
+    Source,
+    Unreadable,
+    Webhook,
+    _read,
+)
+
+NAME = "jenkins"
+CONTENT_TYPES = ("application/json",)
+
+_TREE = quote(
+    "number,url,building,inProgress,result,duration,estimatedDuration,timestamp,queueId,displayName,"
+    "executor[progress]",
+    safe=",",
+)
+"""`tree` asks for these fields only; the full answer can be megabytes."""
+
+_LIST_TREE = quote(f"builds[{unquote(_TREE)}]{{0,50}}", safe=",")
+
+_BEGUN = {"QUEUED": State.QUEUED, "STARTED": State.IN_PROGRESS}
+_OVER = {"COMPLETED", "FINALIZED", "FINISHED"}
+_RESULTS = {
+    "SUCCESS": (State.COMPLETED, Conclusion.SUCCESS),
+    "UNSTABLE": (State.FAILED, Conclusion.FAILURE),
+    "FAILURE": (State.FAILED, Conclusion.FAILURE),
+    "NOT_BUILT": (State.COMPLETED, Conclusion.SKIPPED),
+    "ABORTED": (State.CANCELLED, Conclusion.CANCELLED),
+}
+"""https://javadoc.jenkins.io/hudson/model/Result.html.  UNSTABLE fails, as Jenkins tells GitHub;
+NOT_BUILT was skipped."""
+_UNKNOWN_RESULT = (State.FAILED, Conclusion.FAILURE)
+"""A word we do not know never means success."""
+
+_BUILD_PATH = re.compile(r"(?:^|/)((?:job/[^/]+/)+)([0-9]{1,10})/?$")
+_LONGEST_ID = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """Where a build lives: the decoded names of its folders and its job, and its number."""
+
+    names: tuple[str, ...]
+    number: int
+
+
+# ---- webhooks ------------------------------------------------------------------------------------
+
+
+def verify(headers: Headers, body: bytes, secrets: tuple[str, ...], now: float) -> None:
+    """Check `X-Hub-Signature-256` if there is one, else `X-Build-Token`; or raise `BadSignature`.
+
+    The plugin itself can do neither: a pipeline step signs, or a proxy adds the token.
+    """
+    signature = headers.get("x-hub-signature-256")
+    if signature is not None:
+        genuine = signing.verify_github(signature, body, secrets)
+    else:
+        genuine = signing.verify_token(headers.get("x-build-token", headers.get("x-om-build-token")), secrets)
+    if not genuine:
+        raise BadSignature
+
+
+def envelope(headers: Headers, body: bytes) -> Envelope:
+    """The plugin sends no ids, but its repeats are equal to the byte: the body's digest is the id."""
+    try:
+        phase = _read.text(_read.mapping(_read.loads(body).get("build")).get("phase"))
+    except NotJson:
+        phase = None
+    return Envelope(event=phase or "", hook_id="", delivery_id=_read.digest(body))
+
+
+def parse_webhook(source: Source, headers: Headers, body: bytes) -> Webhook:
+    """What a notification says; raises `NotJson` or `Unreadable`."""
+    build = _read.need_mapping(_read.loads(body), "build")
+    phase = _read.need_text(build, "build.phase").upper()
+    status = _read.text(build.get("status"))
+    state, conclusion = _state(phase, status)
+    scm = _read.mapping(build.get("scm"))
+    started_at, ended_at = _times(phase, build)
+    seen = replace(
+        _about(source, _path(build), ObservedBy.PUSH),
+        state=state,
+        conclusion=conclusion,
+        raw_status=phase,
+        raw_conclusion=status,
+        branch=_branch(scm.get("branch")),
+        commit=_read.text(scm.get("commit")),
+        url=_read.web_url(build.get("full_url")),
+        started_at=started_at,
+        ended_at=ended_at,
+        doubtful=phase in _OVER and status is None,
+    )
+    return Webhook((seen,))
+
+
+def _path(build: dict[str, Any]) -> _Path:
+    """From `url`, which is relative to Jenkins itself, or from `full_url`."""
+    for name in ("url", "full_url"):
+        path = _parsed_path(build.get(name))
+        if path is not None:
+            return path
+    raise Unreadable("build.url, build.full_url: a path like job/FOLDER/job/NAME/12/ is needed")
+
+
+def _state(phase: str, status: str | None) -> tuple[State | None, Conclusion | None]:
+    """State and conclusion; a result counts only at the end, a running pipeline may carry one early.
+
+    A phase we do not know (manual steps choose their own) says nothing about the state.
+    """
+    if phase not in _OVER:
+        return _BEGUN.get(phase), None
+    if status is None:  # over, but how?  A poll will tell.
+        return State.IN_PROGRESS, None
+    return _RESULTS.get(status.upper(), _UNKNOWN_RESULT)
+
+
+def _times(phase: str, build: dict[str, Any]) -> tuple[datetime | None, datetime | None]:
+    """Start and end.  `timestamp` is the time of the PHASE: the start in STARTED, the end in COMPLETED.
+
+    In FINALIZED it is a little later than the end; that only shows where COMPLETED is not sent.
+    """
+    at = _read.moment(build.get("timestamp"))
+    if phase == "STARTED":
+        return at, None
+    if phase not in _OVER or at is None:
+        return None, None
+    duration = _duration(build.get("duration"))
+    return (at - duration if duration else None), at
+
+
+# ---- polls ---------------------------------------------------------------------------------------
+
+
+def poll_request(source: Source, target: PollTarget) -> Request | None:
+    """`GET /job/FOLDER/job/NAME/12/api/json`; None if the build's id is no path."""
+    path = _path_of_id(target.build_id)
+    if not source.api_url or path is None:
+        return None
+    return Request(
+        f"{source.api_url}/{_job_path(path.names)}/{path.number}/api/json?tree={_TREE}", _headers(source)
+    )
+
+
+def _job_path(names: Iterable[str]) -> str:
+    return "/".join(f"job/{_read.path_part(name)}" for name in names)
+
+
+def _headers(source: Source) -> dict[str, str]:
+    headers = {"Accept": "application/json", "User-Agent": _read.USER_AGENT}
+    if source.token:
+        login = f"{source.username}:{source.token}".encode()
+        headers["Authorization"] = f"Basic {b64encode(login).decode()}"
+    return headers
+
+
+def parse_poll(source: Source, target: PollTarget, answer: Answer) -> Observation:
+    """The build that was read; or raises `PollError`."""
+    build = _read.fetched(answer)
+    path = _path_of_id(target.build_id)
+    if (
+        not isinstance(build.get("building"), bool)
+        or path is None
+        or _read.whole(build.get("number")) != path.number
+    ):
+        raise PollError(PollFault.UNREADABLE, f"the answer is not about build {target.number}")
+    return _built(source, path, build)
+
+
+def _built(source: Source, path: _Path, build: dict[str, Any]) -> Observation:
+    """A build object of REST.
+
+    It is over when it no longer builds and has a result: a running pipeline may have one already.
+    """
+    building = build.get("building") is True
+    result = _read.text(build.get("result"))
+    over = not building and result is not None
+    state, conclusion = _RESULTS.get(result or "", _UNKNOWN_RESULT) if over else (State.IN_PROGRESS, None)
+    started_at = _read.moment(build.get("timestamp"))
+    duration = _duration(build.get("duration"))
+    return replace(
+        _about(source, path, ObservedBy.POLL),
+        state=state,
+        conclusion=conclusion,
+        raw_status="building" if building else "built",
+        raw_conclusion=result,
+        url=_read.web_url(build.get("url")),
+        started_at=started_at,
+        ended_at=started_at + duration if over and started_at and duration is not None else None,
+        progress=_read.percent(_read.mapping(build.get("executor")).get("progress")) if building else None,
+        doubtful=not building and result is None,
+    )
+
+
+def follow_up(source: Source, seen: Observation) -> Request | None:
+    """None: a build says all about its state."""
+    return None
+
+
+def parse_follow_up(seen: Observation, answer: Answer) -> Observation:
+    """Nothing to add."""
+    return seen
+
+
+def list_request(source: Source, repository: str) -> Request | None:
+    """`GET /job/FOLDER/job/NAME/api/json`: the newest 50 builds of a job; `repository` is `FOLDER/NAME`."""
+    names = repository.split("/")
+    if not source.api_url or not all(map(_is_name, names)):
+        return None
+    return Request(f"{source.api_url}/{_job_path(names)}/api/json?tree={_LIST_TREE}", _headers(source))
+
+
+def parse_list(source: Source, repository: str, answer: Answer) -> tuple[Observation, ...]:
+    """The builds that can be read; or raises `PollError`."""
+    found = []
+    for build in map(_read.mapping, _read.items(_read.fetched(answer).get("builds"))):
+        number = _read.count(build.get("number"))
+        if number and isinstance(build.get("building"), bool):
+            with suppress(Unreadable):
+                found.append(_built(source, _Path(tuple(repository.split("/")), number), build))
+    return tuple(found)
+
+
+def named(source: Source, build_id: str) -> Observation | None:
+    """The build that `SOURCE:FOLDER:JOB:NUMBER` means."""
+    path = _path_of_id(build_id)
+    return _about(source, path, ObservedBy.POLL) if path else None
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+def _about(source: Source, path: _Path, observed_by: ObservedBy) -> Observation:
+    """An observation that only names its build."""
+    build_id = ":".join((source.name, *map(_escaped, path.names), str(path.number)))
+    if len(build_id) > _LONGEST_ID:
+        raise Unreadable("build.url: too long")
+    return Observation(
+        source=source.name,
+        platform=NAME,
+        observed_by=observed_by,
+        key=build_id.casefold(),
+        build_id=build_id,
+        repository="/".join(path.names),
+        workflow=path.names[-1],
+        number=path.number,
+    )
+
+
+def _parsed_path(url: object) -> _Path | None:
+    """The build at `job/FOLDER/job/NAME/12/`, alone or at the end of an address."""
+    address = _read.text(url, _read.URL_CHARS)
+    try:
+        found = _BUILD_PATH.search(urlsplit(address).path) if address else None
+    except ValueError:
+        return None
+    if found is None:
+        return None
+    names = tuple(_read.clean(unquote(name), _read.NAME_CHARS) for name in found[1].split("/")[1::2])
+    return _Path(names, int(found[2])) if all(map(_is_name, names)) else None
+
+
+def _is_name(name: str) -> bool:
+    """`.` and `..` would climb in the path of a poll."""
+    return name not in ("", ".", "..") and "/" not in name
+
+
+def _escaped(name: str) -> str:
+    """A name as part of an id: what is not plainly safe becomes `~HH` per byte."""
+    return re.sub(rb"[^A-Za-z0-9._-]", lambda found: b"~%02X" % found[0][0], name.encode()).decode()
+
+
+def _path_of_id(build_id: str) -> _Path | None:
+    """The path back from a build's id."""
+    _source, *parts, number = build_id.split(":")
+    if not parts or not re.fullmatch("[0-9]{1,10}", number):
+        return None
+    names = tuple(map(_unescaped, parts))
+    return _Path(names, int(number)) if all(map(_is_name, names)) else None
+
+
+def _unescaped(part: str) -> str:
+    raw = re.sub(rb"~([0-9A-Fa-f]{2})", lambda found: bytes([int(found[1], 16)]), part.encode())
+    return raw.decode("utf-8", "replace")
+
+
+def _branch(value: object) -> str | None:
+    """The branch as Git knows it: Jenkins names the remote as well (`origin/main`)."""
+    branch = _read.text(value)
+    for prefix in ("refs/remotes/", "refs/heads/", "origin/"):
+        branch = branch.removeprefix(prefix) if branch else None
+    return branch or None
+
+
+def _duration(value: object) -> timedelta | None:
+    """Milliseconds from 0; None for anything else, and for more than a year."""
+    milliseconds = _read.whole(value)
+    fits = milliseconds is not None and 0 <= milliseconds <= 366 * 86_400_000
+    return timedelta(milliseconds=milliseconds) if fits and milliseconds is not None else None
