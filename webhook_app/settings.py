@@ -1,0 +1,466 @@
+"""All settings, read once: environment, then an optional YAML file, then defaults.
+
+A wrong value stops the start with `SettingsError`, one line naming the variable, the value and
+what is allowed.  Every variable may also be given as `NAME_FILE`, a path whose content is the
+value (Docker and Kubernetes secrets).  The table is `VARIABLES`; README and tests read it too.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+from cryptography.fernet import Fernet
+
+from webhook_app import embedded
+from webhook_app.platforms import Source
+from webhook_app.polling import Pace
+
+
+class SettingsError(Exception):
+    """A value that can't be used; the message is the one line a person needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSettings:
+    """One CI instance: its public part for the platform module, and how we talk to it.
+
+    `timeout_seconds` bounds one API call.  `repositories`: where runs are discovered.
+    """
+
+    source: Source
+    enabled: bool = True
+    webhook_secrets: tuple[str, ...] = field(default=(), repr=False)
+    timeout_seconds: float = 30.0
+    repositories: tuple[str, ...] = ()
+
+    @property
+    def can_poll(self) -> bool:
+        """Is there an API to read?  (GitHub's and GitLab's public data needs no token.)"""
+        return self.enabled and bool(self.source.api_url)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything that can be set, converted: seconds as float, lists as tuples."""
+
+    data_dir: Path
+    database_url: str = field(repr=False)
+    redis_url: str = field(repr=False)
+    port: int = 8000
+    web_concurrency: int = 1
+    encryption_keys: tuple[str, ...] = field(default=(), repr=False)
+    admin_token: str = field(default="", repr=False)
+    build_event_tokens: tuple[str, ...] = field(default=(), repr=False)
+    sources: Mapping[str, SourceSettings] = field(default_factory=dict)
+    poll_interval_seconds: float = 15.0
+    push_freshness_seconds: float = 60.0
+    max_poll_seconds: float = 3600.0
+    max_consecutive_errors: int = 10
+    backoff_multiplier: float = 2.0
+    discovery_interval_seconds: float = 60.0
+    discovery_jitter_seconds: float = 10.0
+    heartbeat_timeout_seconds: float = 90.0
+    allow_private_callbacks: bool = False
+    public_progress: bool = False
+    delivery_retry_schedule: tuple[float, ...] = ()
+    delivery_timeout_seconds: float = 15.0
+    retention_days: int = 90
+    sqlite_synchronous: str = "FULL"
+    log_level: str = "INFO"
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """One line of the settings table: `read` turns text into a value or raises ValueError(allowed)."""
+
+    name: str
+    default: str
+    read: Callable[[str], Any]
+    meaning: str
+    aliases: tuple[str, ...] = ()
+    secret: bool = False
+
+
+def _whole(least: int, most: int, unit: str = "") -> Callable[[str], int]:
+    allowed = f"a whole number from {least} to {most}" + (f" ({unit})" if unit else "")
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(allowed) from None
+        if not least <= value <= most:
+            raise ValueError(allowed)
+        return value
+
+    return read
+
+
+def _number(least: float, most: float, unit: str = "") -> Callable[[str], float]:
+    allowed = f"a number from {least:g} to {most:g}" + (f" ({unit})" if unit else "")
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(allowed) from None
+        if not least <= value <= most:
+            raise ValueError(allowed)
+        return value
+
+    return read
+
+
+def _milliseconds(least: int, most: int) -> Callable[[str], float]:
+    read = _whole(least, most, "milliseconds")
+    return lambda text: read(text) / 1000
+
+
+def _flag(text: str) -> bool:
+    words = {"true": True, "1": True, "yes": True, "on": True}
+    words |= {"false": False, "0": False, "no": False, "off": False}
+    try:
+        return words[text.strip().lower()]
+    except KeyError:
+        raise ValueError("true or false") from None
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in (part.strip() for part in text.split(",")) if word)
+
+
+def _seconds_list(text: str) -> tuple[float, ...]:
+    read = _number(0, 7 * 86400)
+    try:
+        waits = tuple(read(word) for word in _words(text))
+    except ValueError:
+        waits = ()
+    if not waits:
+        raise ValueError("seconds, comma separated, each from 0 to 604800")
+    return waits
+
+
+def _text(text: str) -> str:
+    return text
+
+
+def _url(*schemes: str) -> Callable[[str], str]:
+    allowed = "a URL that begins with " + " or ".join(f"{scheme}://" for scheme in schemes)
+
+    def read(text: str) -> str:
+        if not text:
+            return ""
+        try:
+            parts = urlsplit(text)
+        except ValueError:
+            raise ValueError(allowed) from None
+        if parts.scheme not in schemes or not (parts.netloc or parts.path):
+            raise ValueError(allowed)
+        if parts.scheme.startswith("http") and "@" in parts.netloc:
+            raise ValueError(allowed + ", without user or password in it,")
+        return text.rstrip("/")
+
+    return read
+
+
+def _fernet_keys(text: str) -> tuple[str, ...]:
+    keys = _words(text)
+    for key in keys:
+        try:
+            Fernet(key)
+        except (ValueError, TypeError):
+            raise ValueError(
+                "Fernet keys (32 random bytes in URL-safe base64), comma separated, newest first"
+            ) from None
+    return keys
+
+
+def _database(text: str) -> str:
+    """SQLAlchemy's form; Heroku writes `postgres://`, which SQLAlchemy no longer takes."""
+    if not text:
+        return ""
+    scheme, colon, rest = text.partition("://")
+    drivers = {
+        "postgres": "postgresql+psycopg",
+        "postgresql": "postgresql+psycopg",
+        "postgresql+psycopg": "postgresql+psycopg",
+        "sqlite": "sqlite",
+    }
+    if not colon or scheme not in drivers:
+        raise ValueError("a URL that begins with postgres://, postgresql:// or sqlite://")
+    return f"{drivers[scheme]}://{rest}"
+
+
+def _synchronous(text: str) -> str:
+    if text.upper() not in ("FULL", "NORMAL"):
+        raise ValueError("FULL or NORMAL")
+    return text.upper()
+
+
+def _log_level(text: str) -> str:
+    if text.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ValueError("debug, info, warning or error")
+    return text.upper()
+
+
+_http = _url("http", "https")
+_timeout = _milliseconds(100, 600_000)
+
+VARIABLES: tuple[Variable, ...] = (
+    Variable("DATABASE_URL", "", _database, "SQLite in the data directory, or PostgreSQL", secret=True),
+    Variable("REDIS_URL", "", _url("redis", "rediss", "unix"), "embedded by `up` unless set", secret=True),
+    Variable("BUILDRELAY_DATA_DIR", "./data", _text, "SQLite, embedded Redis and secrets.env live here"),
+    Variable("PORT", "8000", _whole(0, 65535), "port of the web process"),
+    Variable("WEB_CONCURRENCY", str(os.cpu_count() or 1), _whole(1, 256), "web processes"),
+    Variable("ENCRYPTION_KEYS", "", _fernet_keys, "Fernet keys, comma separated, newest first", secret=True),
+    Variable("ADMIN_TOKEN", "", _text, "bootstrap API token with every scope", secret=True),
+    Variable("GITHUB_WEBHOOK_SECRET", "", _words, "comma separated, all accepted", secret=True),
+    Variable("GITLAB_WEBHOOK_SECRET", "", _words, "comma separated; `whsec_…` is a signing token", secret=True),
+    Variable("JENKINS_WEBHOOK_SECRET", "", _words, "comma separated, all accepted", secret=True),
+    Variable(
+        "BUILD_EVENT_TOKEN", "", _words, "for build scripts (`X-Build-Token`)",
+        aliases=("OM_BUILD_EVENT_TOKEN",), secret=True,
+    ),
+    Variable("GITHUB_TOKEN", "", _text, "poll access to GitHub", secret=True),
+    Variable("GITHUB_API_URL", "https://api.github.com", _http, "GitHub's REST API"),
+    Variable("GITHUB_REPOS", "", _words, "OWNER/REPO, comma separated: where runs are discovered"),
+    Variable("ENABLE_GH", "true", _flag, "poll GitHub"),
+    Variable("GITLAB_TOKEN", "", _text, "poll access to GitLab", secret=True),
+    Variable("GITLAB_URL", "https://gitlab.com", _http, "the GitLab instance"),
+    Variable("GITLAB_PROJECTS", "", _words, "ids or paths, comma separated: where pipelines are discovered"),
+    Variable("ENABLE_GITLAB", "true", _flag, "poll GitLab"),
+    Variable("JENKINS_URL", "", _http, "the Jenkins controller"),
+    Variable("JENKINS_USERNAME", "", _text, "user of the API token"),
+    Variable("JENKINS_API_TOKEN", "", _text, "poll access to Jenkins", secret=True),
+    Variable("JENKINS_JOBS", "", _words, "job paths, comma separated: where builds are discovered"),
+    Variable("ENABLE_JENKINS", "true", _flag, "poll Jenkins"),
+    Variable("BUILD_POLL_INTERVAL", "15000", _milliseconds(10, 86_400_000), "ms between polls of one stale build"),
+    Variable("BUILD_PUSH_FRESHNESS", "60000", _milliseconds(0, 86_400_000), "ms for which a push keeps a build from being polled"),
+    Variable("BUILD_MAX_POLL_TIME", "3600000", _milliseconds(100, 30 * 86_400_000), "ms of polling without an end, then `timeout`"),
+    Variable("BUILD_MAX_CONSECUTIVE_ERRORS", "10", _whole(1, 1000), "failed polls in a row, then polling of that build stops"),
+    Variable("BUILD_BACKOFF_MULTIPLIER", "2", _number(1, 10), "the wait grows by this after each failed poll"),
+    Variable("GITHUB_API_TIMEOUT", "30000", _timeout, "ms for one GitHub API call"),
+    Variable("GITLAB_API_TIMEOUT", "30000", _timeout, "ms for one GitLab API call"),
+    Variable("JENKINS_API_TIMEOUT", "30000", _timeout, "ms for one Jenkins API call"),
+    Variable("DISCOVERY_INTERVAL", "60", _number(1, 86400, "seconds"), "seconds between discoveries", aliases=("WORKER_POLL_INTERVAL",)),
+    Variable("DISCOVERY_JITTER", "10", _number(0, 3600, "seconds"), "seconds of jitter", aliases=("WORKER_JITTER_SECONDS",)),
+    Variable("HEARTBEAT_TIMEOUT", "90", _number(1, 86400, "seconds"), "seconds without heartbeat, then a script build is failed"),
+    Variable("ALLOW_PRIVATE_CALLBACKS", "false", _flag, "allow callbacks to loopback and private addresses"),
+    Variable("PUBLIC_PROGRESS", "false", _flag, "the two progress endpoints need no token"),
+    Variable(
+        "DELIVERY_RETRY_SCHEDULE", "5,300,1800,7200,18000,36000,50400,72000,86400", _seconds_list,
+        "seconds before each retry, comma separated",
+    ),
+    Variable("DELIVERY_TIMEOUT", "15", _number(0.1, 60, "seconds"), "seconds for one delivery attempt"),
+    Variable("RETENTION_DAYS", "90", _whole(1, 3650, "days"), "days that events, bodies and attempts are kept"),
+    Variable("LOG_LEVEL", "info", _log_level, "debug, info, warning or error; `up` says warning"),
+    Variable("SQLITE_SYNCHRONOUS", "FULL", _synchronous, "FULL survives a power cut, NORMAL a killed process"),
+)  # fmt: skip
+
+_YAML_PATHS = {
+    ("polling", "interval"): "BUILD_POLL_INTERVAL",
+    ("polling", "freshness"): "BUILD_PUSH_FRESHNESS",
+    ("polling", "max_poll_time"): "BUILD_MAX_POLL_TIME",
+    ("polling", "max_consecutive_errors"): "BUILD_MAX_CONSECUTIVE_ERRORS",
+    ("polling", "backoff_multiplier"): "BUILD_BACKOFF_MULTIPLIER",
+    ("platforms", "github", "timeout"): "GITHUB_API_TIMEOUT",
+    ("platforms", "gitlab", "timeout"): "GITLAB_API_TIMEOUT",
+    ("platforms", "jenkins", "timeout"): "JENKINS_API_TIMEOUT",
+}
+_SOURCE_KEYS = {
+    "name", "platform", "webhook_secret", "api_url", "token", "username", "repositories", "timeout", "enabled",
+}  # fmt: skip
+
+
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read all settings, or raise `SettingsError` for the first value that can't be used."""
+    environ = os.environ if environ is None else environ
+    file = _read_yaml(environ.get("BUILDRELAY_CONFIG", ""))
+    values = {variable.name: _value(variable, environ, file) for variable in VARIABLES}
+    data_dir = Path(values["BUILDRELAY_DATA_DIR"]).expanduser().absolute()
+    return Settings(
+        data_dir=data_dir,
+        database_url=values["DATABASE_URL"] or f"sqlite:///{data_dir / 'buildrelay.db'}",
+        redis_url=values["REDIS_URL"] or embedded.redis_url(data_dir),
+        port=values["PORT"],
+        web_concurrency=values["WEB_CONCURRENCY"],
+        encryption_keys=values["ENCRYPTION_KEYS"],
+        admin_token=values["ADMIN_TOKEN"],
+        build_event_tokens=values["BUILD_EVENT_TOKEN"],
+        sources=_sources(values, file),
+        poll_interval_seconds=values["BUILD_POLL_INTERVAL"],
+        push_freshness_seconds=values["BUILD_PUSH_FRESHNESS"],
+        max_poll_seconds=values["BUILD_MAX_POLL_TIME"],
+        max_consecutive_errors=values["BUILD_MAX_CONSECUTIVE_ERRORS"],
+        backoff_multiplier=values["BUILD_BACKOFF_MULTIPLIER"],
+        discovery_interval_seconds=values["DISCOVERY_INTERVAL"],
+        discovery_jitter_seconds=values["DISCOVERY_JITTER"],
+        heartbeat_timeout_seconds=values["HEARTBEAT_TIMEOUT"],
+        allow_private_callbacks=values["ALLOW_PRIVATE_CALLBACKS"],
+        public_progress=values["PUBLIC_PROGRESS"],
+        delivery_retry_schedule=values["DELIVERY_RETRY_SCHEDULE"],
+        delivery_timeout_seconds=values["DELIVERY_TIMEOUT"],
+        retention_days=values["RETENTION_DAYS"],
+        sqlite_synchronous=values["SQLITE_SYNCHRONOUS"],
+        log_level=values["LOG_LEVEL"],
+    )
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).replace("\n", " ")
+        raise SettingsError(f"BUILDRELAY_CONFIG={path!r}: a readable YAML file is needed: {reason}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"BUILDRELAY_CONFIG={path!r}: a mapping of settings is needed at its top")
+    return _flatten(content)
+
+
+def _flatten(content: dict[str, Any]) -> dict[str, Any]:
+    """Settings by variable name; `sources` stays as it is.  Unknown keys are refused by name."""
+    known = {variable.name for variable in VARIABLES}
+    flat: dict[str, Any] = {"sources": content.pop("sources", [])}
+    for (section, *rest), name in _YAML_PATHS.items():
+        inner: Any = content.get(section)
+        for key in rest[:-1]:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and rest[-1] in inner:
+            flat[name] = str(inner[rest[-1]])
+    for key, value in content.items():
+        if key in ("polling", "platforms"):
+            continue
+        if str(key).upper() not in known:
+            raise SettingsError(
+                f"BUILDRELAY_CONFIG: {key!r} is no setting; allowed are the names of the README's table"
+            )
+        listed = ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
+        flat[str(key).upper()] = listed
+    return flat
+
+
+def _value(variable: Variable, environ: Mapping[str, str], file: Mapping[str, Any]) -> Any:
+    name, text = _lookup(variable, environ, file)
+    try:
+        return variable.read(text.strip())
+    except ValueError as error:
+        shown = "(secret)" if variable.secret else repr(text)
+        raise SettingsError(f"{name}={shown}: {error} is needed") from None
+
+
+def _lookup(variable: Variable, environ: Mapping[str, str], file: Mapping[str, Any]) -> tuple[str, str]:
+    for name in (variable.name, *variable.aliases):
+        if environ.get(name):
+            return name, environ[name]
+        path = environ.get(f"{name}_FILE")
+        if path:
+            try:
+                return name, Path(path).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise SettingsError(f"{name}_FILE={path!r}: a readable file is needed: {error}") from None
+    return variable.name, file.get(variable.name, variable.default)
+
+
+def _sources(values: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, SourceSettings]:
+    built_in = {
+        "github": SourceSettings(
+            source=Source("github", "github", values["GITHUB_API_URL"], values["GITHUB_TOKEN"]),
+            enabled=values["ENABLE_GH"],
+            webhook_secrets=values["GITHUB_WEBHOOK_SECRET"],
+            timeout_seconds=values["GITHUB_API_TIMEOUT"],
+            repositories=values["GITHUB_REPOS"],
+        ),
+        "gitlab": SourceSettings(
+            source=Source("gitlab", "gitlab", values["GITLAB_URL"], values["GITLAB_TOKEN"]),
+            enabled=values["ENABLE_GITLAB"],
+            webhook_secrets=values["GITLAB_WEBHOOK_SECRET"],
+            timeout_seconds=values["GITLAB_API_TIMEOUT"],
+            repositories=values["GITLAB_PROJECTS"],
+        ),
+        "jenkins": SourceSettings(
+            source=Source(
+                "jenkins",
+                "jenkins",
+                values["JENKINS_URL"],
+                values["JENKINS_API_TOKEN"],
+                values["JENKINS_USERNAME"],
+            ),
+            enabled=values["ENABLE_JENKINS"],
+            webhook_secrets=values["JENKINS_WEBHOOK_SECRET"] + values["BUILD_EVENT_TOKEN"],
+            timeout_seconds=values["JENKINS_API_TIMEOUT"],
+            repositories=values["JENKINS_JOBS"],
+        ),
+        "script": SourceSettings(
+            source=Source("script", "script"),
+            webhook_secrets=values["BUILD_EVENT_TOKEN"],
+        ),
+    }
+    further = [_further_source(entry) for entry in _as_list(file.get("sources"))]
+    for entry in further:
+        if entry.source.name in built_in:
+            raise SettingsError(f"sources: the name {entry.source.name!r} is taken; another one is needed")
+        built_in[entry.source.name] = entry
+    return built_in
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise SettingsError("sources: a list of sources is needed")
+    return value
+
+
+def _further_source(entry: Any) -> SourceSettings:
+    if not isinstance(entry, dict) or not entry.get("name") or not entry.get("platform"):
+        raise SettingsError("sources: each entry needs at least `name` and `platform`")
+    unknown = set(entry) - _SOURCE_KEYS
+    if unknown:
+        raise SettingsError(
+            f"sources: {min(unknown)!r} is no key of a source; allowed are {sorted(_SOURCE_KEYS)}"
+        )
+    name, platform = str(entry["name"]), str(entry["platform"])
+    if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
+        raise SettingsError(f"sources: name={name!r}: letters, digits, - and _ are needed")
+    if platform not in ("github", "gitlab", "jenkins"):
+        raise SettingsError(f"sources: platform={platform!r}: github, gitlab or jenkins is needed")
+    try:
+        return SourceSettings(
+            source=Source(
+                name,
+                platform,
+                _http(str(entry.get("api_url", ""))),
+                str(entry.get("token", "")),
+                str(entry.get("username", "")),
+            ),
+            enabled=bool(entry.get("enabled", True)),
+            webhook_secrets=_secret_list(entry.get("webhook_secret")),
+            timeout_seconds=_timeout(str(entry.get("timeout", 30000))),
+            repositories=tuple(str(item) for item in entry.get("repositories") or ()),
+        )
+    except ValueError as error:
+        raise SettingsError(f"sources: {name}: {error} is needed") from None
+
+
+def _secret_list(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else _words(str(value or ""))
+
+
+def pace(settings: Settings) -> Pace:
+    """The settings of polling, as the pure rules want them."""
+    return Pace(
+        interval_seconds=settings.poll_interval_seconds,
+        freshness_seconds=settings.push_freshness_seconds,
+        max_seconds=settings.max_poll_seconds,
+        max_errors=settings.max_consecutive_errors,
+        multiplier=settings.backoff_multiplier,
+        heartbeat_timeout_seconds=settings.heartbeat_timeout_seconds,
+    )
