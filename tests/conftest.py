@@ -1,0 +1,127 @@
+"""What the tests share: real servers, one per session, and a fresh database per test."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from redis import Redis
+from sqlalchemy import Engine, make_url
+
+from tests import postgres
+from webhook_app import db, embedded, migrations
+from webhook_app.supervisor import tied_to_parent
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., None]:
+    """`wait_until(condition, seconds=10)`: poll a condition; fail when it isn't met in time."""
+
+    def wait(condition: Callable[[], object], seconds: float = 10.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {seconds} s"
+            time.sleep(0.01)
+
+    return wait
+
+
+@contextmanager
+def _redis_server(data_dir: Path, wait: Callable[..., None]) -> Iterator[str]:
+    with subprocess.Popen(embedded.command(data_dir), preexec_fn=tied_to_parent()) as process:
+        try:
+            wait(lambda: embedded.answers(data_dir) or process.poll() is not None, 20)
+            assert process.poll() is None, "the embedded Redis did not start"
+            yield embedded.redis_url(data_dir)
+        finally:
+            process.terminate()
+            process.wait(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def redis_url(wait_until: Callable[..., None]) -> Iterator[str]:
+    """The URL of a real embedded server, for all tests; use `redis_client` to find it empty."""
+    # A short path of our own: pytest's is often longer than a socket path may be.
+    with (
+        tempfile.TemporaryDirectory(prefix="buildrelay-") as name,
+        _redis_server(Path(name), wait_until) as url,
+    ):
+        yield url
+
+
+@pytest.fixture
+def redis_client(redis_url: str) -> Iterator[Redis]:
+    """A client of the session's server, which is empty before and after the test."""
+    with Redis.from_url(redis_url) as client:
+        client.flushall()
+        yield client
+        client.flushall()
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """The SQLAlchemy URL of a real PostgreSQL server: TEST_DATABASE_URL, else one of our own."""
+    given = os.environ.get("TEST_DATABASE_URL", "")
+    if given:
+        yield "postgresql+psycopg://" + given.partition("://")[2]
+        return
+    with postgres.server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The SQLAlchemy URL of a fresh, empty database; the test runs once on each kind."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'test.db'}"
+        return
+    with postgres.fresh_database(request.getfixturevalue("postgres_url")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with the present schema, to be copied."""
+    path = tmp_path_factory.mktemp("migrated") / "template.db"
+    made = db.connect(f"sqlite:///{path}")
+    migrations.upgrade(made)
+    with made.connect() as connection:
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    made.dispose()
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres_url: str) -> Iterator[str]:
+    """The name of a PostgreSQL database with the present schema, to be used as a template."""
+    with postgres.fresh_database(postgres_url) as url:
+        made = db.connect(url)
+        migrations.upgrade(made)
+        made.dispose()
+        yield str(make_url(url).database)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The SQLAlchemy URL of a fresh database with the present schema; the test runs once on each kind."""
+    if request.param == "sqlite":
+        path = tmp_path / "store.db"
+        shutil.copy(request.getfixturevalue("migrated_sqlite"), path)
+        yield f"sqlite:///{path}"
+        return
+    template = request.getfixturevalue("migrated_postgres")
+    with postgres.fresh_database(request.getfixturevalue("postgres_url"), template) as url:
+        yield url
+
+
+@pytest.fixture
+def engine(store_url: str) -> Iterator[Engine]:
+    """An engine on a fresh database with the present schema, once per kind of database."""
+    made = db.connect(store_url, "NORMAL")
+    yield made
+    made.dispose()

@@ -1,0 +1,250 @@
+"""The engine, and the two ways to write: `in_transaction` and `GroupCommit`.
+
+One writer at a time, on both databases: a write begins by locking the one row of `counters`
+(PostgreSQL) or the database (SQLite, `BEGIN IMMEDIATE`).  So builds are never changed by two
+transactions at once, ids are given out in the order they become visible, and a cursor over
+event ids has no gaps.  Group commit gives back the throughput that this costs.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import orjson
+from sqlalchemy import Connection, Engine, create_engine, event, select, update
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import QueuePool
+
+from webhook_app import models
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+LOST_RACES = {"40001", "40P01"}
+"""PostgreSQL's serialization_failure and deadlock_detected: the whole unit is repeated."""
+
+TRIES = 5
+
+
+class StoreUnavailable(Exception):
+    """The database does not answer or can't be written; nothing of the unit was stored."""
+
+
+def connect(url: str, synchronous: str = "FULL", pool_size: int = 16) -> Engine:
+    """An engine for `url`; opens nothing yet.
+
+    `synchronous` is SQLite's pragma: FULL survives a power cut, NORMAL a killed process.
+    """
+    if url.startswith("sqlite"):
+        engine = create_engine(
+            url,
+            json_serializer=_dump,
+            json_deserializer=orjson.loads,
+            poolclass=QueuePool,
+            pool_size=pool_size,
+            max_overflow=pool_size,
+            connect_args={"timeout": 30, "check_same_thread": False},
+        )
+        _prepare_sqlite(engine, synchronous)
+        return engine
+    return create_engine(
+        url,
+        json_serializer=_dump,
+        json_deserializer=orjson.loads,
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_timeout=10,
+        pool_recycle=1800,
+        pool_pre_ping=False,
+        connect_args={"connect_timeout": 5, "options": "-c timezone=utc"},
+    )
+
+
+def _dump(value: Any) -> str:
+    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+def _prepare_sqlite(engine: Engine, synchronous: str) -> None:
+    @event.listens_for(engine, "connect")
+    def prepare(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # BEGIN is ours, see below
+        for pragma in (
+            "journal_mode=WAL",
+            f"synchronous={synchronous}",
+            "foreign_keys=ON",
+            "cache_size=-16000",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        writing = connection.get_execution_options().get("writing")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A connection for reads: one snapshot; `StoreUnavailable` when the store is away."""
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except (OperationalError, InterfaceError, PoolTimeout) as error:
+        raise StoreUnavailable(_reason(error)) from error
+
+
+def in_transaction(engine: Engine, unit: Callable[[Connection], Result]) -> Result:
+    """Run `unit` in one write transaction and commit; repeat the whole unit after a lost race.
+
+    The unit must have no other effect than on its connection.  Raises `StoreUnavailable` when
+    the store can't be reached or stays locked.
+    """
+    for tried in range(1, TRIES + 1):
+        try:
+            with engine.connect().execution_options(writing=True) as connection, connection.begin():
+                return unit(connection)
+        except (OperationalError, InterfaceError, PoolTimeout) as error:
+            if tried == TRIES or not _worth_repeating(error):
+                raise StoreUnavailable(_reason(error)) from error
+            time.sleep(0.01 * 2**tried)
+    raise AssertionError("unreachable")
+
+
+def _worth_repeating(error: Exception) -> bool:
+    """A lost race, or a pooled connection that had died unnoticed (after a restart of the database)."""
+    if not isinstance(error, DBAPIError):
+        return False
+    if error.connection_invalidated:
+        return True
+    state = getattr(error.orig, "sqlstate", None)
+    return state in LOST_RACES or "locked" in str(error.orig)
+
+
+def _reason(error: Exception) -> str:
+    original = getattr(error, "orig", None) or error
+    return str(original).strip().split("\n")[0]
+
+
+@dataclass(slots=True)
+class Write:
+    """An open write transaction that holds the writer's lock, with the ids it has given out."""
+
+    connection: Connection
+    last: dict[str, int]
+    _given: set[str] = field(default_factory=set)
+
+    def new_id(self, table: str) -> int:
+        """The next id of `table`; ids become visible in the order they are given."""
+        self.last[table] += 1
+        self._given.add(table)
+        return self.last[table]
+
+    def finish(self) -> None:
+        """Store the ids given out; called once, last."""
+        if self._given:
+            values = {name: self.last[name] for name in self._given}
+            self.connection.execute(update(models.counters).where(models.counters.c.id == 1).values(values))
+
+
+_LOCK_COUNTERS = select(models.counters).where(models.counters.c.id == 1).with_for_update()
+
+
+def as_writer(engine: Engine, unit: Callable[[Write], Result]) -> Result:
+    """`in_transaction`, as the one writer."""
+
+    def locked(connection: Connection) -> Result:
+        row = connection.execute(_LOCK_COUNTERS).mappings().one()
+        write = Write(connection, dict(row))
+        result = unit(write)
+        write.finish()
+        return result
+
+    return in_transaction(engine, locked)
+
+
+class GroupCommit(Generic[Argument, Result]):
+    """Run what several threads bring at the same time as one unit: one transaction, one sync.
+
+    The first thread to come runs at once, without waiting for company; what arrives meanwhile
+    goes together in the next run.  A unit that fails with company is repeated alone for each,
+    so that one bad argument costs the others nothing.
+    """
+
+    def __init__(self, run: Callable[[Sequence[Argument]], Sequence[Result]], most: int = 64) -> None:
+        self._run = run
+        self._most = most
+        self._mutex = threading.Lock()
+        self._waiting: list[_Seat[Argument, Result]] = []
+        self._led = False
+
+    def __call__(self, argument: Argument) -> Result:
+        """The result for `argument` once its transaction is committed; raises what the unit raised."""
+        seat: _Seat[Argument, Result] = _Seat(argument)
+        with self._mutex:
+            self._waiting.append(seat)
+            leads = not self._led
+            self._led = True
+        if not leads:
+            seat.call.acquire()  # until it is done, or it is this thread's turn to lead
+        if not seat.done:
+            self._lead()
+        if seat.error is not None:
+            raise seat.error
+        return seat.result  # type: ignore[return-value]
+
+    def _lead(self) -> None:
+        """Run one group, the leader's own seat first in it, and hand the lead on."""
+        with self._mutex:
+            seats = self._waiting[: self._most]
+            del self._waiting[: self._most]
+        try:
+            self._serve(seats)
+        finally:
+            with self._mutex:
+                self._led = bool(self._waiting)
+                if self._waiting:
+                    self._waiting[0].call.release()
+            for seat in seats[1:]:
+                seat.call.release()
+
+    def _serve(self, seats: "list[_Seat[Argument, Result]]") -> None:
+        try:
+            results = self._run([seat.argument for seat in seats])
+        except StoreUnavailable as error:
+            for seat in seats:
+                seat.fail(error)
+        except Exception as error:  # noqa: BLE001  told to whoever brought the argument
+            if len(seats) == 1:
+                seats[0].fail(error)
+                return
+            for seat in seats:
+                self._serve([seat])
+        else:
+            for seat, result in zip(seats, results, strict=True):
+                seat.finish(result)
+
+
+def _held() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+@dataclass(slots=True, eq=False)
+class _Seat(Generic[Argument, Result]):
+    argument: Argument
+    call: threading.Lock = field(default_factory=_held)
+    done: bool = False
+    result: Result | None = None
+    error: Exception | None = None
+
+    def finish(self, result: Result) -> None:
+        self.result = result
+        self.done = True
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.done = True

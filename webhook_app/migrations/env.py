@@ -1,0 +1,31 @@
+"""Alembic runs this: one connection, one transaction, one migrator at a time."""
+
+from alembic import context
+from sqlalchemy import Connection, Engine, text
+
+from webhook_app import models
+
+MIGRATION_LOCK = 7_208_312_001
+"""PostgreSQL advisory lock: several dynos may run their release phase at once."""
+
+
+def _migrate(connection: Connection) -> None:
+    context.configure(
+        connection=connection,
+        target_metadata=models.metadata,
+        render_as_batch=connection.dialect.name == "sqlite",
+        transaction_per_migration=False,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def _run(engine: Engine) -> None:
+    with engine.connect().execution_options(writing=True) as connection, connection.begin():
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+        _migrate(connection)
+
+
+if context.config.attributes.get("engine") is not None:
+    _run(context.config.attributes["engine"])

@@ -1,0 +1,277 @@
+"""The tables.  State is rows; nothing here has behaviour.
+
+Two kinds of database run the same code: SQLite (one box) and PostgreSQL.  Times are aware UTC,
+JSON is stored as text in the order it was written (a message's body must not change between
+attempts), ids that order things come from `counters` (see `db.Write`), not from the database.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.engine import Dialect
+
+
+class Moment(TypeDecorator[datetime]):
+    """An aware UTC datetime on both databases; SQLite has no time zones, so it stores UTC without one."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        """Refuse naive times: they would be somebody's local time."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone can't be stored")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        """UTC again."""
+        if value is None:
+            return None
+        moment: datetime = value
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+Id = BigInteger().with_variant(Integer, "sqlite")
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+counters = Table(
+    "counters",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("builds", Id, nullable=False),
+    Column("events", Id, nullable=False),
+    Column("messages", Id, nullable=False),
+    Column("inbound", Id, nullable=False),
+    Column("subscribers_revision", Id, nullable=False),
+    comment="One row: the last id given out per table.  Whoever holds its lock is the writer.",
+)
+
+builds = Table(
+    "builds",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=False),
+    Column("build_id", Text, nullable=False),
+    Column("key", Text, nullable=False, unique=True),
+    Column("lookup", Text, nullable=False, unique=True),
+    Column("group_key", Text),
+    Column("source", Text, nullable=False),
+    Column("platform", Text, nullable=False),
+    Column("repository", Text),
+    Column("workflow", Text),
+    Column("branch", Text),
+    Column("commit", Text),
+    Column("number", Id),
+    Column("url", Text),
+    Column("attempt", Integer, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("told_state", Text, nullable=False),
+    Column("conclusion", Text),
+    Column("raw_status", Text),
+    Column("raw_conclusion", Text),
+    Column("waiting", Boolean, nullable=False),
+    Column("error", Text),
+    Column("started_at", Moment),
+    Column("ended_at", Moment),
+    Column("platform_at", Moment),
+    Column("jobs", JSON, nullable=False),
+    Column("jobs_complete", Boolean, nullable=False),
+    Column("progress", Integer, nullable=False),
+    Column("progress_basis", Text, nullable=False),
+    Column("report", JSON, nullable=False),
+    Column("preview_url", Text),
+    Column("observed_by", Text, nullable=False),
+    Column("sequence", Integer, nullable=False),
+    Column("last_push_at", Moment),
+    Column("last_poll_at", Moment),
+    Column("polling", Text, nullable=False),
+    Column("poll_count", Integer, nullable=False),
+    Column("poll_deadline_at", Moment),
+    Column("next_poll_at", Moment),
+    Column("consecutive_errors", Integer, nullable=False),
+    Column("poll_error", Text),
+    Column("doubtful", Boolean, nullable=False),
+    Column("requested", Boolean, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("updated_at", Moment, nullable=False),
+    Index("ix_builds_due", "next_poll_at", postgresql_where=text("next_poll_at IS NOT NULL"),
+          sqlite_where=text("next_poll_at IS NOT NULL")),
+    Index("ix_builds_group_key", "group_key", postgresql_where=text("group_key IS NOT NULL"),
+          sqlite_where=text("group_key IS NOT NULL")),
+    Index("ix_builds_repository", "source", "repository", "id"),
+)  # fmt: skip
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("build", Id, ForeignKey("builds.id", ondelete="CASCADE"), primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("state", Text, nullable=False),
+    Column("conclusion", Text),
+    Column("started_at", Moment),
+    Column("ended_at", Moment),
+    Column("progress", Integer, nullable=False),
+    Column("observed_by", Text, nullable=False),
+    Column("error", Text),
+    comment="Attempts that a later one has superseded, as they stood then.",
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=False),
+    Column("build", Id, ForeignKey("builds.id", ondelete="CASCADE")),
+    Column("sequence", Integer),
+    Column("type", Text, nullable=False),
+    Column("data", JSON, nullable=False),
+    Column("observed_by", Text, nullable=False),
+    Column("timestamp", Moment, nullable=False),
+    UniqueConstraint("build", "sequence"),
+    Index("ix_events_timestamp", "timestamp"),
+    comment="Append-only.  `data` is the body subscribers get, less event_id and sequence.",
+)
+
+inbound = Table(
+    "inbound",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=False),
+    Column("delivery_key", Text, unique=True),
+    Column("source", Text, nullable=False),
+    Column("hook_id", Text, nullable=False),
+    Column("event", Text, nullable=False),
+    Column("delivery_id", Text, nullable=False),
+    Column("headers", JSON, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("reason", Text),
+    Column("build", Id, ForeignKey("builds.id", ondelete="SET NULL")),
+    Column("received_at", Moment, nullable=False),
+    Index("ix_inbound_received_at", "received_at"),
+    Index("ix_inbound_build", "build"),
+    Index("ix_inbound_unreadable", "id", postgresql_where=text("status = 'unreadable'"),
+          sqlite_where=text("status = 'unreadable'")),
+    comment="Every verified delivery as it came; `body` is zlib compressed.",
+)  # fmt: skip
+
+subscribers = Table(
+    "subscribers",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("url", Text, nullable=False),
+    Column("events", JSON, nullable=False),
+    Column("sources", JSON, nullable=False),
+    Column("repositories", JSON, nullable=False),
+    Column("branches", JSON, nullable=False),
+    Column("description", Text),
+    Column("rate_limit_per_second", Integer),
+    Column("ordered", Boolean, nullable=False),
+    Column("headers", Text),
+    Column("signing", Text, nullable=False),
+    Column("secrets", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("disabled_reason", Text),
+    Column("failing_since", Moment),
+    Column("failures", Integer, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("updated_at", Moment, nullable=False),
+    comment="`headers` and `secrets` are sealed JSON.",
+)
+
+messages = Table(
+    "messages",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=False),
+    Column("message_id", Text, nullable=False, unique=True),
+    Column("subscriber", Text, ForeignKey("subscribers.id", ondelete="CASCADE"), nullable=False),
+    Column("event", Id, ForeignKey("events.id", ondelete="CASCADE"), nullable=False),
+    Column("build", Id, ForeignKey("builds.id", ondelete="CASCADE")),
+    Column("sequence", Integer),
+    Column("state", Text, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("due_at", Moment),
+    Column("claim", Text),
+    Column("reason", Text),
+    Column("created_at", Moment, nullable=False),
+    Column("settled_at", Moment),
+    UniqueConstraint("subscriber", "event"),
+    Index("ix_messages_due", "due_at", "id", postgresql_where=text("state = 'pending'"),
+          sqlite_where=text("state = 'pending'")),
+    Index("ix_messages_lane", "subscriber", "build", "sequence", postgresql_where=text("state = 'pending'"),
+          sqlite_where=text("state = 'pending'")),
+    Index("ix_messages_event", "event"),
+    comment="The outbox: one event for one subscriber.  state: pending, delivered, dead.",
+)  # fmt: skip
+
+delivery_attempts = Table(
+    "delivery_attempts",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=True),
+    Column("message", Id, ForeignKey("messages.id", ondelete="CASCADE"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("started_at", Moment, nullable=False),
+    Column("duration_ms", Integer, nullable=False),
+    Column("status_code", Integer),
+    Column("reason", Text),
+    Column("response", Text),
+    Index("ix_delivery_attempts_message", "message"),
+    comment="One HTTP try of a message.",
+)
+
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("digest", Text, nullable=False, unique=True),
+    Column("created_at", Moment, nullable=False),
+    comment="API tokens; only a SHA-256 digest is kept.",
+)
+
+sources = Table(
+    "sources",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("paused_until", Moment),
+    Column("pause_reason", Text),
+    comment="What we learned about a source while polling it.",
+)
+
+notices = Table(
+    "notices",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=True),
+    Column("kind", Text, nullable=False),
+    Column("subject", Text, nullable=False),
+    Column("text", Text, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    Column("read_at", Moment),
+    comment="What admins are told.",
+)
