@@ -1,0 +1,314 @@
+"""`record()`: verdicts become rows, events and messages, on both databases."""
+
+from dataclasses import replace
+from datetime import timedelta
+from uuid import uuid4
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import select
+
+from tests.facts import NOON, PACE, at, github, gitlab, job
+from webhook_app import builds, db, models, polling
+from webhook_app.builds import PollFailed
+from webhook_app.lifecycle import Act, Conclusion, Detail, Observation, ObservedBy, State
+
+Q, P, C, F, T = State.QUEUED, State.IN_PROGRESS, State.COMPLETED, State.FAILED, State.TIMEOUT
+
+
+def record(engine, *facts, now=NOON, pace=PACE):
+    return db.as_writer(engine, lambda write: builds.record(write, facts, now, pace))
+
+
+def row(engine, key="github:1"):
+    with db.reading(engine) as connection:
+        return dict(
+            connection.execute(select(models.builds).where(models.builds.c.key == key)).mappings().one()
+        )
+
+
+def events(engine, key="github:1"):
+    with db.reading(engine) as connection:
+        found = connection.execute(
+            select(models.events)
+            .join(models.builds, models.events.c.build == models.builds.c.id)
+            .where(models.builds.c.key == key)
+            .order_by(models.events.c.id)
+        ).mappings()
+        return [dict(event) for event in found]
+
+
+def types(engine, key="github:1"):
+    return [event["type"] for event in events(engine, key)]
+
+
+def test_a_build_from_first_push_to_end(engine):
+    record(engine, github(Q), now=at(0))
+    record(engine, github(P, started_at=at(5)), now=at(6))
+    record(engine, github(C, ended_at=at(65)), now=at(66))
+    build = row(engine)
+    assert (build["state"], build["conclusion"], build["progress"]) == ("completed", "success", 100)
+    assert (build["started_at"], build["ended_at"]) == (at(5), at(65))
+    assert build["next_poll_at"] is None
+    made = events(engine)
+    assert [event["type"] for event in made] == ["build.queued", "build.in_progress", "build.completed"]
+    assert [event["sequence"] for event in made] == [1, 2, 3]
+    last = made[-1]["data"]
+    assert last["previous_state"] == "in_progress"
+    assert last["duration_seconds"] == 60
+    assert (last["sequence"], last["event_id"]) == (3, made[-1]["id"])
+
+
+def test_a_batch_is_applied_in_its_order_and_equals_one_by_one(engine):
+    record(engine, github(Q), github(P), github(C), github(Q, run=2))
+    assert types(engine) == ["build.queued", "build.in_progress", "build.completed"]
+    assert types(engine, "github:2") == ["build.queued"]
+
+
+def test_duplicates_and_late_words_make_no_event(engine):
+    record(engine, github(C))
+    outcomes = record(engine, github(C), github(P), github(Q))
+    assert [outcome.act for outcome in outcomes] == [Act.ENRICH, Act.DROP, Act.DROP]
+    assert types(engine) == ["build.completed"]
+
+
+def test_a_rerun_keeps_the_old_attempts_record(engine):
+    record(engine, github(F, error="boom", ended_at=at(10)))
+    record(engine, github(Q, attempt=2), now=at(100))
+    record(engine, github(C, attempt=2), now=at(200))
+    build = row(engine)
+    assert (build["attempt"], build["state"], build["error"]) == (2, "completed", None)
+    with db.reading(engine) as connection:
+        kept = connection.execute(select(models.attempts)).mappings().one()
+    assert (kept["attempt"], kept["state"], kept["error"], kept["ended_at"]) == (1, "failed", "boom", at(10))
+    assert types(engine) == ["build.failed", "build.queued", "build.completed"]
+
+
+def test_a_check_run_finds_its_build_by_the_suite_and_makes_none(engine):
+    check = Observation(
+        source="github", platform="github", observed_by=ObservedBy.PUSH, key="", build_id="",
+        group="github:suite:1",
+    )  # fmt: skip
+    assert record(engine, check)[0].build is None
+    record(engine, github(P))
+    assert record(engine, check)[0].build_id == "github:Octo:Repo:1"
+
+
+def test_a_renamed_repository_keeps_its_builds(engine):
+    record(engine, github(P))
+    record(engine, github(C, repository="New/Name", build_id="github:New:Name:1"))
+    build = row(engine)
+    assert (build["build_id"], build["repository"], build["state"]) == (
+        "github:Octo:Repo:1", "New/Name", "completed",
+    )  # fmt: skip
+
+
+def test_progress_rises_with_jobs_and_never_falls(engine):
+    record(engine, github(P, jobs=(job(1, "in_progress", 2, 4), job(2, "queued", 0, 4)), jobs_complete=True))
+    assert (row(engine)["progress"], row(engine)["progress_basis"]) == (25, "steps")
+    record(engine, github(None, jobs=(job(1, "completed", 4, 4),)))
+    assert row(engine)["progress"] == 50
+    record(engine, github(None, jobs=(job(1, "in_progress", 1, 4),)))
+    assert row(engine)["progress"] == 50
+    assert types(engine) == ["build.in_progress", "build.progress"]
+
+
+def test_a_script_tells_details_and_each_is_one_event(engine):
+    def report(state, type_=None, **data):
+        return Observation(
+            source="script", platform="script", observed_by=ObservedBy.REPORT, key="script:u",
+            build_id="script:u", state=state, detail=Detail(type=type_, data=data) if type_ else None,
+        )  # fmt: skip
+
+    record(engine, report(P, "build_started"))
+    record(engine, report(P, "stage_completed", stage="compile"))
+    record(engine, report(P))  # a heartbeat
+    record(engine, report(C, "build_completed"))
+    assert types(engine, "script:u") == ["build.in_progress", "build.reported", "build.completed"]
+    assert events(engine, "script:u")[1]["data"]["detail"] == {"type": "stage_completed", "stage": "compile"}
+
+
+# ---- polling columns
+
+
+def test_a_push_keeps_the_build_from_being_polled_for_the_freshness_window(engine):
+    record(engine, github(P), now=at(0))
+    assert row(engine)["next_poll_at"] == at(60)
+    record(engine, github(None), now=at(50))
+    assert row(engine)["next_poll_at"] == at(110)
+
+
+def test_polls_come_at_the_interval_and_say_when_they_began_and_ended(engine):
+    record(engine, github(P), now=at(0))
+    record(engine, github(P, by="poll"), now=at(60))
+    assert row(engine)["next_poll_at"] == at(75)
+    record(engine, github(C, by="poll"), now=at(75))
+    build = row(engine)
+    assert (build["poll_count"], build["polling"], build["next_poll_at"]) == (2, "done", None)
+    assert types(engine) == [
+        "build.in_progress", "build.polling_started", "build.completed", "build.polling_completed",
+    ]  # fmt: skip
+    assert events(engine)[2]["observed_by"] == "poll"
+
+
+def test_polling_without_an_end_times_out_and_a_later_word_is_believed(engine):
+    record(engine, github(P), now=at(0))
+    record(engine, github(P, by="poll"), now=at(60))
+    record(engine, github(P, by="poll"), now=at(60 + 3600))
+    build = row(engine)
+    assert (build["state"], build["conclusion"], build["polling"]) == ("timeout", "timed_out", "timeout")
+    assert build["next_poll_at"] is None
+    assert types(engine)[-2:] == ["build.polling_timeout", "build.timeout"]
+    record(engine, github(C), now=at(5000))
+    assert row(engine)["state"] == "completed"
+
+
+def test_a_push_restarts_the_clock_of_polling(engine):
+    record(engine, github(P), now=at(0))
+    record(engine, github(P, by="poll"), now=at(60))
+    record(engine, github(None), now=at(3000))
+    record(engine, github(P, by="poll"), now=at(3700))
+    assert row(engine)["state"] == "in_progress"
+
+
+def test_a_build_that_waits_for_a_person_never_times_out(engine):
+    record(engine, github(Q, waiting=True, conclusion=Conclusion.ACTION_REQUIRED), now=at(0))
+    for hour in range(1, 30):
+        record(
+            engine,
+            github(Q, waiting=True, conclusion=Conclusion.ACTION_REQUIRED, by="poll"),
+            now=at(hour * 3600),
+        )
+    build = row(engine)
+    assert (build["state"], build["conclusion"]) == ("queued", "action_required")
+    assert build["next_poll_at"] - build["last_poll_at"] == timedelta(
+        seconds=PACE.interval_seconds * polling.WAITING_FACTOR
+    )
+
+
+def test_failed_polls_back_off_and_then_stop(engine):
+    record(engine, github(P), now=at(0))
+    waits = []
+    for number in range(PACE.max_errors):
+        record(engine, PollFailed("github:1", "http 500"), now=at(100))
+        build = row(engine)
+        waits.append((build["next_poll_at"] - at(100)).total_seconds() if build["next_poll_at"] else None)
+        assert build["consecutive_errors"] == number + 1
+    assert waits == [30, 60, None]
+    assert (row(engine)["polling"], row(engine)["poll_error"]) == ("error", "http 500")
+    assert types(engine)[-1] == "build.polling_error"
+    record(engine, github(None), now=at(200))
+    assert row(engine)["next_poll_at"] == at(260)
+
+
+def test_an_undecidable_push_asks_for_a_poll_at_once_and_the_poll_settles_it(engine):
+    record(engine, gitlab(C, 100, {10: "completed"}), now=at(100))
+    outcome = record(engine, gitlab(P, 100, {10: "in_progress"}), now=at(101))[0]
+    assert outcome.ask
+    build = row(engine, "gitlab:1:1")
+    assert (build["state"], build["next_poll_at"]) == ("completed", at(101))
+    record(engine, gitlab(C, 100, None, by="poll"), now=at(102))
+    assert row(engine, "gitlab:1:1")["next_poll_at"] is None
+    assert types(engine, "gitlab:1:1") == ["build.completed"]
+
+
+# ---- any order, subset and repetition
+
+
+def github_story(draw):
+    """What GitHub would say, in order, about one run with up to three attempts."""
+    story = []
+    for attempt in range(1, draw(st.integers(1, 3)) + 1):
+        end = draw(st.sampled_from([s for s in State if s.terminal]))
+        base = attempt * 1000
+        story += [
+            github(Q, attempt, platform_at=at(base)),
+            github(P, attempt, platform_at=at(base + 10)),
+            github(None, attempt, jobs=(job(1, "completed", 3, 3),)),
+            github(end, attempt, platform_at=at(base + 100)),
+        ]
+    return story
+
+
+def gitlab_story(draw):
+    """What GitLab would say about one pipeline that may be retried: no numbers, new job ids."""
+    story = []
+    for attempt in range(1, draw(st.integers(1, 3)) + 1):
+        end = draw(st.sampled_from([C, F, State.CANCELLED]))
+        base, first = attempt * 1000, attempt * 10
+        story += [
+            gitlab(Q, base, {first: "queued", first + 1: "queued"}),
+            gitlab(P, base + 10, {first: "in_progress", first + 1: "queued"}),
+            gitlab(P, base + 50, {first: "completed", first + 1: "in_progress"}),
+            gitlab(end, base + 100, {first: "completed", first + 1: "completed"}),
+        ]
+    return story
+
+
+@st.composite
+def jumbled(draw, tell):
+    """A story, and what of it arrives: any subset, in any order, with repetitions."""
+    story = tell(draw)
+    picks = draw(st.lists(st.integers(0, len(story) - 1), max_size=2 * len(story)))
+    return story, [story[pick] for pick in picks]
+
+
+@pytest.fixture(scope="module")
+def one_engine(tmp_path_factory):
+    made = db.connect(f"sqlite:///{tmp_path_factory.mktemp('jumble') / 'test.db'}", "NORMAL")
+    from webhook_app import migrations
+
+    migrations.upgrade(made)
+    yield made
+    made.dispose()
+
+
+FEW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def play(engine, arrived, truth):
+    """Apply what arrived, then poll until nothing is asked; the build's row."""
+    key = f"{truth.key}:{uuid4().hex}"
+    rekey = lambda fact: replace(fact, key=key, build_id=key, group=None)  # noqa: E731
+    for fact in arrived:
+        record(engine, rekey(fact))
+    poll = replace(rekey(truth), observed_by=ObservedBy.POLL, jobs=(), jobs_complete=False)
+    for _ in range(3):
+        record(engine, poll)
+    return row(engine, key)
+
+
+@FEW
+@given(story=jumbled(github_story))
+def test_whatever_arrives_from_github_a_poll_ends_in_the_true_state(one_engine, story):
+    told, arrived = story
+    build = play(one_engine, arrived, told[-1])
+    assert (build["state"], build["attempt"]) == (told[-1].state.value, told[-1].attempt)
+    assert build["next_poll_at"] is None
+
+
+@FEW
+@given(story=jumbled(gitlab_story))
+def test_whatever_arrives_from_gitlab_a_poll_ends_in_the_true_state(one_engine, story):
+    told, arrived = story
+    build = play(one_engine, arrived, told[-1])
+    assert build["state"] == told[-1].state.value
+    assert build["next_poll_at"] is None
+
+
+@FEW
+@given(data=st.data())
+@pytest.mark.parametrize("tell", [github_story, gitlab_story])
+def test_with_all_pushes_present_no_poll_is_needed_in_any_order(one_engine, tell, data):
+    story = tell(data.draw)
+    order = data.draw(st.permutations(story))
+    key = f"x:{uuid4().hex}"
+    for fact in order:
+        record(one_engine, replace(fact, key=key, build_id=key, group=None))
+    build = row(one_engine, key)
+    assert build["state"] == story[-1].state.value
+    made = events(one_engine, key)
+    assert [event["sequence"] for event in made] == list(range(1, len(made) + 1))
+    progress = [event["data"]["progress"] for event in made if event["data"]["attempt"] == build["attempt"]]
+    assert progress == sorted(progress)

@@ -1,0 +1,549 @@
+"""`record()`: THE write path.  Every fact about a build, pushed, polled or reported, enters here.
+
+In one transaction (the caller's, which holds the writer's lock) a batch of facts is held against
+the rows of their builds: verdict, state, events with their sequence, messages to subscribers.
+Reads are in `queries`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from urllib.parse import unquote
+
+from sqlalchemy import bindparam, insert, or_, select, update
+
+from webhook_app import deliveries, models, polling, progress
+from webhook_app.db import Write
+from webhook_app.lifecycle import (
+    Act,
+    Conclusion,
+    JobStatus,
+    Observation,
+    ObservedBy,
+    Recorded,
+    State,
+    Verdict,
+    verdict,
+)
+from webhook_app.platforms import Source
+from webhook_app.polling import Pace
+from webhook_app.times import iso
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PollFailed:
+    """A poll of the build with this `key` told nothing; `message` says why, for people."""
+
+    key: str
+    message: str
+
+
+Fact = Observation | PollFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one fact: the build it went to (None: no such build), and what it changed."""
+
+    build: int | None
+    build_id: str | None
+    act: Act
+    ask: bool = False
+    events: int = 0
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A build's row while facts are applied to it, and the events they make."""
+
+    row: Row
+    new: bool = False
+    dirty: bool = False
+    events: list[Row] = field(default_factory=list)
+    superseded: list[Row] = field(default_factory=list)
+
+    def change(self, values: Mapping[str, Any]) -> None:
+        self.row.update(values)
+        self.dirty = True
+
+
+def record(write: Write, facts: Sequence[Fact], now: datetime, pace: Pace) -> list[Outcome]:
+    """Apply `facts` in their order and write what they change; one outcome per fact.
+
+    Needs the writer's lock (`db.as_writer`).  Nothing is visible before the caller's commit.
+    """
+    drafts = _load(write, facts)
+    outcomes = [_apply(write, drafts, fact, now, pace) for fact in facts]
+    touched = [draft for draft in drafts.distinct() if draft.dirty]
+    _flush(write, touched, now)
+    deliveries.plan(write, [event for draft in touched for event in draft.events], now)
+    return outcomes
+
+
+class _Drafts:
+    """The drafts of a batch, by key and by group."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.by_key: dict[str, _Draft] = {}
+        self.by_group: dict[str, _Draft] = {}
+        for row in rows:
+            self.add(_Draft(row))
+
+    def add(self, draft: _Draft) -> None:
+        self.by_key[draft.row["key"]] = draft
+        if draft.row["group_key"]:
+            self.by_group[draft.row["group_key"]] = draft
+
+    def of(self, fact: Fact) -> _Draft | None:
+        if fact.key:
+            return self.by_key.get(fact.key)
+        return self.by_group.get(fact.group or "") if isinstance(fact, Observation) else None
+
+    def distinct(self) -> Iterable[_Draft]:
+        return self.by_key.values()
+
+
+def _load(write: Write, facts: Sequence[Fact]) -> _Drafts:
+    keys = {fact.key for fact in facts if fact.key}
+    groups = {fact.group for fact in facts if isinstance(fact, Observation) and not fact.key and fact.group}
+    wanted = [models.builds.c.key.in_(keys)] if keys else []
+    if groups:
+        wanted.append(models.builds.c.group_key.in_(groups))
+    if not wanted:
+        return _Drafts(())
+    rows = write.connection.execute(select(models.builds).where(or_(*wanted))).mappings()
+    return _Drafts(dict(row) for row in rows)
+
+
+def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace) -> Outcome:
+    draft = drafts.of(fact)
+    if draft is None and (isinstance(fact, PollFailed) or not fact.key):
+        return Outcome(None, None, Act.DROP)
+    if isinstance(fact, PollFailed):
+        assert draft is not None
+        _note_failed_poll(draft, fact, now, pace)
+        _give_up_when_overdue(draft, now)
+        return Outcome(draft.row["id"], draft.row["build_id"], Act.ENRICH, events=len(draft.events))
+    decided = verdict(_recorded(draft.row) if draft else None, fact)
+    if draft is None:
+        draft = _Draft(_blank(write, fact, now), new=True)
+        drafts.add(draft)
+    before = len(draft.events)
+    if fact.observed_by is ObservedBy.POLL and not draft.new:
+        _begin_polling(draft, now)
+    _apply_verdict(draft, fact, decided, now)
+    _schedule(draft, fact, decided, now, pace)
+    return Outcome(
+        draft.row["id"], draft.row["build_id"], decided.act, decided.ask, len(draft.events) - before
+    )
+
+
+def _recorded(row: Row) -> Recorded:
+    return Recorded(
+        attempt=row["attempt"],
+        state=State(row["state"]),
+        told_state=State(row["told_state"]),
+        conclusion=Conclusion(row["conclusion"]) if row["conclusion"] else None,
+        waiting=row["waiting"],
+        platform_at=row["platform_at"],
+        jobs={int(id_): JobStatus(job["status"]) for id_, job in row["jobs"].items()},
+        jobs_complete=row["jobs_complete"],
+    )
+
+
+def _blank(write: Write, seen: Observation, now: datetime) -> Row:
+    """The row of a build nobody has spoken of before."""
+    return {
+        "id": write.new_id("builds"),
+        "build_id": seen.build_id,
+        "key": seen.key,
+        "lookup": seen.build_id.casefold(),
+        "group_key": None,
+        "source": seen.source,
+        "platform": seen.platform,
+        "repository": None,
+        "workflow": None,
+        "branch": None,
+        "commit": None,
+        "number": None,
+        "url": None,
+        "sequence": 0,
+        "last_push_at": None,
+        "last_poll_at": None,
+        "created_at": now,
+        "updated_at": now,
+        "attempt": 1,
+        "observed_by": seen.observed_by.value,
+        "preview_url": None,
+    } | _blank_attempt()
+
+
+def _blank_attempt() -> Row:
+    """Columns that begin anew with each attempt."""
+    return {
+        "state": State.QUEUED.value,
+        "told_state": State.QUEUED.value,
+        "conclusion": None,
+        "raw_status": None,
+        "raw_conclusion": None,
+        "waiting": False,
+        "error": None,
+        "started_at": None,
+        "ended_at": None,
+        "platform_at": None,
+        "jobs": {},
+        "jobs_complete": False,
+        "progress": 0,
+        "progress_basis": "none",
+        "report": {},
+    } | polling.fresh_attempt()
+
+
+# ---- what a verdict changes ------------------------------------------------------------------
+
+
+def _apply_verdict(draft: _Draft, seen: Observation, decided: Verdict, now: datetime) -> None:
+    if decided.act in (Act.DROP, Act.ASK):
+        return
+    previous = None if decided.act is Act.CREATE else draft.row["state"]
+    if decided.act is Act.REOPEN:
+        _supersede(draft)
+    if decided.act in (Act.CREATE, Act.REOPEN):
+        draft.change({"attempt": decided.attempt})
+    _take_facts(draft, seen)
+    moved = decided.act is not Act.ENRICH
+    concluded = decided.conclusion != draft.row["conclusion"]
+    if moved:
+        _enter(draft, seen, decided, now)
+    elif concluded:
+        draft.change({"conclusion": decided.conclusion})
+    advanced = _take_progress(draft, seen)
+    type_ = None
+    if moved:
+        type_ = f"build.{decided.state.value}"
+    elif seen.detail is not None:
+        type_ = "build.reported"
+    elif advanced or concluded:
+        type_ = "build.progress"
+    if type_ is not None:
+        draft.change({"observed_by": seen.observed_by.value})
+        _add_event(draft, type_, seen, now, previous)
+
+
+def _supersede(draft: _Draft) -> None:
+    """Keep the old attempt's record and clear the row for the next one."""
+    row = draft.row
+    kept = ("attempt", "state", "conclusion", "started_at", "ended_at", "progress", "observed_by", "error")
+    draft.superseded.append({"build": row["id"]} | {name: row[name] for name in kept})
+    draft.change(_blank_attempt())
+
+
+def _enter(draft: _Draft, seen: Observation, decided: Verdict, now: datetime) -> None:
+    """Take the new state; a later end takes the error of the earlier one away."""
+    state = decided.state
+    values: Row = {
+        "state": state.value,
+        "conclusion": decided.conclusion.value if decided.conclusion else None,
+        "waiting": seen.waiting,
+        "ended_at": (seen.ended_at or now) if state.terminal else None,
+        "error": seen.error,
+    }
+    if not seen.ours:
+        values["told_state"] = state.value
+        values["jobs_complete"] = seen.jobs_complete
+    draft.change(values)
+    if state is not State.QUEUED and draft.row["started_at"] is None:
+        draft.change({"started_at": seen.started_at or (now if state is State.IN_PROGRESS else None)})
+
+
+def _take_facts(draft: _Draft, seen: Observation) -> None:
+    """Fill what is unknown; take what may change from whoever is not older than we know."""
+    row = draft.row
+    values: Row = {}
+    for name in ("workflow", "branch", "commit", "number", "url", "started_at"):
+        told = getattr(seen, name)
+        if told is not None and row[name] is None:
+            values[name] = told
+    known_at = row["platform_at"]
+    older = seen.platform_at is not None and known_at is not None and seen.platform_at < known_at
+    if not older:
+        for name in ("repository", "raw_status", "raw_conclusion", "platform_at", "preview_url"):
+            told = getattr(seen, name)
+            if told is not None and told != row[name]:
+                values[name] = told
+        if seen.state is not None and not seen.ours:
+            values["waiting"] = seen.waiting
+    if seen.group and seen.key and row["group_key"] is None:
+        values["group_key"] = seen.group
+    if any(row[name] != value for name, value in values.items()):
+        draft.change(values)
+
+
+def _take_progress(draft: _Draft, seen: Observation) -> bool:
+    """Fold jobs, reports and told percentages in; did the whole percent rise?  It never falls."""
+    row = draft.row
+    told = None
+    if seen.jobs:
+        jobs = _merge_jobs(
+            {} if seen.jobs_complete else row["jobs"],
+            row["jobs"],
+            seen,
+            over=State(row["told_state"]).terminal and bool(row["jobs"]),
+        )
+        if jobs != row["jobs"]:
+            draft.change({"jobs": jobs})
+        told = progress.of_jobs(jobs, complete=seen.jobs_complete or row["jobs_complete"])
+    if seen.detail is not None:
+        report, told = progress.of_report(row["report"], seen.detail)
+        draft.change({"report": report})
+    if seen.progress is not None:
+        told = progress.Progress(min(seen.progress, 99), "report")
+    if row["state"] == State.COMPLETED.value:
+        told = progress.Progress(100, row["progress_basis"])
+    if told is None or told.percent <= row["progress"]:
+        return False
+    draft.change({"progress": told.percent, "progress_basis": told.basis})
+    return not State(row["state"]).terminal
+
+
+_JOB_RANK = {JobStatus.QUEUED: 0, JobStatus.MANUAL: 0, JobStatus.IN_PROGRESS: 1, JobStatus.COMPLETED: 2}
+
+
+def _merge_jobs(start: Row, known: Row, seen: Observation, *, over: bool) -> Row:
+    """Jobs by id, as stored; a job that was further already stays there.
+
+    A job we first hear of after the end belongs to a re-run: kept here, it would hide that re-run.
+    """
+    merged = dict(start)
+    for job in seen.jobs:
+        old = known.get(str(job.id))
+        if old is None and over and not seen.jobs_complete:
+            continue
+        if old is not None and _JOB_RANK[JobStatus(old["status"])] > _JOB_RANK[job.status]:
+            merged[str(job.id)] = old
+            continue
+        merged[str(job.id)] = {
+            "name": job.name,
+            "status": job.status.value,
+            "steps_done": max(job.steps_done, old["steps_done"] if old else 0),
+            "steps_total": job.steps_total,
+        }
+    return merged
+
+
+# ---- events ----------------------------------------------------------------------------------
+
+
+def _add_event(
+    draft: _Draft,
+    type_: str,
+    seen: Observation | None,
+    now: datetime,
+    previous_state: str | None,
+    detail: Row | None = None,
+) -> None:
+    """Append an event; its data is what subscribers get, a snapshot of the build as it is now."""
+    row = draft.row
+    draft.change({"sequence": row["sequence"] + 1})
+    by = seen.observed_by.value if seen is not None else ObservedBy.POLL.value
+    if seen is not None and seen.detail is not None:
+        detail = {"type": seen.detail.type, **seen.detail.data}
+    draft.events.append(
+        {
+            "build": row["id"],
+            "sequence": row["sequence"],
+            "type": type_,
+            "observed_by": by,
+            "timestamp": now,
+            "data": _snapshot(row, previous_state, by) | ({"detail": detail} if detail else {}),
+        }
+    )
+
+
+def _snapshot(row: Row, previous_state: str | None, observed_by: str) -> Row:
+    started, ended = row["started_at"], row["ended_at"]
+    return {
+        "build_id": row["build_id"],
+        "sequence": row["sequence"],
+        "event_id": 0,  # given when it is written
+        "source": row["source"],
+        "platform": row["platform"],
+        "repository": row["repository"],
+        "workflow": row["workflow"],
+        "branch": row["branch"],
+        "commit": row["commit"],
+        "number": row["number"],
+        "attempt": row["attempt"],
+        "state": row["state"],
+        "previous_state": previous_state,
+        "conclusion": row["conclusion"],
+        "url": row["url"],
+        "started_at": iso(started),
+        "ended_at": iso(ended),
+        "duration_seconds": duration_seconds(started, ended),
+        "progress": row["progress"],
+        "observed_by": observed_by,
+        "error": row["error"],
+    }
+
+
+def duration_seconds(started: datetime | None, ended: datetime | None) -> float | None:
+    """Seconds from start to end, never negative; None while either is unknown."""
+    if started is None or ended is None:
+        return None
+    return max((ended - started).total_seconds(), 0.0)
+
+
+# ---- polling ---------------------------------------------------------------------------------
+
+
+def _schedule(draft: _Draft, seen: Observation, decided: Verdict, now: datetime, pace: Pace) -> None:
+    """Move the next poll, and record what polling itself did."""
+    if seen.ours:
+        draft.change(polling.ended(draft.row))
+        return
+    if seen.observed_by is ObservedBy.POLL:
+        _note_poll(draft, decided, now, pace)
+    else:
+        draft.change(polling.after_push(draft.row, now, pace, ask=decided.ask))
+    row = draft.row
+    if not State(row["state"]).terminal:
+        _give_up_when_overdue(draft, now)
+    elif not row["doubtful"]:
+        if row["polling"] == "active":
+            _add_event(draft, "build.polling_completed", None, now, row["state"], _poll_detail(row))
+        draft.change(polling.ended(row))
+
+
+def _note_poll(draft: _Draft, decided: Verdict, now: datetime, pace: Pace) -> None:
+    if draft.row["polling"] == "stopped":
+        draft.change({"last_poll_at": now})
+        return  # it was stopped by hand while we were reading
+    _begin_polling(draft, now)
+    draft.change(polling.after_poll(draft.row, now, pace, ask=decided.ask))
+
+
+def _begin_polling(draft: _Draft, now: datetime) -> None:
+    """Record, once per attempt, that polling has begun."""
+    row = draft.row
+    if row["polling"] in ("idle", "requested") and not State(row["state"]).terminal:
+        draft.change({"polling": "active"})
+        _add_event(draft, "build.polling_started", None, now, row["state"], _poll_detail(row))
+
+
+def _note_failed_poll(draft: _Draft, fact: PollFailed, now: datetime, pace: Pace) -> None:
+    row = draft.row
+    if row["polling"] in ("stopped", "done"):
+        return  # it ended, or was stopped by hand, while we were reading
+    _begin_polling(draft, now)
+    draft.change(polling.after_error(row, now, pace, fact.message))
+    if row["polling"] == "error":
+        _add_event(draft, "build.polling_error", None, now, row["state"], _poll_detail(row))
+
+
+def _give_up_when_overdue(draft: _Draft, now: datetime) -> None:
+    row = draft.row
+    if State(row["state"]).terminal or row["polling"] == "error" or not polling.overdue(row, now):
+        return
+    previous = row["state"]
+    _add_event(draft, "build.polling_timeout", None, now, previous, _poll_detail(row))
+    draft.change(
+        {
+            "state": State.TIMEOUT.value,
+            "conclusion": Conclusion.TIMED_OUT.value,
+            "ended_at": now,
+            "error": f"no end after {row['poll_count']} polls",
+            "polling": "timeout",
+            "observed_by": ObservedBy.POLL.value,
+        }
+    )
+    _add_event(draft, "build.timeout", None, now, previous)
+    draft.change(polling.ended(row))
+
+
+def _poll_detail(row: Row) -> Row:
+    return {
+        "poll_count": row["poll_count"],
+        "consecutive_errors": row["consecutive_errors"],
+        "error": row["poll_error"],
+    }
+
+
+# ---- writing ---------------------------------------------------------------------------------
+
+_MUTABLE = [column.name for column in models.builds.c if column.name not in ("id", "key", "created_at")]
+_UPDATE = (
+    update(models.builds)
+    .where(models.builds.c.id == bindparam("the_id"))
+    .values({name: bindparam(f"new_{name}") for name in _MUTABLE})
+)
+
+
+def _flush(write: Write, drafts: Sequence[_Draft], now: datetime) -> None:
+    connection = write.connection
+    for draft in drafts:
+        draft.row["updated_at"] = now
+    new = [draft.row for draft in drafts if draft.new]
+    if new:
+        connection.execute(insert(models.builds), new)
+    changed = [draft.row for draft in drafts if not draft.new]
+    if changed:
+        connection.execute(
+            _UPDATE,
+            [{"the_id": row["id"]} | {f"new_{name}": row[name] for name in _MUTABLE} for row in changed],
+        )
+    superseded = [old for draft in drafts for old in draft.superseded]
+    if superseded:
+        connection.execute(insert(models.attempts), superseded)
+    events = [event for draft in drafts for event in draft.events]
+    for event in events:
+        event["id"] = event["data"]["event_id"] = write.new_id("events")
+    if events:
+        connection.execute(insert(models.events), events)
+
+
+# ---- named by a request ----------------------------------------------------------------------
+
+_NAMES = {
+    "github": re.compile(r"(?P<repository>[\w-]{1,100}:[\w.-]{1,100}):(?P<key>[1-9]\d{0,17})", re.ASCII),
+    "gitlab": re.compile(r"(?P<key>[1-9]\d{0,17}:[1-9]\d{0,17})", re.ASCII),
+    "jenkins": re.compile(
+        r"(?P<key>(?P<repository>[\w.~-]+(?::[\w.~-]+)*):(?P<number>[1-9]\d{0,9}))", re.ASCII
+    ),
+}
+"""What follows the source's name in a `build_id`, by platform."""
+_LONGEST_NAME = 1000
+
+
+def named(write: Write, build_id: str, source: Source, now: datetime) -> Row:
+    """Store a build of which only the id is known: queued, and due for its first poll; its row.
+
+    Needs the writer's lock; the caller has found no such build.  Raises `ValueError` if the id can't be
+    one of this source.
+    """
+    rest = build_id.partition(":")[2]
+    pattern = _NAMES.get(source.platform)
+    found = pattern.fullmatch(rest) if pattern and len(build_id) <= _LONGEST_NAME else None
+    if found is None:
+        raise ValueError(f"{source.platform} builds have no id of this form")
+    parts = found.groupdict()
+    names = [unquote(name.replace("~", "%")) for name in (parts.get("repository") or "").split(":")]
+    if any(name in (".", "..") or "/" in name or not name.isprintable() for name in names):
+        raise ValueError("the id names no job or repository")
+    seen = Observation(
+        source=source.name,
+        platform=source.platform,
+        observed_by=ObservedBy.POLL,
+        key=f"{source.name}:{parts['key']}",
+        build_id=f"{source.name}:{rest}",
+    )
+    row = _blank(write, seen, now) | polling.request(now)
+    if source.platform == "jenkins":
+        row |= {"key": row["lookup"], "workflow": names[-1], "number": int(parts["number"])}
+    row["repository"] = "/".join(names) or None
+    write.connection.execute(insert(models.builds), row)
+    return row

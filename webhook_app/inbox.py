@@ -1,0 +1,201 @@
+"""`take()`: a verified delivery is kept, refused if it came before, and recorded; one transaction.
+
+A delivery counts as seen only once it was applied: one that was unreadable stays open, so that a
+redelivery, or `reprocess()` with a newer program, can still make it count.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Engine, bindparam, insert, select, update
+
+from webhook_app import builds, models, platforms
+from webhook_app.db import Write, as_writer
+from webhook_app.platforms import Headers, Source, Unreadable, Webhook
+from webhook_app.polling import Pace
+
+COMPRESSION = 1
+KEPT_HEADERS = frozenset({
+    "content-type", "user-agent", "x-github-event", "x-github-delivery", "x-github-hook-id",
+    "x-gitlab-event", "x-gitlab-instance", "x-gitlab-event-uuid", "idempotency-key", "webhook-id",
+    "webhook-timestamp", "x-delivery-id",
+})  # fmt: skip
+"""Headers worth keeping; none of them is a secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A verified delivery, parsed.  `webhook` None: unreadable, for this `reason`."""
+
+    source: str
+    envelope: platforms.Envelope
+    headers: Headers
+    body: bytes
+    webhook: Webhook | None
+    reason: str | None = None
+
+    @property
+    def delivery_key(self) -> str | None:
+        """What makes it unique; None if the sender gives nothing that could."""
+        if not self.envelope.delivery_id:
+            return None
+        envelope = self.envelope
+        return f"{self.source}|{envelope.hook_id}|{envelope.event}|{envelope.delivery_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of a delivery.  `status`: accepted, duplicate, ignored, unreadable."""
+
+    status: str
+    delivery_id: int
+    build_id: str | None = None
+    reason: str | None = None
+    ask: bool = False
+    events: int = 0
+
+
+def read(source: Source, headers: Headers, body: bytes) -> Arrival:
+    """Parse a verified delivery.  Raises `NotJson`; what is merely unreadable is an Arrival with a reason."""
+    platform = platforms.find()[source.platform]
+    envelope = platform.envelope(headers, body)
+    try:
+        webhook, reason = platform.parse_webhook(source, headers, body), None
+    except Unreadable as error:
+        webhook, reason = None, str(error)
+    return Arrival(source.name, envelope, headers, body, webhook, reason)
+
+
+def take(engine: Engine, arrivals: Sequence[Arrival], now: datetime, pace: Pace) -> list[Receipt]:
+    """Keep and apply deliveries in one committed transaction; one receipt each, in order."""
+    return as_writer(engine, lambda write: _take(write, arrivals, now, pace))
+
+
+def _take(write: Write, arrivals: Sequence[Arrival], now: datetime, pace: Pace) -> list[Receipt]:
+    known = _known(write, arrivals)
+    receipts: dict[int, Receipt] = {}
+    fresh: list[tuple[int, Arrival, int]] = []  # place, arrival, row id
+    rows: list[dict[str, Any]] = []
+    for place, arrival in enumerate(arrivals):
+        key = arrival.delivery_key
+        seen = known.get(key) if key else None
+        if seen is not None and seen[1] != "unreadable":
+            receipts[place] = Receipt("duplicate", seen[0], seen[2])
+            continue
+        if seen is None:
+            row_id = write.new_id("inbound")
+            rows.append(_row(row_id, arrival, now))
+        else:
+            row_id = seen[0]  # was unreadable: this is its second chance
+        if key:
+            known[key] = (row_id, "applied", None)
+        fresh.append((place, arrival, row_id))
+    if rows:
+        write.connection.execute(insert(models.inbound), rows)
+    receipts |= _apply(write, fresh, now, pace)
+    return [receipts[place] for place in range(len(arrivals))]
+
+
+_i = models.inbound.c
+_KNOWN = (
+    select(_i.delivery_key, _i.id, _i.status, models.builds.c.build_id)
+    .outerjoin(models.builds, _i.build == models.builds.c.id)
+    .where(_i.delivery_key.in_(bindparam("keys", expanding=True)))
+)  # fmt: skip
+
+
+def _known(write: Write, arrivals: Sequence[Arrival]) -> dict[str, tuple[int, str, str | None]]:
+    keys = [arrival.delivery_key for arrival in arrivals if arrival.delivery_key]
+    if not keys:
+        return {}
+    rows = write.connection.execute(_KNOWN, {"keys": keys})
+    return {row.delivery_key: (row.id, row.status, row.build_id) for row in rows}
+
+
+def _row(row_id: int, arrival: Arrival, now: datetime) -> dict[str, Any]:
+    return {
+        "id": row_id,
+        "delivery_key": arrival.delivery_key,
+        "source": arrival.source,
+        "hook_id": arrival.envelope.hook_id,
+        "event": arrival.envelope.event,
+        "delivery_id": arrival.envelope.delivery_id,
+        "headers": {name: value for name, value in arrival.headers.items() if name in KEPT_HEADERS},
+        "body": zlib.compress(arrival.body, COMPRESSION),
+        "status": "applied",
+        "received_at": now,
+    }
+
+
+def _apply(
+    write: Write, fresh: Sequence[tuple[int, Arrival, int]], now: datetime, pace: Pace
+) -> dict[int, Receipt]:
+    """Record what the deliveries say; update their rows with what became of them."""
+    facts = [fact for _, arrival, _ in fresh if arrival.webhook for fact in arrival.webhook.observations]
+    outcomes = iter(builds.record(write, facts, now, pace))
+    receipts: dict[int, Receipt] = {}
+    results: list[dict[str, Any]] = []
+    for place, arrival, row_id in fresh:
+        mine = [next(outcomes) for _ in arrival.webhook.observations] if arrival.webhook else []
+        receipt = _receipt(arrival, row_id, mine)
+        receipts[place] = receipt
+        build = next((outcome.build for outcome in mine if outcome.build is not None), None)
+        status = "applied" if receipt.status == "accepted" else receipt.status
+        results.append({"the_id": row_id, "status": status, "reason": receipt.reason, "build": build})
+    if results:
+        write.connection.execute(_SETTLE, results)
+    return receipts
+
+
+_SETTLE = (
+    update(models.inbound)
+    .where(models.inbound.c.id == bindparam("the_id"))
+    .values(status=bindparam("status"), reason=bindparam("reason"), build=bindparam("build"))
+)
+
+
+def _receipt(arrival: Arrival, row_id: int, outcomes: Sequence[builds.Outcome]) -> Receipt:
+    if arrival.webhook is None:
+        return Receipt("unreadable", row_id, reason=arrival.reason)
+    found = [outcome for outcome in outcomes if outcome.build is not None]
+    if not found:
+        reason = arrival.webhook.ignored or "it names no build that is known here"
+        return Receipt("ignored", row_id, reason=reason)
+    return Receipt(
+        "accepted",
+        row_id,
+        found[0].build_id,
+        ask=any(outcome.ask for outcome in found),
+        events=sum(outcome.events for outcome in found),
+    )
+
+
+def reprocess(
+    engine: Engine, sources: Mapping[str, Source], inbound_id: int, now: datetime, pace: Pace
+) -> Receipt | None:
+    """Take a kept delivery once more, through the same code; None if there is no such row.
+
+    Harmless for one that was applied: the state machine finds nothing new in it.
+    """
+
+    def again(write: Write) -> Receipt | None:
+        row = (
+            write.connection.execute(select(models.inbound).where(models.inbound.c.id == inbound_id))
+            .mappings()
+            .one_or_none()
+        )
+        if row is None:
+            return None
+        source = sources.get(row["source"])
+        body = zlib.decompress(row["body"])
+        if source is None:
+            return Receipt(
+                "unreadable", inbound_id, reason=f"source {row['source']!r} is no longer configured"
+            )
+        arrival = read(source, row["headers"], body)
+        return _apply(write, [(0, arrival, inbound_id)], now, pace)[0]
+
+    return as_writer(engine, again)
