@@ -1,0 +1,1 @@
+"""What workers run: `deliver`, `poll`, `sweep`; `schedule` is the metronome, `worker` the process."""

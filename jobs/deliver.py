@@ -1,0 +1,164 @@
+"""The delivery job: a wake-up that drains what is due, never one message.
+
+The job's thread owns the database: it settles what came back and claims what is due in one
+transaction, while threads send over connections that stay open between messages and jobs.
+"""
+
+import logging
+import queue
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Connection, select
+
+from jobs.resources import Resources, resources
+from jobs.schedule import ring_at
+from webhook_app import VERSION, db, deliveries, models, outbound, queues, subscribers
+from webhook_app.deliveries import Claimed, RetryPolicy, Tried
+from webhook_app.times import utc_now
+
+log = logging.getLogger(__name__)
+
+USER_AGENT = f"BuildRelay/{VERSION}"
+IN_FLIGHT = 64
+LONGEST_DRAIN_SECONDS = 60.0
+SOON = timedelta(hours=1)
+
+
+def deliver() -> None:
+    """Send every due message, then ask to be woken when the next one is due.  Any number may run at once."""
+    held = resources()
+    queues.answer(held.redis, queues.DELIVER)
+    count = _Drain(held).run()
+    if count:
+        log.info("delivered tries=%d", count)
+    _come_back(held)
+
+
+def _come_back(held: Resources) -> None:
+    with db.reading(held.engine) as connection:
+        due = deliveries.next_due(connection)
+    if due is not None and due < utc_now() + SOON:
+        ring_at(held.redis, queues.DELIVER, due)
+
+
+@dataclass(slots=True)
+class _Drain:
+    """One run: how many messages are with the threads, and what they brought back."""
+
+    held: Resources
+    in_flight: int = 0
+    results: "queue.SimpleQueue[Tried]" = field(default_factory=queue.SimpleQueue)
+    policy: RetryPolicy = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.policy = RetryPolicy(self.held.settings.delivery_retry_schedule, random.random)
+
+    def run(self) -> int:
+        """Until nothing is due or the time is up; how many tries were made."""
+        until = time.monotonic() + LONGEST_DRAIN_SECONDS
+        count = 0
+        tried: list[Tried] = []
+        while True:
+            room = IN_FLIGHT - self.in_flight if time.monotonic() < until else 0
+            claimed, rows, lost = self._turn(tried, room)
+            for subscriber in lost:
+                self._disable(subscriber)
+            for message in claimed:
+                self._send(message, rows[message.subscriber])
+            if not self.in_flight:
+                return count
+            tried = self._collect()
+            count += len(tried)
+
+    def _turn(
+        self, tried: Sequence[Tried], room: int
+    ) -> tuple[list[Claimed], Mapping[str, Mapping[str, Any]], list[str]]:
+        """Settle and claim in one transaction."""
+        timeout = self.held.settings.delivery_timeout_seconds
+
+        def unit(connection: Connection) -> Any:
+            now = utc_now()
+            lost = deliveries.settle(connection, tried, now, self.policy)
+            claimed = deliveries.claim(connection, now, room, timeout) if room else []
+            return claimed, _rows(connection, claimed), lost
+
+        result: tuple[list[Claimed], Mapping[str, Mapping[str, Any]], list[str]] = db.in_transaction(
+            self.held.engine, unit
+        )
+        return result
+
+    def _collect(self) -> list[Tried]:
+        """Wait for one result, and take along what else is there."""
+        tried = [self.results.get()]
+        while not self.results.empty():
+            tried.append(self.results.get())
+        self.in_flight -= len(tried)
+        return tried
+
+    def _send(self, message: Claimed, subscriber: Mapping[str, Any]) -> None:
+        self.in_flight += 1
+        self.held.threads.submit(self._try_and_report, message, subscriber)
+
+    def _try_and_report(self, message: Claimed, subscriber: Mapping[str, Any]) -> None:
+        started_at, started = utc_now(), time.monotonic()
+        try:
+            tried = attempt(self.held, message, subscriber)
+        except Exception as error:  # a fault of ours must not leave the drain waiting for this result
+            log.exception("sending failed", extra={"message_id": message.message_id})
+            tried = Tried(
+                message, started_at, time.monotonic() - started, reason=f"internal_{type(error).__name__}"
+            )
+        self.results.put(tried)
+
+    def _disable(self, subscriber: str) -> None:
+        keys = self.held.settings.encryption_keys
+        reason = "it failed for too long, or answered 410 Gone"
+        db.as_writer(
+            self.held.engine,
+            lambda write: deliveries.disable(write, subscriber, reason, keys, utc_now()),
+        )
+
+
+def _rows(connection: Connection, claimed: Sequence[Claimed]) -> dict[str, Mapping[str, Any]]:
+    ids = {message.subscriber for message in claimed}
+    if not ids:
+        return {}
+    found = connection.execute(select(models.subscribers).where(models.subscribers.c.id.in_(ids)))
+    return {row["id"]: dict(row) for row in found.mappings()}
+
+
+def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) -> Tried:
+    """One HTTP try: sign, send, and say how it went.  Errors of the way are results, not exceptions."""
+    now, started = utc_now(), time.monotonic()
+    keys = held.settings.encryption_keys
+    content = deliveries.body(message)
+    secrets = subscribers.live_secrets(subscriber, keys, now)
+    sent = subscribers.custom_headers(subscriber, keys) | deliveries.headers(
+        message, content, secrets, int(now.timestamp()), USER_AGENT
+    )
+    try:
+        reply = outbound.send(
+            "POST",
+            subscriber["url"],
+            sent,
+            content,
+            timeout_seconds=held.settings.delivery_timeout_seconds,
+            byte_cap=deliveries.RESPONSE_CAP_BYTES,
+            guard=not held.settings.allow_private_callbacks,
+        )
+    except outbound.OutboundError as error:
+        return Tried(message, now, time.monotonic() - started, reason=error.reason, response=str(error))
+    return Tried(
+        message,
+        now,
+        time.monotonic() - started,
+        reply.status,
+        None if 200 <= reply.status < 300 else f"http_{reply.status}",
+        reply.body.decode("utf-8", "replace").replace("\0", ""),
+        reply.headers.get("retry-after"),
+    )

@@ -1,0 +1,183 @@
+"""The metronome: rq-scheduler with the faults that matter here mended.  The only user of rq_scheduler.
+
+What stock rq-scheduler 0.14 does, and what this wrapper does instead:
+
+* it looks every 60 s, so a 15 s job runs once a minute: here every second
+* registering at boot again may double an entry: here stable ids, and only what is missing is put back
+* an entry whose job hash is lost never runs again: here each pass puts it back
+* the lock of a dead scheduler blocks the next one: here it has an owner and lives a few seconds
+* enqueue, ZREM, ZADD is not atomic, a crash between loses the entry: here the entry is moved, never removed
+* it exits when Redis is away: here it waits and goes on
+
+A tick rings the same bell as the web process, so one that comes twice or late does no harm.
+"""
+
+import logging
+import random
+import secrets
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue
+from rq.job import Job
+from rq_scheduler import Scheduler
+
+from webhook_app import queues, settings
+from webhook_app.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PASS_SECONDS = 1.0
+LOCK_SECONDS = 5
+BEAT_KEY = "buildrelay:scheduler:beat"
+BEAT_SECONDS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Periodic:
+    """One line of the table: this bell rings every so many seconds, and up to `jitter_seconds` later."""
+
+    id: str
+    bell: str
+    interval_seconds: int
+    jitter_seconds: float = 0.0
+
+
+def table(values: Settings) -> tuple[Periodic, ...]:
+    """The periodic jobs.  Polling ticks every 15 s, or faster where builds are polled faster."""
+    return (
+        Periodic("tick-poll", queues.POLL, max(1, min(15, int(values.poll_interval_seconds)))),
+        Periodic("tick-deliver", queues.DELIVER, 5),
+        Periodic("tick-sweep", queues.SWEEP, 15),
+        Periodic(
+            "tick-discover",
+            queues.DISCOVER,
+            max(1, int(values.discovery_interval_seconds)),
+            values.discovery_jitter_seconds,
+        ),
+    )
+
+
+def ring_at(redis: Redis, bell: str, when: datetime) -> None:
+    """Ring a bell once at an aware time, rounded up to whole seconds; each second is asked for once."""
+    second = int(when.timestamp()) + 1
+    Scheduler(queue_name=bell, connection=redis).enqueue_at(
+        datetime.fromtimestamp(second, UTC).replace(tzinfo=None),
+        queues.JOBS[bell],
+        job_id=f"once-{bell}-{second}",
+        job_result_ttl=0,
+    )
+
+
+_RELEASE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+_RENEW = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('EXPIRE', KEYS[1], ARGV[2]) end
+return 0
+"""
+
+
+class Metronome(Scheduler):  # type: ignore[misc]
+    """rq-scheduler's `Scheduler`, healed; `run_until` takes the place of its `run`."""
+
+    def __init__(self, redis: Redis, periodic: tuple[Periodic, ...]) -> None:
+        super().__init__(queue_name=queues.POLL, connection=redis, interval=PASS_SECONDS)
+        self.periodic = periodic
+        self.owner = secrets.token_hex(8)
+
+    def acquire_lock(self) -> bool:
+        """Take or keep the lock; whoever holds it stays the metronome until it dies."""
+        renewed = self.connection.eval(_RENEW, 1, self.scheduler_lock_key, self.owner, LOCK_SECONDS)
+        self._lock_acquired = bool(
+            renewed or self.connection.set(self.scheduler_lock_key, self.owner, nx=True, ex=LOCK_SECONDS)
+        )
+        return self._lock_acquired
+
+    def remove_lock(self) -> None:
+        """Give the lock back if it is ours."""
+        self.connection.eval(_RELEASE, 1, self.scheduler_lock_key, self.owner)
+        self._lock_acquired = False
+
+    def enqueue_jobs(self) -> list[Job]:
+        """One pass: put back what is missing, then ring what is due."""
+        self.heal()
+        jobs: list[Job] = super().enqueue_jobs()
+        return jobs
+
+    def heal(self) -> None:
+        """Make the stored entries those of the table: every line once, nothing else periodic."""
+        for line in self.periodic:
+            stored = self.connection.hget(Job.key_for(line.id), "origin")
+            lost = stored is None or line.id not in self
+            if lost or self._interval_of(line.id) != line.interval_seconds:
+                self._put(line)
+
+    def _interval_of(self, job_id: str) -> Any:
+        return Job.fetch(job_id, connection=self.connection).meta.get("interval")
+
+    def _put(self, line: Periodic) -> None:
+        self.schedule(
+            datetime.now(UTC).replace(tzinfo=None),
+            queues.JOBS[line.bell],
+            interval=line.interval_seconds,
+            id=line.id,
+            queue_name=line.bell,
+        )
+
+    def enqueue_job(self, job: Job) -> None:
+        """Ring the bell of a due entry; a periodic one moves on, it is never absent."""
+        interval = job.meta.get("interval")
+        if interval:
+            due = int(time.time() + interval + self._jitter(job.id))
+            self.connection.zadd(self.scheduled_jobs_key, {job.id: due})
+        if not Queue(job.origin, connection=self.connection).count:
+            queues.enqueue_once(self.connection, job.origin)
+        if not interval:
+            self.connection.zrem(self.scheduled_jobs_key, job.id)
+            job.delete(remove_from_queue=False)
+
+    def _jitter(self, job_id: str) -> float:
+        most = next((line.jitter_seconds for line in self.periodic if line.id == job_id), 0.0)
+        return random.uniform(0, most)  # noqa: S311  spreads load, guards nothing
+
+    def beat(self) -> None:
+        """Show that a metronome is alive (`/readyz`)."""
+        self.connection.set(BEAT_KEY, str(int(time.time())), ex=BEAT_SECONDS)
+
+    def run_until(self, stop: threading.Event) -> None:
+        """Pass after pass until `stop`; a Redis that is away is waited for."""
+        while not stop.is_set():
+            started = time.monotonic()
+            try:
+                if self.acquire_lock():
+                    self.enqueue_jobs()
+                    self.beat()
+            except RedisError as error:
+                log.warning("redis does not answer, the metronome waits: %s", error)
+            stop.wait(max(0.0, PASS_SECONDS - (time.monotonic() - started)))
+        try:
+            self.remove_lock()
+        except RedisError:
+            log.debug("redis is gone, the lock ends by itself")
+
+
+def main() -> None:
+    """The scheduler process."""
+    values = settings.load()
+    logging.basicConfig(level=values.log_level, format="%(levelname)s %(name)s %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    Metronome(queues.connect(values.redis_url), table(values)).run_until(stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The sweeping job: script builds whose heartbeat stayed away, and rows past their retention."""
+
+import logging
+from datetime import datetime, timedelta
+
+from sqlalchemy import delete, select
+
+from jobs.resources import resources
+from webhook_app import builds, db, models, queues
+from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
+from webhook_app.polling import Pace
+from webhook_app.times import utc_now
+
+log = logging.getLogger(__name__)
+
+MOST_AT_ONCE = 500
+
+
+def sweep() -> None:
+    """Fail script builds that are silent for `HEARTBEAT_TIMEOUT`; delete what is too old."""
+    held = resources()
+    queues.answer(held.redis, queues.SWEEP)
+    now = utc_now()
+    lost = db.as_writer(held.engine, lambda write: fail_silent(write, now, held.pace))
+    if lost:
+        log.info("heartbeat lost builds=%d", lost)
+        queues.Bell(held.redis).ring(queues.DELIVER)
+    before = now - timedelta(days=held.settings.retention_days)
+    db.as_writer(held.engine, lambda write: forget(write, before))
+
+
+def fail_silent(write: db.Write, now: datetime, pace: Pace) -> int:
+    """Fail the script builds that are due and still silent; how many.  A later report undoes it."""
+    columns = models.builds.c
+    rows = write.connection.execute(
+        select(columns.key, columns.build_id, columns.source)
+        .where(columns.next_poll_at <= now, columns.platform == "script")
+        .limit(MOST_AT_ONCE)
+    )
+    facts = [
+        Observation(
+            source=row.source,
+            platform="script",
+            observed_by=ObservedBy.POLL,
+            key=row.key,
+            build_id=row.build_id,
+            state=State.FAILED,
+            conclusion=Conclusion.FAILURE,
+            error=f"no heartbeat for {pace.heartbeat_timeout_seconds:g} s",
+            ours=True,
+        )
+        for row in rows
+    ]
+    builds.record(write, facts, now, pace)
+    return len(facts)
+
+
+def forget(write: db.Write, before: datetime) -> None:
+    """Delete a portion of the inbound bodies, events and delivery attempts from before that time."""
+    for table, moment in (
+        (models.inbound, models.inbound.c.received_at),
+        (models.events, models.events.c.timestamp),
+    ):
+        old = select(table.c.id).where(moment < before).order_by(moment).limit(MOST_AT_ONCE)
+        write.connection.execute(delete(table).where(table.c.id.in_(old.scalar_subquery())))

@@ -1,0 +1,1 @@
+"""Reading CI platforms: who is due (`stale`), one read (`repository`), how long to wait (`budget`)."""

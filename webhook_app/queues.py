@@ -1,0 +1,95 @@
+"""The bell: names of the jobs, and `ring()`.  Redis is only that; whatever it loses, a tick finds again.
+
+RQ takes a job by its dotted name, so the core never imports `jobs`; a test resolves each name.
+"""
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+from rq import Queue
+
+log = logging.getLogger(__name__)
+
+DELIVER, POLL, SWEEP, DISCOVER = "deliver", "poll", "sweep", "discover"
+
+JOBS = {
+    DELIVER: "jobs.deliver.deliver",
+    POLL: "jobs.poll.poll",
+    SWEEP: "jobs.sweep.sweep",
+    DISCOVER: "jobs.poll.discover",
+}
+"""Queue and job by bell.  Each bell has a queue of its own, so that none waits for another."""
+
+JOB_TIMEOUT_SECONDS = 180
+BELL_TTL_SECONDS = 10
+DEAF_SECONDS = 1.0
+
+BEAT_KEY = "buildrelay:scheduler:beat"
+"""Set, and renewed, by a living scheduler to the Unix time of its last pass (`/readyz` reads it)."""
+
+
+def connect(url: str, timeout_seconds: float | None = None) -> Redis:
+    """A Redis client; nothing is opened yet.
+
+    `timeout_seconds` bounds connecting and each command: the web process must not wait for a bell.
+    Heroku's Redis has a certificate of its own making, so `rediss://` is not checked against a CA.
+    """
+    options: dict[str, object] = {}
+    if url.startswith("rediss://"):
+        options["ssl_cert_reqs"] = None
+    if timeout_seconds is not None:
+        options |= {
+            "socket_timeout": timeout_seconds,
+            "socket_connect_timeout": timeout_seconds,
+            "retry": Retry(NoBackoff(), 0),
+        }
+        if url.startswith("unix://"):
+            del options["socket_connect_timeout"]
+    client: Redis = Redis.from_url(url, **options)
+    return client
+
+
+def bell_key(bell: str) -> str:
+    """Set while a job is queued for this bell and has not begun."""
+    return f"buildrelay:bell:{bell}"
+
+
+@dataclass(slots=True)
+class Bell:
+    """Wakes workers after a commit.  Never raises; after a failure it stays silent for a second."""
+
+    redis: Redis
+    _deaf_until: float = field(default=0.0)
+
+    def ring(self, *bells: str) -> bool:
+        """Queue a job for each bell unless one is waiting to begin; False if Redis could not be told."""
+        if time.monotonic() < self._deaf_until:
+            return False
+        try:
+            for bell in bells:
+                enqueue_once(self.redis, bell)
+        except RedisError as error:
+            self._deaf_until = time.monotonic() + DEAF_SECONDS
+            log.warning("redis does not answer, the next tick will find the work: %s", error)
+            return False
+        return True
+
+
+def enqueue_once(redis: Redis, bell: str) -> bool:
+    """Queue the job of `bell` unless one that has not begun is queued already."""
+    if not redis.set(bell_key(bell), b"1", nx=True, ex=BELL_TTL_SECONDS):
+        return False
+    Queue(bell, connection=redis).enqueue(
+        JOBS[bell], job_timeout=JOB_TIMEOUT_SECONDS, result_ttl=0, failure_ttl=86_400
+    )
+    return True
+
+
+def answer(redis: Redis, bell: str) -> None:
+    """A job begins: from now on new work needs a new ring."""
+    redis.delete(bell_key(bell))
