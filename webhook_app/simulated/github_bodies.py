@@ -1,0 +1,242 @@
+"""Bodies of GitHub's webhooks and REST answers, in their full shape and size.  Pure.
+
+Fields: "Webhook events and payloads" and "REST API endpoints for workflow runs" in GitHub's
+documentation.  `base` is the address of the simulated server, used for API and web pages alike.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from webhook_app.simulated.facts import Build, Event, Job, Moment, Repository, Step
+
+HOOK_ID = 512_345_678
+"""The id of the webhook that the simulated repositories have."""
+
+_REPOSITORY_URLS = {
+    "archive_url": "{archive_format}{/ref}", "assignees_url": "assignees{/user}",
+    "blobs_url": "git/blobs{/sha}",
+    "branches_url": "branches{/branch}", "collaborators_url": "collaborators{/collaborator}",
+    "comments_url": "comments{/number}", "commits_url": "commits{/sha}",
+    "compare_url": "compare/{base}...{head}",
+    "contents_url": "contents/{+path}", "contributors_url": "contributors", "deployments_url": "deployments",
+    "downloads_url": "downloads", "events_url": "events", "forks_url": "forks",
+    "git_commits_url": "git/commits{/sha}",
+    "git_refs_url": "git/refs{/sha}", "git_tags_url": "git/tags{/sha}", "hooks_url": "hooks",
+    "issue_comment_url": "issues/comments{/number}", "issue_events_url": "issues/events{/number}",
+    "issues_url": "issues{/number}", "keys_url": "keys{/key_id}", "labels_url": "labels{/name}",
+    "languages_url": "languages", "merges_url": "merges", "milestones_url": "milestones{/number}",
+    "notifications_url": "notifications{?since,all,participating}", "pulls_url": "pulls{/number}",
+    "releases_url": "releases{/id}", "stargazers_url": "stargazers", "statuses_url": "statuses/{sha}",
+    "subscribers_url": "subscribers", "subscription_url": "subscription", "tags_url": "tags",
+    "teams_url": "teams",
+    "trees_url": "git/trees{/sha}",
+}  # fmt: skip
+_USER_URLS = {
+    "followers_url": "followers", "following_url": "following{/other_user}", "gists_url": "gists{/gist_id}",
+    "starred_url": "starred{/owner}{/repo}", "subscriptions_url": "subscriptions",
+    "organizations_url": "orgs",
+    "repos_url": "repos", "events_url": "events{/privacy}", "received_events_url": "received_events",
+}  # fmt: skip
+
+
+def iso(at: float | None) -> str | None:
+    """GitHub's time: whole seconds, `Z`."""
+    return None if at is None else datetime.fromtimestamp(int(at), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def user(base: str, login: str, kind: str = "User") -> dict[str, Any]:
+    """A user or organization as it is embedded everywhere."""
+    number = sum(map(ord, login)) * 1009
+    urls = {name: f"{base}/users/{login}/{rest}" for name, rest in _USER_URLS.items()}
+    return {
+        "login": login, "id": number, "node_id": f"MDQ6VXNlcj{number}",
+        "avatar_url": f"{base}/avatars/{number}?v=4",
+        "gravatar_id": "", "url": f"{base}/users/{login}", "html_url": f"{base}/{login}", **urls,
+        "type": kind, "user_view_type": "public", "site_admin": False,
+    }  # fmt: skip
+
+
+def _organization(base: str, login: str) -> dict[str, Any]:
+    names = ("repos", "events", "hooks", "issues", "members", "public_members")
+    same = {key: value for key, value in user(base, login).items() if key in ("login", "id", "avatar_url")}
+    urls = {f"{name}_url": f"{base}/orgs/{login}/{name}" for name in names}
+    return {
+        **same, "node_id": f"O_kgDO{same['id']}", "url": f"{base}/orgs/{login}", **urls,
+        "description": "Simulated",
+    }  # fmt: skip
+
+
+def minimal_repository(base: str, repository: Repository) -> dict[str, Any]:
+    """The repository as a run embeds it, twice."""
+    url = f"{base}/repos/{repository.full_name}"
+    return {
+        "id": repository.id, "node_id": f"R_kgDO{repository.id}", "name": repository.name,
+        "full_name": repository.full_name, "private": True, "owner": user(base, repository.owner,
+        "Organization"),
+        "html_url": f"{base}/{repository.full_name}", "description": "A simulated repository", "fork": False,
+        "url": url, **{name: f"{url}/{rest}" for name, rest in _REPOSITORY_URLS.items()},
+    }  # fmt: skip
+
+
+def full_repository(base: str, repository: Repository) -> dict[str, Any]:
+    """The repository as webhooks carry it beside the run."""
+    page = f"{base}/{repository.full_name}"
+    return minimal_repository(base, repository) | {
+        "created_at": "2024-03-01T08:00:00Z", "updated_at": "2026-10-30T08:00:00Z",
+        "pushed_at": "2026-11-01T08:00:00Z",
+        "git_url": page.replace("http://", "git://") + ".git",
+        "ssh_url": f"git@127.0.0.1:{repository.full_name}.git",
+        "clone_url": f"{page}.git", "svn_url": page, "homepage": None, "size": 504, "stargazers_count": 1,
+        "watchers_count": 1, "language": "Python", "has_issues": True, "has_projects": False,
+        "has_downloads": True,
+        "has_wiki": True, "has_pages": False, "has_discussions": False, "forks_count": 0, "mirror_url": None,
+        "archived": False, "disabled": False, "open_issues_count": 3, "license": None, "allow_forking": False,
+        "is_template": False, "web_commit_signoff_required": False, "topics": ["demo"],
+        "visibility": "private",
+        "forks": 0, "open_issues": 3, "watchers": 1, "default_branch": "main", "custom_properties": {},
+    }  # fmt: skip
+
+
+def run(build: Build, moment: Moment, base: str) -> dict[str, Any]:
+    """`workflow_run`, as webhooks and `GET …/actions/runs/{id}` show it."""
+    api = f"{base}/repos/{build.repository.full_name}"
+    url, suite_id = f"{api}/actions/runs/{build.run_id}", build.run_id + 20_000_000_000
+    previous = f"{url}/attempts/{moment.attempt - 1}" if moment.attempt > 1 else None
+    return {
+        "id": build.run_id, "name": build.workflow, "node_id": f"WFR_kwLO{build.run_id}",
+        "head_branch": build.branch, "head_sha": build.commit, "path": workflow_path(build),
+        "display_title": build.title, "run_number": build.number, "event": "push", "status": moment.status,
+        "conclusion": moment.conclusion, "workflow_id": workflow_id(build), "check_suite_id": suite_id,
+        "check_suite_node_id": f"CS_kwDO{suite_id}", "url": url,
+        "html_url": f"{base}/{build.repository.full_name}/actions/runs/{build.run_id}", "pull_requests": [],
+        "created_at": iso(build.begins_at), "updated_at": iso(moment.at), "actor": user(base, "mona-demo"),
+        "run_attempt": moment.attempt, "referenced_workflows": [],
+        "run_started_at": iso(moment.attempt_started_at),
+        "triggering_actor": user(base, "mona-demo"), "jobs_url": f"{url}/jobs", "logs_url": f"{url}/logs",
+        "check_suite_url": f"{api}/check-suites/{suite_id}", "artifacts_url": f"{url}/artifacts",
+        "cancel_url": f"{url}/cancel", "rerun_url": f"{url}/rerun", "previous_attempt_url": previous,
+        "workflow_url": f"{api}/actions/workflows/{workflow_id(build)}", "head_commit": _commit(build),
+        "repository": minimal_repository(base, build.repository),
+        "head_repository": minimal_repository(base, build.repository),
+    }  # fmt: skip
+
+
+def workflow_path(build: Build) -> str:
+    """The file of the build's workflow."""
+    return f".github/workflows/{build.workflow.lower()}.yml"
+
+
+def workflow_id(build: Build) -> int:
+    """One id per repository and workflow."""
+    return build.repository.id * 100 + sum(map(ord, build.workflow)) % 100
+
+
+def _commit(build: Build) -> dict[str, Any]:
+    return {
+        "id": build.commit, "tree_id": build.commit[::-1], "message": build.title,
+        "timestamp": iso(build.begins_at - 40),
+        "author": {"name": "Mona Demo", "email": "mona@example.com"},
+        "committer": {"name": "GitHub", "email": "noreply@github.com"},
+    }  # fmt: skip
+
+
+def job(build: Build, moment: Moment, one: Job, base: str) -> dict[str, Any]:
+    """`workflow_job`, as webhooks and `GET …/actions/runs/{id}/jobs` show it."""
+    api = f"{base}/repos/{build.repository.full_name}"
+    running = one.started_at is not None and one.conclusion != "skipped"
+    return {
+        "id": one.id, "run_id": build.run_id, "workflow_name": build.workflow, "head_branch": build.branch,
+        "run_url": f"{api}/actions/runs/{build.run_id}", "run_attempt": moment.attempt,
+        "node_id": f"CR_kwDO{one.id}",
+        "head_sha": build.commit, "url": f"{api}/actions/jobs/{one.id}",
+        "html_url": f"{base}/{build.repository.full_name}/actions/runs/{build.run_id}/job/{one.id}",
+        "status": one.status, "conclusion": one.conclusion, "created_at": iso(one.created_at),
+        "started_at": iso(one.started_at or one.created_at), "completed_at": iso(one.finished_at),
+        "name": one.name,
+        "steps": [_step(step) for step in one.steps], "check_run_url": f"{api}/check-runs/{one.id}",
+        "labels": ["ubuntu-latest"], "runner_id": 5 if running else None,
+        "runner_name": "GitHub Actions 5" if running else None, "runner_group_id": 0 if running else None,
+        "runner_group_name": "GitHub Actions" if running else None,
+    }  # fmt: skip
+
+
+def _step(step: Step) -> dict[str, Any]:
+    return {
+        "name": step.name, "status": step.status, "conclusion": step.conclusion, "number": step.number,
+        "started_at": iso(step.started_at), "completed_at": iso(step.completed_at),
+    }  # fmt: skip
+
+
+def webhook(build: Build, moment: Moment, event: Event, base: str) -> dict[str, Any]:
+    """The body of a `workflow_run` or `workflow_job` webhook."""
+    common = {
+        "repository": full_repository(base, build.repository), "sender": user(base, "mona-demo"),
+        "organization": _organization(base, build.repository.owner),
+    }  # fmt: skip
+    if event.name == "workflow_job":
+        one = next(one for one in moment.jobs if one.id == event.job_id)
+        return {"action": event.action, "workflow_job": job(build, moment, one, base), **common}
+    return {
+        "action": event.action, "workflow_run": run(build, moment, base), "workflow": _workflow(build, base),
+        **common,
+    }  # fmt: skip
+
+
+def _workflow(build: Build, base: str) -> dict[str, Any]:
+    number = workflow_id(build)
+    return {
+        "id": number, "node_id": f"W_kwDO{number}", "name": build.workflow, "path": workflow_path(build),
+        "state": "active", "created_at": "2024-03-01T08:00:00.000Z", "updated_at": "2026-10-30T08:00:00.000Z",
+        "url": f"{base}/repos/{build.repository.full_name}/actions/workflows/{number}",
+        "html_url": f"{base}/{build.repository.full_name}/blob/main/{workflow_path(build)}",
+        "badge_url": f"{base}/{build.repository.full_name}/workflows/{build.workflow}/badge.svg",
+    }  # fmt: skip
+
+
+def ping(repository: Repository, base: str, url: str) -> dict[str, Any]:
+    """The body of the `ping` that follows the making of a webhook; `url` is where it points."""
+    return {
+        "zen": "Keep it logically awesome.", "hook_id": HOOK_ID, "hook": hook(repository, base, url),
+        "repository": full_repository(base, repository), "sender": user(base, "mona-demo"),
+    }  # fmt: skip
+
+
+def hook(repository: Repository, base: str, url: str) -> dict[str, Any]:
+    """The webhook itself, as `GET …/hooks` shows it."""
+    api = f"{base}/repos/{repository.full_name}/hooks/{HOOK_ID}"
+    return {
+        "type": "Repository", "id": HOOK_ID, "name": "web", "active": True, "events": ["workflow_job",
+        "workflow_run"],
+        "config": {"content_type": "json", "insecure_ssl": "0", "secret": "********", "url": url},
+        "updated_at": "2026-10-30T08:00:00Z", "created_at": "2026-10-30T08:00:00Z", "url": api,
+        "test_url": f"{api}/test", "ping_url": f"{api}/pings", "deliveries_url": f"{api}/deliveries",
+        "last_response": {"code": 200, "status": "active", "message": "OK"},
+    }  # fmt: skip
+
+
+def artifacts(build: Build, moment: Moment, size: int, base: str) -> list[dict[str, Any]]:
+    """One ZIP, once the run is a success."""
+    if moment.conclusion != "success":
+        return []
+    number = build.run_id * 10 + 1
+    url = f"{base}/repos/{build.repository.full_name}/actions/artifacts/{number}"
+    return [{
+        "id": number, "node_id": f"A_{number}", "name": "dist", "size_in_bytes": size, "url": url,
+        "archive_download_url": f"{url}/zip", "expired": False, "created_at": iso(moment.at),
+        "expires_at": iso(moment.at + 90 * 86_400), "updated_at": iso(moment.at), "digest": None,
+        "workflow_run": {
+            "id": build.run_id, "repository_id": build.repository.id,
+            "head_repository_id": build.repository.id,
+            "head_branch": build.branch, "head_sha": build.commit,
+        },
+    }]  # fmt: skip
+
+
+def log_text(lines: Sequence[str], at: float) -> bytes:
+    """A job's log: UTF-8 with BOM, each line with its time, groups, errors and colours marked."""
+    stamp = datetime.fromtimestamp(int(at), UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    marked = ["##[group]Run make test", *lines, "##[endgroup]"]
+    marked = [line.replace("Error: ", "##[error]") for line in marked]
+    text = "".join(f"{stamp}.{n:07d}Z {line}\r\n" for n, line in enumerate(marked))
+    return ("\ufeff" + text.replace("FAIL", "\x1b[31mFAIL\x1b[0m")).encode()
