@@ -13,6 +13,7 @@ from tests.facts import NOON, PACE, at, github, gitlab, job
 from webhook_app import builds, db, models, polling
 from webhook_app.builds import PollFailed
 from webhook_app.lifecycle import Act, Conclusion, Detail, Observation, ObservedBy, State
+from webhook_app.platforms import Source
 
 Q, P, C, F, T = State.QUEUED, State.IN_PROGRESS, State.COMPLETED, State.FAILED, State.TIMEOUT
 
@@ -211,6 +212,22 @@ def test_an_undecidable_push_asks_for_a_poll_at_once_and_the_poll_settles_it(eng
     record(engine, gitlab(C, 100, None, by="poll"), now=at(102))
     assert row(engine, "gitlab:1:1")["next_poll_at"] is None
     assert types(engine, "gitlab:1:1") == ["build.completed"]
+
+
+def test_a_build_that_a_request_named_is_created_by_the_first_word_about_it(engine):
+    source = Source("github", "github", "https://api.example.com")
+    db.as_writer(engine, lambda write: builds.named(write, "github:Octo:Repo:1", source, at(0)))
+    assert types(engine) == []
+    assert row(engine)["next_poll_at"] == at(0)
+    record(engine, github(Q, by="poll"), now=at(1))
+    assert types(engine) == ["build.polling_started", "build.queued"]
+
+
+def test_an_end_of_ours_is_no_poll(engine):
+    record(engine, github(P))
+    record(engine, github(F, by="poll", ours=True, error="no heartbeat"))
+    assert types(engine) == ["build.in_progress", "build.failed"]
+    assert (row(engine)["error"], row(engine)["next_poll_at"]) == ("no heartbeat", None)
 
 
 # ---- any order, subset and repetition

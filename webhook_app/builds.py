@@ -5,16 +5,14 @@ the rows of their builds: verdict, state, events with their sequence, messages t
 Reads are in `queries`.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
-from urllib.parse import unquote
 
 from sqlalchemy import bindparam, insert, or_, select, update
 
-from webhook_app import deliveries, models, polling, progress
+from webhook_app import deliveries, models, platforms, polling, progress
 from webhook_app.db import Write
 from webhook_app.lifecycle import (
     Act,
@@ -128,18 +126,24 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
         _note_failed_poll(draft, fact, now, pace)
         _give_up_when_overdue(draft, now)
         return Outcome(draft.row["id"], draft.row["build_id"], Act.ENRICH, events=len(draft.events))
-    decided = verdict(_recorded(draft.row) if draft else None, fact)
+    told = draft is not None and not _is_only_named(draft.row)
+    decided = verdict(_recorded(draft.row) if draft and told else None, fact)
     if draft is None:
         draft = _Draft(_blank(write, fact, now), new=True)
         drafts.add(draft)
     before = len(draft.events)
-    if fact.observed_by is ObservedBy.POLL and not draft.new:
+    if fact.observed_by is ObservedBy.POLL and not draft.new and not fact.ours:
         _begin_polling(draft, now)
     _apply_verdict(draft, fact, decided, now)
     _schedule(draft, fact, decided, now, pace)
     return Outcome(
         draft.row["id"], draft.row["build_id"], decided.act, decided.ask, len(draft.events) - before
     )
+
+
+def _is_only_named(row: Row) -> bool:
+    """Has nobody but a request for polling ever spoken of it?  Then the first word still creates it."""
+    return bool(row["requested"]) and row["raw_status"] is None and row["last_push_at"] is None
 
 
 def _recorded(row: Row) -> Recorded:
@@ -508,15 +512,7 @@ def _flush(write: Write, drafts: Sequence[_Draft], now: datetime) -> None:
 
 # ---- named by a request ----------------------------------------------------------------------
 
-_NAMES = {
-    "github": re.compile(r"(?P<repository>[\w-]{1,100}:[\w.-]{1,100}):(?P<key>[1-9]\d{0,17})", re.ASCII),
-    "gitlab": re.compile(r"(?P<key>[1-9]\d{0,17}:[1-9]\d{0,17})", re.ASCII),
-    "jenkins": re.compile(
-        r"(?P<key>(?P<repository>[\w.~-]+(?::[\w.~-]+)*):(?P<number>[1-9]\d{0,9}))", re.ASCII
-    ),
-}
-"""What follows the source's name in a `build_id`, by platform."""
-_LONGEST_NAME = 1000
+LONGEST_NAME = 1000
 
 
 def named(write: Write, build_id: str, source: Source, now: datetime) -> Row:
@@ -525,25 +521,10 @@ def named(write: Write, build_id: str, source: Source, now: datetime) -> Row:
     Needs the writer's lock; the caller has found no such build.  Raises `ValueError` if the id can't be
     one of this source.
     """
-    rest = build_id.partition(":")[2]
-    pattern = _NAMES.get(source.platform)
-    found = pattern.fullmatch(rest) if pattern and len(build_id) <= _LONGEST_NAME else None
-    if found is None:
+    seen = platforms.find()[source.platform].named(source, build_id)
+    if seen is None or len(build_id) > LONGEST_NAME:
         raise ValueError(f"{source.platform} builds have no id of this form")
-    parts = found.groupdict()
-    names = [unquote(name.replace("~", "%")) for name in (parts.get("repository") or "").split(":")]
-    if any(name in (".", "..") or "/" in name or not name.isprintable() for name in names):
-        raise ValueError("the id names no job or repository")
-    seen = Observation(
-        source=source.name,
-        platform=source.platform,
-        observed_by=ObservedBy.POLL,
-        key=f"{source.name}:{parts['key']}",
-        build_id=f"{source.name}:{rest}",
-    )
     row = _blank(write, seen, now) | polling.request(now)
-    if source.platform == "jenkins":
-        row |= {"key": row["lookup"], "workflow": names[-1], "number": int(parts["number"])}
-    row["repository"] = "/".join(names) or None
+    row |= {"repository": seen.repository, "workflow": seen.workflow, "number": seen.number}
     write.connection.execute(insert(models.builds), row)
     return row

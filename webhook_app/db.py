@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import orjson
 from sqlalchemy import Connection, Engine, create_engine, event, select, update
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
@@ -28,6 +28,9 @@ LOST_RACES = {"40001", "40P01"}
 """PostgreSQL's serialization_failure and deadlock_detected: the whole unit is repeated."""
 
 TRIES = 5
+
+UNAVAILABLE = (OperationalError, InterfaceError, ProgrammingError, PoolTimeout)
+"""Away, locked, or (ProgrammingError) without our tables: nothing can be stored."""
 
 
 class StoreUnavailable(Exception):
@@ -92,7 +95,7 @@ def reading(engine: Engine) -> Iterator[Connection]:
     try:
         with engine.connect() as connection:
             yield connection
-    except (OperationalError, InterfaceError, PoolTimeout) as error:
+    except UNAVAILABLE as error:
         raise StoreUnavailable(_reason(error)) from error
 
 
@@ -106,7 +109,7 @@ def in_transaction(engine: Engine, unit: Callable[[Connection], Result]) -> Resu
         try:
             with engine.connect().execution_options(writing=True) as connection, connection.begin():
                 return unit(connection)
-        except (OperationalError, InterfaceError, PoolTimeout) as error:
+        except UNAVAILABLE as error:
             if tried == TRIES or not _worth_repeating(error):
                 raise StoreUnavailable(_reason(error)) from error
             time.sleep(0.01 * 2**tried)

@@ -126,6 +126,8 @@ builds = Table(
     Index("ix_builds_group_key", "group_key", postgresql_where=text("group_key IS NOT NULL"),
           sqlite_where=text("group_key IS NOT NULL")),
     Index("ix_builds_repository", "source", "repository", "id"),
+    Index("ix_builds_source", "source", "id"),
+    Index("ix_builds_created_at", "created_at"),
 )  # fmt: skip
 
 attempts = Table(

@@ -296,7 +296,7 @@ def _parsed_path(url: object) -> _Path | None:
 
 def _is_name(name: str) -> bool:
     """`.` and `..` would climb in the path of a poll."""
-    return name not in ("", ".", "..") and "/" not in name
+    return name not in ("", ".", "..") and "/" not in name and name.isprintable()
 
 
 def _escaped(name: str) -> str:

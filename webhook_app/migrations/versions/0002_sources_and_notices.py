@@ -32,6 +32,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", name=op.f("pk_sources")),
         comment="What we learned about a source while polling it.",
     )
+    op.create_index("ix_builds_source", "builds", ["source", "id"])
+    op.create_index("ix_builds_created_at", "builds", ["created_at"])
     op.create_index(
         "ix_inbound_unreadable",
         "inbound",
@@ -43,5 +45,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_index("ix_inbound_unreadable", "inbound")
+    op.drop_index("ix_builds_created_at", "builds")
+    op.drop_index("ix_builds_source", "builds")
     op.drop_table("sources")
     op.drop_table("notices")

@@ -1,0 +1,406 @@
+"""Reception by a real web server: every row of the table of answers, and input nobody should send."""
+
+import gzip
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+from sqlalchemy import delete, func, select
+
+from tests import postgres
+from webhook_app import db, models, signing
+from webhook_app.supervisor import tied_to_parent
+
+GITHUB, GITLAB, JENKINS, SCRIPT = (
+    "github secret",
+    "whsec_" + "c2VjcmV0IG9mIHRoZSBnaXRsYWIgaG9vaw==",
+    "jenkins",
+    "token",
+)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A gunicorn process on a store of its own."""
+
+    def __init__(self, url, redis_url, directory, wait_until):
+        self.port = free_port()
+        self.base = f"http://127.0.0.1:{self.port}"
+        self.engine = db.connect(url)
+        env = os.environ | {
+            "DATABASE_URL": url,
+            "REDIS_URL": redis_url,
+            "BUILDRELAY_DATA_DIR": str(directory),
+            "BUILDRELAY_BIND": f"127.0.0.1:{self.port}",
+            "WEB_CONCURRENCY": "1",
+            "GITHUB_WEBHOOK_SECRET": f"old one,{GITHUB}",
+            "GITLAB_WEBHOOK_SECRET": GITLAB,
+            "JENKINS_WEBHOOK_SECRET": JENKINS,
+            "BUILD_EVENT_TOKEN": SCRIPT,
+        }
+        argv = [sys.executable, "-m", "gunicorn", "--config", "python:webhook_app.gunicorn_conf", "wsgi:app"]
+        self.process = subprocess.Popen(argv, env=env, preexec_fn=tied_to_parent())
+        self.http = requests.Session()
+        wait_until(self.answers, 30)
+
+    def answers(self):
+        assert self.process.poll() is None
+        try:
+            return self.http.get(f"{self.base}/healthz", timeout=2).status_code == 200
+        except requests.ConnectionError:
+            return False
+
+    def stop(self):
+        self.http.close()
+        self.process.terminate()
+        self.process.wait(15)
+        self.engine.dispose()
+
+    def post(self, path, body, headers):
+        return self.http.post(self.base + path, data=body, headers=headers, timeout=30)
+
+    def github(self, content, delivery="d-1", event="workflow_run", **headers):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        sent = {
+            "Content-Type": "application/json",
+            "X-GitHub-Event": event,
+            "X-GitHub-Delivery": delivery,
+            "X-Hub-Signature-256": signing.github_signature(GITHUB, body),
+        } | {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.post("/webhooks/github", body, sent)
+
+    def count(self, table):
+        with db.reading(self.engine) as connection:
+            return connection.execute(select(func.count()).select_from(table)).scalar()
+
+    def inbound(self):
+        with db.reading(self.engine) as connection:
+            return connection.execute(select(models.inbound).order_by(models.inbound.c.id)).mappings().all()
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def one_server(request, redis_url, tmp_path_factory, wait_until):
+    directory = tmp_path_factory.mktemp("server")
+    if request.param == "sqlite":
+        shutil.copy(request.getfixturevalue("migrated_sqlite"), directory / "store.db")
+        made = Server(f"sqlite:///{directory / 'store.db'}", redis_url, directory, wait_until)
+        yield made
+        made.stop()
+        return
+    server, template = (request.getfixturevalue(name) for name in ("postgres_url", "migrated_postgres"))
+    with postgres.fresh_database(server, template) as url:
+        made = Server(url, redis_url, directory, wait_until)
+        yield made
+        made.stop()
+
+
+@pytest.fixture
+def server(one_server):
+    """The module's server, with an empty store."""
+
+    def empty(connection):
+        for table in reversed(models.metadata.sorted_tables):
+            if table is not models.counters:
+                connection.execute(delete(table))
+
+    db.in_transaction(one_server.engine, empty)
+    return one_server
+
+
+def run(state="in_progress", conclusion=None, run_id=7, **more):
+    return {
+        "action": "whatever",
+        "workflow_run": {
+            "id": run_id,
+            "name": "CI",
+            "run_number": 1,
+            "run_attempt": 1,
+            "status": state,
+            "conclusion": conclusion,
+            "created_at": "2026-11-01T10:00:00Z",
+            "updated_at": "2026-11-01T10:00:01Z",
+            "run_started_at": "2026-11-01T10:00:00Z",
+            "check_suite_id": 70,
+            "head_branch": "main",
+            "head_sha": "c0ffee",
+        }
+        | more,
+        "repository": {"full_name": "Octo/Repo"},
+    }
+
+
+def test_the_table_of_answers(server):
+    accepted = server.github(run())
+    assert (accepted.status_code, accepted.json()) == (
+        202,
+        {"status": "accepted", "build_id": "github:Octo:Repo:7", "delivery_id": "d-1"},
+    )
+    again = server.github(run())
+    assert (again.status_code, again.json()["status"]) == (202, "duplicate")
+    assert again.json()["build_id"] == "github:Octo:Repo:7"
+    ignored = server.github({"zen": "x"}, "d-2", "star")
+    assert (ignored.status_code, ignored.json()["status"]) == (202, "ignored")
+    assert "star" in ignored.json()["reason"]
+    pong = server.github({"zen": "x", "hook_id": 1}, "d-3", "ping")
+    assert (pong.status_code, pong.json()) == (200, {"status": "pong"})
+    unreadable = server.github({"workflow_run": {"id": "x"}}, "d-4")
+    assert (unreadable.status_code, unreadable.json()["status"]) == (202, "unreadable")
+    assert server.github(b"{not json", "d-5").status_code == 400
+    assert server.github(run(), "d-6", Content_Type="text/plain").status_code == 415
+    assert server.post("/webhooks/nobody", b"{}", {"Content-Type": "application/json"}).status_code == 404
+    kept = [(row["delivery_id"], row["status"]) for row in server.inbound()]
+    assert kept == [("d-1", "applied"), ("d-2", "ignored"), ("d-4", "unreadable")]
+    assert zlib.decompress(server.inbound()[0]["body"]) == json.dumps(run()).encode()
+
+
+def test_every_wrong_signature_gets_the_same_answer(server):
+    good = signing.github_signature(GITHUB, json.dumps(run()).encode())
+    wrong = ["", "sha256=", "sha256=" + "0" * 64, good.upper(), good[:-1], "sha1=" + "0" * 40, "ü" * 71]
+    replies = [
+        server.github(run(), X_Hub_Signature_256=value.encode("latin-1").decode("latin-1")) for value in wrong
+    ]
+    assert {reply.status_code for reply in replies} == {401}
+    assert len({reply.content for reply in replies}) == 1
+    assert replies[0].headers["Content-Type"] == "application/problem+json"
+    assert server.count(models.inbound) == 0
+
+
+def test_an_unreadable_delivery_has_a_second_chance(server):
+    assert server.github({"workflow_run": {"id": "x"}}, "d-1").json()["status"] == "unreadable"
+    assert server.github(run(), "d-1").json()["status"] == "accepted"
+    assert [row["status"] for row in server.inbound()] == ["applied"]
+
+
+def test_one_guid_serves_several_hooks(server):
+    assert server.github(run("in_progress"), "g", X_GitHub_Hook_ID="1").json()["status"] == "accepted"
+    assert server.github(run("in_progress"), "g", X_GitHub_Hook_ID="2").json()["status"] == "accepted"
+    assert server.github(run("in_progress"), "g", X_GitHub_Hook_ID="2").json()["status"] == "duplicate"
+    assert server.count(models.events) == 1
+
+
+def test_the_older_names_and_the_other_platforms(server):
+    body = json.dumps(run()).encode()
+    headers = {
+        "Content-Type": "application/json; charset=utf-8",
+        "X-GitHub-Event": "workflow_run",
+        "X-Hub-Signature-256": signing.github_signature(GITHUB, body),
+    }
+    assert server.post("/api/webhook/github-actions", body, headers).json()["status"] == "accepted"
+    pipeline = json.dumps(
+        {
+            "object_kind": "pipeline",
+            "object_attributes": {"id": 31, "status": "success", "created_at": "2026-11-01 10:00:00 UTC"},
+            "project": {"id": 1, "path_with_namespace": "g/p"},
+            "builds": [],
+        }
+    ).encode()
+    now = int(time.time())
+    signed = {
+        "Content-Type": "application/json",
+        "X-Gitlab-Event": "Pipeline Hook",
+        "webhook-id": "m1",
+        "webhook-timestamp": str(now),
+        "webhook-signature": signing.sign_v1(GITLAB, "m1", now, pipeline),
+    }
+    assert server.post("/webhooks/gitlab", pipeline, signed).json()["build_id"] == "gitlab:1:31"
+    unsigned = {name: value for name, value in signed.items() if name != "webhook-signature"}
+    assert server.post("/webhooks/gitlab", pipeline, unsigned | {"X-Gitlab-Token": GITLAB}).status_code == 401
+    old = signed | {
+        "webhook-timestamp": str(now - 301),
+        "webhook-signature": signing.sign_v1(GITLAB, "m1", now - 301, pipeline),
+    }
+    assert server.post("/webhooks/gitlab", pipeline, old).status_code == 401
+    jenkins = json.dumps(
+        {"name": "web", "build": {"number": 3, "phase": "STARTED", "url": "job/team/job/web/3/"}}
+    ).encode()
+    told = {"Content-Type": "application/json;charset=UTF-8", "X-Build-Token": JENKINS}
+    for path in ("/webhooks/jenkins", "/api/webhook/jenkins"):
+        assert server.post(path, jenkins, told).json()["build_id"] == "jenkins:team:web:3"
+    report = json.dumps({"runId": "u-1", "event": "build_started"}).encode()
+    for name in ("X-Build-Token", "X-OM-BUILD-TOKEN"):
+        reply = server.post(
+            "/api/internal/build-events", report, {"Content-Type": "application/json", name: SCRIPT}
+        )
+        assert (reply.status_code, reply.json()["build_id"]) == (202, "script:u-1")
+
+
+@pytest.mark.parametrize(
+    ("case", "status"),
+    [
+        (b'{"a":1,"a":2}', 202),  # duplicate keys: readable, but no run in it
+        (b"[" * 100_000 + b"]" * 100_000, 400),
+        (b'{"workflow_run":' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+        (b"", 400),
+        (b"null", 400),
+        (b"[]", 400),
+        (b'"text"', 400),
+        (b"\xff\xfe{}", 400),
+        (b'{"a": NaN}', 400),
+        (b'{"workflow_run": 5}', 202),
+    ],
+)
+def test_odd_bodies(server, case, status):
+    reply = server.github(case)
+    assert reply.status_code == status
+    if status == 202:
+        assert reply.json()["status"] == "unreadable"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run_id": 2**63},
+        {"run_id": 10**400},
+        {"run_id": -1},
+        {"run_id": 7.5},
+        {"run_id": True},
+        {"state": "x" * 100_000},
+        {"state": None},
+        {"head_branch": "nul \0 and \ud800 surrogate"},
+        {"head_branch": "x" * 1_000_000},
+        {"run_attempt": 2**80},
+        {"run_number": 2**80},
+        {"updated_at": "9999-99-99T99:99:99Z"},
+        {"updated_at": "0001-01-01T00:00:00+23:59"},
+        {"updated_at": "9999-12-31T23:59:59-23:59"},
+        {"html_url": "javascript:alert(1)"},
+        {"name": {"not": "text"}},
+        {"check_suite_id": "not a number"},
+    ],
+)
+def test_odd_values_lose_nothing_and_break_nothing(server, change):
+    reply = server.github(run(**change))
+    assert reply.status_code == 202
+    assert reply.json()["status"] in ("accepted", "unreadable")
+    assert server.count(models.inbound) == 1
+    assert server.github(run("completed", "success", run_id=99), "after").json()["status"] == "accepted"
+
+
+def test_too_large_and_compressed_bodies(server):
+    large = b'{"a":"' + b"x" * (25 * 1024 * 1024) + b'"}'
+    assert server.github(large).status_code == 413
+    body = json.dumps(run()).encode()
+    zipped = gzip.compress(body)
+    reply = server.github(zipped, Content_Encoding="gzip")
+    assert reply.status_code == 415
+    assert server.count(models.inbound) == 0
+
+
+def test_a_form_of_megabytes_is_read(server):
+    from urllib.parse import urlencode
+
+    content = run() | {"padding": "x" * 2_000_000}
+    body = urlencode({"payload": json.dumps(content)}).encode()
+    reply = server.github(body, Content_Type="application/x-www-form-urlencoded")
+    assert reply.json()["status"] == "accepted"
+
+
+def test_a_chunked_body_without_length(server):
+    body = json.dumps(run()).encode()
+    headers = {
+        "Content-Type": "application/json",
+        "X-GitHub-Event": "workflow_run",
+        "X-GitHub-Delivery": "chunked",
+        "X-Hub-Signature-256": signing.github_signature(GITHUB, body),
+    }
+    pieces = (body[i : i + 100] for i in range(0, len(body), 100))
+    reply = server.http.post(f"{server.base}/webhooks/github", data=pieces, headers=headers, timeout=30)
+    assert reply.json()["status"] == "accepted"
+
+
+def raw(server, request, pieces=()):
+    """Send bytes as they are; the status line of the answer (empty if the server just hangs up)."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(request)
+        for piece in pieces:
+            connection.sendall(piece)
+        connection.shutdown(socket.SHUT_WR)
+        try:
+            return connection.recv(65536).partition(b"\r\n")[0]
+        except ConnectionResetError:
+            return b""
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nX-Hub-Signature-256: sha256=\xfc\xfc\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}",
+        b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nX-GitHub-Delivery: " + b"x" * 20_000 + b"\r\nContent-Length: 2\r\n\r\n{}",
+        b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\n" + b"".join(b"X-%d: y\r\n" % n for n in range(2000)) + b"\r\n",
+        b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999\r\nContent-Type: application/json\r\n\r\n",
+        b"POST /webhooks/git%00hub HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+        b"POST /webhooks/%ff%fe HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+        b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\nzz\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ],
+)  # fmt: skip
+def test_odd_requests_get_no_500(server, head):
+    status = raw(server, head)
+    assert not status.startswith((b"HTTP/1.1 5", b"HTTP/1.1 2"))
+    assert server.answers()
+
+
+def test_slow_senders_do_not_keep_others_waiting(server):
+    body = json.dumps(run()).encode()
+    head = (
+        b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body)
+    )
+    slow = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(12)]
+    for connection in slow:
+        connection.sendall(head + body[:10])
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            replies = list(
+                pool.map(lambda n: server.github(run(run_id=n), f"d-{n}").status_code, range(1, 9))
+            )
+        assert replies == [202] * 8
+    finally:
+        for connection in slow:
+            connection.close()
+    assert server.count(models.inbound) == 8
+
+
+def test_many_at_once_are_each_applied_once(server):
+    jobs = [
+        (run_id, state) for run_id in range(1, 31) for state in ("queued", "in_progress", "completed")
+    ] * 2
+
+    def push(job):
+        run_id, state = job
+        conclusion = "success" if state == "completed" else None
+        return server.github(run(state, conclusion, run_id=run_id), f"{run_id}-{state}").json()["status"]
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(push, jobs))
+    assert sorted(set(answers)) == ["accepted", "duplicate"]
+    assert answers.count("accepted") == 90
+    with db.reading(server.engine) as connection:
+        states = connection.execute(select(models.builds.c.state)).scalars().all()
+    assert states == ["completed"] * 30
+
+
+def test_a_store_that_refuses_is_503_and_the_push_is_not_swallowed(server):
+    with db.reading(server.engine) as connection:
+        connection.exec_driver_sql("ALTER TABLE counters RENAME TO counters_away")
+        connection.commit()
+    reply = server.github(run())
+    assert (reply.status_code, reply.headers["Retry-After"]) == (503, "5")
+    with db.reading(server.engine) as connection:
+        connection.exec_driver_sql("ALTER TABLE counters_away RENAME TO counters")
+        connection.commit()
+    assert server.github(run()).json()["status"] == "accepted"

@@ -1,0 +1,353 @@
+"""What the API reads: one statement or two for each question, none per row, each along an index.
+
+Lists take where to go on (`before` or `after`, a key of their last row) and `most`, how many rows;
+callers ask for one more than they show, to know whether there is a next page.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    bindparam,
+    func,
+    or_,
+    select,
+    union_all,
+    update,
+)
+
+from webhook_app import models
+from webhook_app.lifecycle import State
+
+Row = Mapping[Any, Any]
+"""A row by column name."""
+
+LARGEST_ID = 2**63 - 1
+"""A cursor before the newest row: with it the first page is the same statement as all others."""
+
+RECENT_BUILDS = 2000
+REPORT_EVENTS = 50
+
+_b, _a, _e = models.builds.c, models.attempts.c, models.events.c
+_i, _m, _s = models.inbound.c, models.messages.c, models.subscribers.c
+
+_BUILD = tuple(column for column in _b if column.name not in ("jobs", "lookup", "group_key", "told_state"))
+_OPEN = tuple(state.value for state in State if not state.terminal)
+
+
+# ---- builds ----------------------------------------------------------------------------------
+
+
+def find_build(connection: Connection, build_id: str, github_sources: Collection[str] = ()) -> Row | None:
+    """The build with this id, whatever its case; None if there is none.
+
+    For sources of GitHub the run id is enough, so that the new name of a renamed repository
+    finds builds that were recorded under the old one.
+    """
+    if "\0" in build_id:
+        return None  # nothing stored holds one, and PostgreSQL would refuse the question
+    wanted = _b.lookup == build_id.casefold()
+    key = _github_key(build_id, github_sources)
+    if key is not None:
+        wanted = or_(wanted, _b.key == key)
+    return connection.execute(select(*_BUILD).where(wanted).limit(1)).mappings().one_or_none()
+
+
+def _github_key(build_id: str, sources: Collection[str]) -> str | None:
+    """`SOURCE:OWNER:REPO:RUN_ID` → `SOURCE:RUN_ID`."""
+    source, _, rest = build_id.partition(":")
+    parts = rest.split(":")
+    if len(parts) != 3 or not (parts[2].isascii() and parts[2].isdigit()):
+        return None
+    named = next((name for name in sources if name.casefold() == source.casefold()), None)
+    return f"{named}:{parts[2]}" if named else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildFilter:
+    """Which builds: None means all.  `since` (included) and `until` (not) bound when we first heard of it."""
+
+    source: str | None = None
+    repository: str | None = None
+    workflow: str | None = None
+    branch: str | None = None
+    state: str | None = None
+    conclusion: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+def builds(
+    wanted: BuildFilter, sources: Collection[str], before: int = LARGEST_ID, most: int = 50
+) -> Select[Any]:
+    """The statement for builds, newest first.  `sources`: those that `repository` is looked for in.
+
+    With a repository it follows the index over source, repository and id, else the ids downwards.
+    """
+    conditions: list[ColumnElement[bool]] = [_b.id < before]
+    if wanted.repository is not None:
+        within = [wanted.source] if wanted.source is not None else sorted(sources)
+        return _of_repository(wanted, within, before, most)
+    if wanted.source is not None:
+        # "+ ''" keeps SQLite from reading and sorting all builds of the source: no index ends in their order.
+        conditions.append(_b.source + "" == wanted.source)
+    statement = select(*_BUILD).where(*conditions, *_further(wanted))
+    return statement.order_by(_b.id.desc()).limit(most)
+
+
+def _of_repository(wanted: BuildFilter, sources: Sequence[str], before: int, most: int) -> Select[Any]:
+    """The newest of each source, merged: each part is one walk along the index."""
+    parts = [
+        select(
+            select(_b.id)
+            .where(_b.source == source, _b.repository == wanted.repository, _b.id < before, *_further(wanted))
+            .order_by(_b.id.desc())
+            .limit(most)
+            .subquery()
+            .c.id
+        )
+        for source in sources or [""]
+    ]
+    ids = union_all(*parts) if len(parts) > 1 else parts[0]
+    return select(*_BUILD).where(_b.id.in_(ids)).order_by(_b.id.desc()).limit(most)
+
+
+def _further(wanted: BuildFilter) -> list[ColumnElement[bool]]:
+    """The conditions that no index serves."""
+    conditions: list[ColumnElement[bool]] = [
+        models.builds.c[name] == getattr(wanted, name)
+        for name in ("workflow", "branch", "state", "conclusion")
+        if getattr(wanted, name) is not None
+    ]
+    if wanted.since is not None:
+        conditions.append(_b.created_at >= wanted.since)
+    if wanted.until is not None:
+        conditions.append(_b.created_at < wanted.until)
+    return conditions
+
+
+def attempts(connection: Connection, build: Row, after: int, most: int) -> list[Row]:
+    """Attempts of a build above number `after`, in order; the current one, the build itself, is last."""
+    superseded = connection.execute(
+        select(models.attempts)
+        .where(_a.build == build["id"], _a.attempt > after)
+        .order_by(_a.attempt)
+        .limit(most)
+    )
+    rows: list[Row] = list(superseded.mappings())
+    if len(rows) < most and build["attempt"] > after:
+        rows.append(build)
+    return rows
+
+
+def build_events(connection: Connection, build: int, after: int, most: int) -> Sequence[Row]:
+    """Events of one build with a global id above `after`, in order."""
+    statement = events_of_build(after, most).where(_e.build == build)
+    return connection.execute(statement).mappings().all()
+
+
+def events_of_build(after: int, most: int) -> Select[Any]:
+    """The statement behind `build_events`, less the build."""
+    return select(models.events).where(_e.id + 0 > after).order_by(_e.sequence).limit(most)
+
+
+def polled(before: int = LARGEST_ID, most: int = 50) -> Select[Any]:
+    """The statement for builds that are being polled, newest first.
+
+    Only open builds have a next poll, and few builds are open: their index, then a sort ("+ 0" keeps
+    the planner from walking down all ids instead).
+    """
+    return (
+        select(*_BUILD)
+        .where(_b.next_poll_at.is_not(None), _b.polling.in_(("requested", "active")), _b.id + 0 < before)
+        .order_by((_b.id + 0).desc())
+        .limit(most)
+    )
+
+
+def running_script(connection: Connection, heard_since: datetime) -> Row | None:
+    """The newest open build of a build script that was heard of since then."""
+    statement = (
+        select(*_BUILD)
+        .where(
+            _b.next_poll_at.is_not(None),
+            _b.platform == "script",
+            _b.state.in_(_OPEN),
+            _b.last_push_at >= heard_since,
+        )
+        .order_by((_b.id + 0).desc())
+        .limit(1)
+    )
+    return connection.execute(statement).mappings().one_or_none()
+
+
+def reports(connection: Connection, build: int) -> list[Mapping[str, Any]]:
+    """What a script told in the first and the newest events of its build: `detail` objects, oldest first."""
+    ends = [
+        select(select(_e.id).where(_e.build == build).order_by(order).limit(REPORT_EVENTS).subquery().c.id)
+        for order in (_e.sequence, _e.sequence.desc())
+    ]
+    rows = connection.execute(select(_e.data).where(_e.id.in_(union_all(*ends))).order_by(_e.id))
+    return [row.data["detail"] for row in rows if "type" in row.data.get("detail", {})]
+
+
+# ---- events, inbound -------------------------------------------------------------------------
+
+
+def events(after: int = 0, most: int = 50) -> Select[Any]:
+    """The statement for all events after an id, oldest first.
+
+    Nothing is missed between two pages: ids become visible in their order (`db.Write.new_id`).
+    """
+    return select(models.events).where(_e.id > after).order_by(_e.id).limit(most)
+
+
+_INBOUND = tuple(column for column in _i if column.name not in ("body", "headers", "build", "delivery_key"))
+
+
+def inbound(
+    source: str | None = None, status: str | None = None, before: int = LARGEST_ID, most: int = 50
+) -> Select[Any]:
+    """The statement for kept deliveries, newest first, without headers and body."""
+    conditions: list[ColumnElement[bool]] = [_i.id < before]
+    if source is not None:
+        conditions.append(_i.source == source)
+    if status is not None:
+        # Written into the statement: only so can the planner see that the partial index fits.
+        conditions.append(_i.status == bindparam("status", status, literal_execute=True))
+    return (
+        select(*_INBOUND, _b.build_id)
+        .outerjoin(models.builds, _i.build == _b.id)
+        .where(*conditions)
+        .order_by(_i.id.desc())
+        .limit(most)
+    )
+
+
+def one_inbound(connection: Connection, inbound_id: int) -> Row | None:
+    """One kept delivery with its headers, and its body as stored (zlib)."""
+    statement = (
+        select(*_INBOUND, _i.headers, _i.body, _b.build_id)
+        .outerjoin(models.builds, _i.build == _b.id)
+        .where(_i.id == inbound_id)
+    )
+    return connection.execute(statement).mappings().one_or_none()
+
+
+# ---- subscribers, deliveries -----------------------------------------------------------------
+
+
+def subscribers(after: str = "", most: int = 50) -> Select[Any]:
+    """The statement for subscribers, by id."""
+    return select(models.subscribers).where(_s.id > after).order_by(_s.id).limit(most)
+
+
+_DELIVERIES = (
+    select(
+        _m.id.label("message"),
+        _m.message_id.label("id"),
+        _m.subscriber.label("subscriber_id"),
+        _m.event.label("event_id"),
+        _m.sequence,
+        _m.state,
+        _m.attempts.label("attempt_count"),
+        _m.due_at,
+        _m.reason,
+        _m.created_at,
+        _m.settled_at,
+        _e.type,
+        _b.build_id,
+        _s.state.label("subscriber_state"),
+    )
+    .join(models.events, _m.event == _e.id)
+    .join(models.subscribers, _m.subscriber == _s.id)
+    .outerjoin(models.builds, _m.build == _b.id)
+)
+
+
+def deliveries(
+    subscriber: str, state: str | None = None, before: int = LARGEST_ID, most: int = 50
+) -> Select[Any]:
+    """The statement for a subscriber's messages, newest event first: the unique index has that order."""
+    conditions = [_m.subscriber == subscriber, _m.event < before]
+    if state is not None:
+        conditions.append(_m.state + "" == state)  # never along the index of what is pending: it would sort
+    return _DELIVERIES.where(*conditions).order_by(_m.event.desc()).limit(most)
+
+
+def delivery(connection: Connection, message_id: str) -> Row | None:
+    """One message; `message` is its row id."""
+    if "\0" in message_id:
+        return None
+    return connection.execute(_DELIVERIES.where(_m.message_id == message_id)).mappings().one_or_none()
+
+
+def delivery_attempts(connection: Connection, message: int, most: int) -> Sequence[Row]:
+    """The tries of a message, in order."""
+    columns = models.delivery_attempts.c
+    statement = (
+        select(models.delivery_attempts)
+        .where(columns.message == message)
+        .order_by(columns.number, columns.id)
+        .limit(most)
+    )
+    return connection.execute(statement).mappings().all()
+
+
+# ---- notices, sources ------------------------------------------------------------------------
+
+
+def notices(before: int = LARGEST_ID, most: int = 50) -> Select[Any]:
+    """The statement for what admins are told, newest first."""
+    columns = models.notices.c
+    return select(models.notices).where(columns.id < before).order_by(columns.id.desc()).limit(most)
+
+
+def read_notice(connection: Connection, notice_id: int, now: datetime) -> Row | None:
+    """Note that a notice was read, unless it was before; the notice.  Run in a write transaction."""
+    columns = models.notices.c
+    connection.execute(
+        update(models.notices).where(columns.id == notice_id, columns.read_at.is_(None)).values(read_at=now)
+    )
+    return connection.execute(select(models.notices).where(columns.id == notice_id)).mappings().one_or_none()
+
+
+def pauses(connection: Connection) -> dict[str, Row]:
+    """What we learned of the sources while polling them, by name."""
+    return {row["name"]: row for row in connection.execute(select(models.sources)).mappings()}
+
+
+def last_heard(connection: Connection, names: Collection[str]) -> dict[str, Row]:
+    """`last_push_at` and `last_poll_at` by source, from the builds.
+
+    Busy sources show in the newest builds; only for those that don't, all their builds are read.
+    """
+    recent = (
+        select(_b.source, _b.last_push_at, _b.last_poll_at)
+        .order_by(_b.id.desc())
+        .limit(RECENT_BUILDS)
+        .subquery()
+    )
+    heard = _by_source(connection, select(*_latest(recent.c)).group_by(recent.c.source))
+    quiet = [name for name in names if name not in heard]
+    if quiet:
+        rest = select(*_latest(_b)).where(_b.source.in_(quiet)).group_by(_b.source)
+        heard |= _by_source(connection, rest)
+    return heard
+
+
+def _latest(columns: Any) -> tuple[ColumnElement[Any], ...]:
+    return (
+        columns.source,
+        func.max(columns.last_push_at).label("last_push_at"),
+        func.max(columns.last_poll_at).label("last_poll_at"),
+    )
+
+
+def _by_source(connection: Connection, statement: Select[Any]) -> dict[str, Row]:
+    return {row["source"]: row for row in connection.execute(statement).mappings()}

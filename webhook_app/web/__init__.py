@@ -1,0 +1,1 @@
+"""The web door: the only package that imports Flask."""

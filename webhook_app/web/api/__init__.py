@@ -1,0 +1,27 @@
+"""The HTTP API: `register()` puts it, `/openapi.json` and `/docs` into an application."""
+
+from flask import Flask, Response
+
+from webhook_app import VERSION
+from webhook_app.web.api import builds, docs, health, operations, progress, subscribers
+from webhook_app.web.api.spec import BEARER, Api
+
+TITLE = "BuildRelay"
+OPENAPI = "3.1.0"
+
+
+def register(app: Flask) -> None:
+    """Add every operation under `/api`, `/healthz` and `/readyz`, and the documents about them."""
+    app.config |= {"OPENAPI_URL_PREFIX": "/", "OPENAPI_JSON_PATH": "openapi.json"}
+    app.json.sort_keys = False  # type: ignore[attr-defined]  # fields stay in the order of their schema
+    api = Api(app, spec_kwargs={"title": TITLE, "version": VERSION, "openapi_version": OPENAPI})
+    api.spec.components.security_scheme(
+        BEARER, {"type": "http", "scheme": "bearer", "description": "An API token with the scope named."}
+    )
+    for module in (builds, progress, subscribers, operations):
+        api.register_blueprint(module.blueprint, url_prefix="/api")
+    api.register_blueprint(health.blueprint)
+
+    @app.get("/docs")
+    def show_docs() -> Response:
+        return docs.page(api.spec.to_dict())

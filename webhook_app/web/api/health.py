@@ -1,0 +1,86 @@
+"""Is the process alive, and is all there that it stands on?  No token: balancers and monitors ask."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from redis.exceptions import RedisError
+from rq import Worker
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from webhook_app import db, migrations, queues
+from webhook_app.db import StoreUnavailable
+from webhook_app.web import schemas
+from webhook_app.web.api.spec import Blueprint, operation
+from webhook_app.web.state import state
+
+blueprint = Blueprint("health", __name__, description="Health of the service")
+
+
+@operation(blueprint, "GET", "/healthz", schemas.Healthy, scope=None)
+def get_health() -> Any:
+    """Say that this process answers; nothing else is looked at."""
+    return {"status": "ok"}
+
+
+@operation(blueprint, "GET", "/readyz", schemas.Readiness, scope=None, shaped={503: schemas.Readiness})
+def get_readiness() -> Any:
+    """Look at the database, its migrations, Redis, the scheduler and the workers; 503 if one is missing.
+
+    Webhooks are taken as long as the database answers: Redis only wakes the workers.
+    """
+    checks = {
+        "database": _checked(_database),
+        "migrations": _checked(_migrations),
+        "redis": _checked(_redis),
+        "scheduler": _checked(_scheduler),
+        "workers": _checked(_workers),
+    }
+    ready = all(check["ok"] for check in checks.values())
+    return {"status": "ready" if ready else "unready", "checks": checks}, 200 if ready else 503
+
+
+def _checked(check: Callable[[], tuple[bool, str]]) -> dict[str, Any]:
+    """Run a check; what is away is not ready.  The detail names no address and no secret."""
+    try:
+        ok, detail = check()
+    except (StoreUnavailable, SQLAlchemyError):
+        ok, detail = False, "the database does not answer"
+    except RedisError as error:
+        ok, detail = False, f"Redis does not answer ({type(error).__name__})"
+    return {"ok": ok, "detail": detail}
+
+
+def _database() -> tuple[bool, str]:
+    with db.reading(state().engine) as connection:
+        connection.execute(text("SELECT 1"))
+    return True, f"{state().engine.dialect.name} answers"
+
+
+def _migrations() -> tuple[bool, str]:
+    if migrations.is_current(state().engine):
+        return True, "the schema is current"
+    return False, "the schema is not current: run `buildrelay migrate`"
+
+
+def _redis() -> tuple[bool, str]:
+    state().redis.ping()
+    return True, "Redis answers"
+
+
+def _scheduler() -> tuple[bool, str]:
+    beat = state().redis.get(queues.BEAT_KEY)
+    if not beat or not beat.isdigit():
+        return False, "no scheduler is running"
+    return True, f"last pass {max(int(time.time()) - int(beat), 0)} s ago"
+
+
+def _workers() -> tuple[bool, str]:
+    """RQ forgets a worker whose heartbeat stayed away, so those it knows are alive."""
+    workers = Worker.all(connection=state().redis)
+    served = {name for worker in workers for name in worker.queue_names()}
+    missing = [name for name in queues.JOBS if name not in served]
+    if missing:
+        return False, f"no worker serves {', '.join(missing)}"
+    return True, f"{len(workers)} running"

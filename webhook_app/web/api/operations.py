@@ -1,0 +1,205 @@
+"""What operators look at: events, inbound deliveries, notices, tokens, sources, and the running script."""
+
+import zlib
+from datetime import timedelta
+from typing import Any
+
+from webhook_app import db, inbox, queries, queues, tokens
+from webhook_app.inbox import Receipt
+from webhook_app.queries import Row
+from webhook_app.times import utc_now
+from webhook_app.web import schemas
+from webhook_app.web.api import masking
+from webhook_app.web.api.spec import STORE_ID, Blueprint, abort, operation, page
+from webhook_app.web.state import state
+
+blueprint = Blueprint("operations", __name__, description="Events, inbound deliveries, sources, tokens")
+
+
+@operation(blueprint, "GET", "/events", schemas.EventPage, query=schemas.EventsQuery)
+def list_events(asked: dict[str, Any]) -> Any:
+    """List all events after an id, oldest first, without gaps.
+
+    `next_cursor` is the id to go on from, as text, and is never null: whoever polls hands it in as
+    `after` (or `cursor`) each time, and an empty page means that there is nothing new yet.
+    """
+    after = asked.get("cursor", asked["after"])
+    with db.reading(state().engine) as connection:
+        rows = connection.execute(queries.events(after, asked["limit"])).mappings().all()
+    items = [{**row, "build_id": row["data"].get("build_id")} for row in rows]
+    return {"items": items, "next_cursor": str(rows[-1]["id"] if rows else after)}
+
+
+# ---- inbound ---------------------------------------------------------------------------------
+
+
+@operation(
+    blueprint, "GET", "/inbound", schemas.InboundPage, scope="admin", query=schemas.InboundQuery
+)  # fmt: skip
+def list_inbound(asked: dict[str, Any]) -> Any:
+    """List the verified deliveries that are kept, newest first, without their content."""
+    limit, before = asked["limit"], asked.get("cursor", queries.LARGEST_ID)
+    statement = queries.inbound(asked.get("source"), asked.get("status"), before, limit + 1)
+    with db.reading(state().engine) as connection:
+        rows = connection.execute(statement).mappings().all()
+    return page(rows, limit, lambda row: row["id"])
+
+
+@operation(
+    blueprint, "GET", f"/inbound/<{STORE_ID}:inbound_id>", schemas.InboundWithBody,
+    scope="admin", errors=[404],
+)  # fmt: skip
+def get_inbound(inbound_id: int) -> Any:
+    """Get one delivery with its content; what may be secret in it is masked."""
+    with db.reading(state().engine) as connection:
+        row = queries.one_inbound(connection, inbound_id)
+    if row is None:
+        abort(404, "there is no such delivery, or it is past its retention")
+    body, cut = masking.readable(zlib.decompress(row["body"]), row["headers"].get("content-type", ""))
+    return {**row, "headers": masking.masked(row["headers"]), "body": body, "truncated": cut}
+
+
+@operation(
+    blueprint, "POST", f"/inbound/<{STORE_ID}:inbound_id>/reprocess", schemas.Reprocessed,
+    scope="admin", errors=[404],
+)  # fmt: skip
+def reprocess_inbound(inbound_id: int) -> Any:
+    """Take a kept delivery once more, as if it had just come.  Harmless for one that was applied."""
+    held = state()
+    receipt = inbox.reprocess(held.engine, held.sources, inbound_id, utc_now(), held.pace)
+    if receipt is None:
+        abort(404, "there is no such delivery, or it is past its retention")
+    _ring_for(receipt)
+    return receipt
+
+
+def _ring_for(receipt: Receipt) -> None:
+    if receipt.events:
+        state().bell.ring(queues.DELIVER)
+    if receipt.ask:
+        state().bell.ring(queues.POLL)
+
+
+# ---- notices ---------------------------------------------------------------------------------
+
+
+@operation(
+    blueprint, "GET", "/notifications", schemas.NoticePage, scope="admin", query=schemas.PageQuery
+)  # fmt: skip
+def list_notifications(asked: dict[str, Any]) -> Any:
+    """List what admins are told, newest first."""
+    limit = asked["limit"]
+    statement = queries.notices(asked.get("cursor", queries.LARGEST_ID), limit + 1)
+    with db.reading(state().engine) as connection:
+        rows = connection.execute(statement).mappings().all()
+    return page(rows, limit, lambda row: row["id"])
+
+
+@operation(
+    blueprint, "POST", f"/notifications/<{STORE_ID}:notification_id>/read", schemas.Notice,
+    scope="admin", errors=[404],
+)  # fmt: skip
+def read_notification(notification_id: int) -> Any:
+    """Note that a notification was read."""
+    row = db.in_transaction(
+        state().engine, lambda connection: queries.read_notice(connection, notification_id, utc_now())
+    )
+    if row is None:
+        abort(404, "there is no such notification")
+    return row
+
+
+# ---- tokens ----------------------------------------------------------------------------------
+
+
+@operation(
+    blueprint, "GET", "/tokens", schemas.TokenPage, scope="admin", query=schemas.NamedPageQuery
+)  # fmt: skip
+def list_tokens(asked: dict[str, Any]) -> Any:
+    """List API tokens, by id; never the tokens themselves."""
+    limit = asked["limit"]
+    with db.reading(state().engine) as connection:
+        rows = tokens.page(connection, asked["cursor"], limit + 1)
+    return page(rows, limit, lambda row: row["id"])
+
+
+@operation(
+    blueprint, "POST", "/tokens", schemas.CreatedToken, scope="admin", status=201, body=schemas.NewToken
+)
+def create_token(wanted: dict[str, Any]) -> Any:
+    """Make an API token, shown this once.  `write` includes `read`, `admin` both."""
+    row, token = db.in_transaction(
+        state().engine,
+        lambda connection: tokens.create(connection, wanted["name"], wanted["scopes"], utc_now()),
+    )
+    return {**row, "token": token}
+
+
+@operation(
+    blueprint, "DELETE", "/tokens/<string:token_id>", None, scope="admin", status=204, errors=[404]
+)  # fmt: skip
+def delete_token(token_id: str) -> Any:
+    """Take an API token back; from then on it is unknown."""
+    if not db.in_transaction(state().engine, lambda connection: tokens.remove(connection, token_id)):
+        abort(404, "there is no such token")
+
+
+# ---- sources, the running script -------------------------------------------------------------
+
+
+@operation(blueprint, "GET", "/sources", schemas.SourcePage)
+def list_sources() -> Any:
+    """List the configured sources with what was last heard of them."""
+    configured = state().settings.sources
+    with db.reading(state().engine) as connection:
+        pauses = queries.pauses(connection)
+        heard = queries.last_heard(connection, list(configured))
+    now = utc_now()
+    items = []
+    for name, source in configured.items():
+        pause = pauses.get(name)
+        paused = pause if pause and pause["paused_until"] and pause["paused_until"] > now else {}
+        items.append(
+            {
+                "name": name,
+                "platform": source.source.platform,
+                "can_poll": source.can_poll and source.source.platform != "script",
+                "paused_until": paused.get("paused_until"),
+                "pause_reason": paused.get("pause_reason"),
+                "last_push_at": heard.get(name, {}).get("last_push_at"),
+                "last_poll_at": heard.get(name, {}).get("last_poll_at"),
+            }
+        )
+    return {"items": items, "next_cursor": None}
+
+
+_TOLD = ("env", "origin", "command", "host", "pid", "stage", "message", "repo", "branch", "commit")
+
+
+@operation(
+    blueprint, "GET", "/admin/build-status", schemas.BuildStatus,
+    scope="admin", query=schemas.BuildStatusQuery,
+)  # fmt: skip
+def get_admin_build_status(asked: dict[str, Any]) -> Any:
+    """Tell whether a build script runs now: one that was heard of within `heartbeatTimeout` seconds."""
+    now = utc_now()
+    with db.reading(state().engine) as connection:
+        run = queries.running_script(connection, now - timedelta(seconds=asked["heartbeatTimeout"]))
+        told = queries.reports(connection, run["id"]) if run else []
+    active = _active_run(run, told) if run else None
+    return {"success": True, "running": run is not None, "activeRun": active, "updatedAt": now}
+
+
+def _active_run(run: Row, told: list[Any]) -> dict[str, Any]:
+    """The run, with the newest word on each field."""
+    known = dict.fromkeys(_TOLD)
+    for detail in told:
+        known |= {name: detail[name] for name in _TOLD if detail.get(name) is not None}
+    return known | {
+        "runId": run["build_id"].partition(":")[2],
+        "buildId": run["build_id"],
+        "status": "running",
+        "progress": run["progress"],
+        "startedAt": run["started_at"],
+        "lastHeartbeatAt": run["last_push_at"],
+    }

@@ -1,0 +1,582 @@
+"""Every JSON shape of the API, in and out; the OpenAPI document is made of these.
+
+Input is strict: unknown fields, wrong JSON types and text that no database can store are refused.
+"""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from marshmallow import RAISE, Schema, ValidationError, fields
+from marshmallow.validate import Length, OneOf, Range
+
+from webhook_app import subscribers, tokens
+from webhook_app.lifecycle import Conclusion, ObservedBy, State
+from webhook_app.queries import LARGEST_ID
+from webhook_app.times import iso
+
+MOST_ITEMS = 200
+ITEMS = 50
+MOST_GLOBS = 100
+NO_CURSOR = "This is no cursor of this list."
+
+_EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST = datetime(9000, 1, 1, tzinfo=UTC)
+
+STATES = tuple(state.value for state in State)
+CONCLUSIONS = tuple(conclusion.value for conclusion in Conclusion)
+ORIGINS = tuple(origin.value for origin in ObservedBy)
+
+
+# ---- fields ----------------------------------------------------------------------------------
+
+
+class Text(fields.String):
+    """Text that every database can store: no NUL, no half of a surrogate pair."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        text = super()._deserialize(value, attr, data, **kwargs)
+        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValidationError("This text can't be stored: it holds a NUL or half a character.")
+        return text
+
+
+class Whole(fields.Integer):
+    """A whole number that is a JSON number; `5.0` is one."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+            raise self.make_error("invalid", input=value)
+        return int(value)
+
+
+class Truth(fields.Boolean):
+    """JSON's true or false, and no words for them."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return value
+
+
+class Moment(fields.DateTime):
+    """ISO 8601 with a zone in, UTC with `Z` out."""
+
+    def _serialize(self, value: Any, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
+        return iso(value)
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> datetime:
+        try:
+            moment = datetime.fromisoformat(value)
+        except (ValueError, TypeError):
+            moment = None
+        if moment is None or moment.tzinfo is None or not _EARLIEST <= moment <= _LATEST:
+            raise ValidationError("A time like 2026-11-01T10:00:00Z is needed.")
+        return moment
+
+
+class Cursor(Text):
+    """Where a list goes on: opaque to clients, inside the key of the last row shown."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        text = super()._deserialize(value, attr, data, **kwargs)
+        try:
+            key = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True).decode("ascii")
+        except (binascii.Error, ValueError):
+            raise ValidationError(NO_CURSOR) from None
+        if not key.isprintable():
+            raise ValidationError(NO_CURSOR)
+        return key
+
+
+class IdCursor(Cursor):
+    """A cursor over whole numbers."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        key = super()._deserialize(value, attr, data, **kwargs)
+        if not key.isdigit() or len(key) > 19 or int(key) > LARGEST_ID:
+            raise ValidationError(NO_CURSOR)
+        return int(key)
+
+
+def cursor(key: object) -> str:
+    """The cursor that goes on after the row with this key."""
+    return base64.urlsafe_b64encode(str(key).encode("ascii")).rstrip(b"=").decode("ascii")
+
+
+def _globs() -> fields.List[Any]:
+    return fields.List(
+        Text(validate=Length(1, 255)),
+        validate=Length(max=MOST_GLOBS),
+        metadata={"description": "Globs; an empty list means all."},
+    )
+
+
+def _out(kind: Any, *args: Any, null: bool = False, about: str = "", **more: Any) -> Any:
+    """A field of an answer: always there; `null` says that it may be null."""
+    metadata = {"description": about} if about else {}
+    return kind(*args, required=True, allow_none=null, metadata=metadata, **more)
+
+
+def _word(words: tuple[str, ...], null: bool = False) -> Any:
+    return _out(Text, null=null, validate=OneOf([*words, None] if null else words))
+
+
+# ---- questions -------------------------------------------------------------------------------
+
+
+class Strict(Schema):
+    """Refuses what it does not know."""
+
+    class Meta:
+        """marshmallow's options."""
+
+        unknown = RAISE
+
+
+def _limit() -> fields.Integer:
+    return fields.Integer(load_default=ITEMS, validate=Range(1, MOST_ITEMS))
+
+
+class PageQuery(Strict):
+    """A page of a list ordered by number."""
+
+    cursor = IdCursor(metadata={"description": "`next_cursor` of the page before."})
+    limit = _limit()
+
+
+class NamedPageQuery(Strict):
+    """A page of a list ordered by a text id."""
+
+    cursor = Cursor(load_default="", metadata={"description": "`next_cursor` of the page before."})
+    limit = _limit()
+
+
+class BuildsQuery(PageQuery):
+    """Filters of `GET /api/builds`; several must all hold."""
+
+    source = Text()
+    repository = Text(metadata={"description": "As the platform spells it: `octo/hello`."})
+    branch = Text()
+    state = Text(validate=OneOf(STATES))
+    conclusion = Text(validate=OneOf(CONCLUSIONS))
+    workflow = Text()
+    since = Moment(metadata={"description": "First heard of at this time or later."})
+    until = Moment(metadata={"description": "First heard of before this time."})
+
+
+class BuildEventsQuery(Strict):
+    """Where a client that polls one build goes on."""
+
+    lastEventId = fields.Integer(  # noqa: N815  the name of the progress API
+        load_default=0,
+        validate=Range(0, LARGEST_ID),
+        metadata={"description": "Only events after this one."},
+    )
+
+
+class EventsQuery(Strict):
+    """Where a client that was away goes on; `cursor` is the same as `after`."""
+
+    after = fields.Integer(load_default=0, validate=Range(0, LARGEST_ID))
+    cursor = fields.Integer(validate=Range(0, LARGEST_ID))
+    limit = _limit()
+
+
+class InboundQuery(PageQuery):
+    """Filters of `GET /api/inbound`."""
+
+    source = Text()
+    status = Text(validate=OneOf(("applied", "ignored", "unreadable")))
+
+
+class DeliveriesQuery(PageQuery):
+    """Filters of a subscriber's deliveries."""
+
+    state = Text(validate=OneOf(("pending", "delivered", "dead")))
+
+
+class BuildStatusQuery(Strict):
+    """How long a silent build counts as running."""
+
+    heartbeatTimeout = fields.Integer(load_default=90, validate=Range(1, 86_400))  # noqa: N815
+
+
+# ---- bodies ----------------------------------------------------------------------------------
+
+
+class SubscriberChange(Strict):
+    """What can be changed of a subscriber; what is not named stays."""
+
+    url = Text(validate=Length(1, 2048), metadata={"description": "https; where events are posted."})
+    events = _globs()
+    sources = _globs()
+    repositories = _globs()
+    branches = _globs()
+    description = Text(allow_none=True, validate=Length(max=1000))
+    rate_limit_per_second = Whole(allow_none=True, validate=Range(1, 10_000))
+    ordered = Truth(metadata={"description": "One build's events in their order."})
+    headers = fields.Dict(
+        keys=Text(), values=Text(), metadata={"description": "Sent with each request; never shown again."}
+    )
+
+
+class NewSubscriber(SubscriberChange):
+    """A callback URL and which events it wants."""
+
+    url = Text(
+        required=True,
+        validate=Length(1, 2048),
+        metadata={"description": "https; where events are posted."},
+    )
+    signing = Text(load_default="hmac", validate=OneOf(("hmac", "ed25519")))
+
+
+class Rotation(Strict):
+    """How long the previous secret goes on signing."""
+
+    grace_seconds = Whole(
+        load_default=subscribers.DEFAULT_GRACE_SECONDS,
+        validate=Range(0, subscribers.MOST_GRACE_SECONDS),
+    )
+
+
+class NewToken(Strict):
+    """A token for a person or a program."""
+
+    name = Text(required=True, validate=Length(1, 255))
+    scopes = fields.List(
+        Text(validate=OneOf(tokens.SCOPES)),
+        required=True,
+        validate=Length(1, len(tokens.SCOPES)),
+    )
+
+
+# ---- answers ---------------------------------------------------------------------------------
+
+
+class Problem(Schema):
+    """RFC 9457."""
+
+    type = _out(Text)
+    title = _out(Text)
+    status = _out(fields.Integer)
+    detail = _out(Text)
+    errors = fields.Dict(metadata={"description": "What is wrong, by place and field."})
+
+
+class Build(Schema):
+    """One run, pipeline, Jenkins build or script run, in its current attempt."""
+
+    build_id = _out(Text)
+    source = _out(Text)
+    platform = _out(Text)
+    repository = _out(Text, null=True)
+    workflow = _out(Text, null=True)
+    branch = _out(Text, null=True)
+    commit = _out(Text, null=True)
+    number = _out(fields.Integer, null=True)
+    attempt = _out(fields.Integer)
+    state = _word(STATES)
+    conclusion = _word(CONCLUSIONS, null=True)
+    url = _out(Text, null=True)
+    started_at = _out(Moment, null=True)
+    ended_at = _out(Moment, null=True)
+    duration_seconds = _out(fields.Float, null=True)
+    progress = _out(fields.Integer, about="0 to 100; never falls within an attempt.")
+    observed_by = _word(ORIGINS)
+    last_push_at = _out(Moment, null=True)
+    last_poll_at = _out(Moment, null=True)
+    error = _out(Text, null=True)
+
+
+class Attempt(Schema):
+    """One attempt of a build, as it stands or as it stood when the next one began."""
+
+    attempt = _out(fields.Integer)
+    state = _word(STATES)
+    conclusion = _word(CONCLUSIONS, null=True)
+    started_at = _out(Moment, null=True)
+    ended_at = _out(Moment, null=True)
+    duration_seconds = _out(fields.Float, null=True)
+    progress = _out(fields.Integer)
+    observed_by = _word(ORIGINS)
+    error = _out(Text, null=True)
+
+
+class ProgressEvent(Schema):
+    """An event in the words of the progress API."""
+
+    id = _out(fields.Integer)
+    sequence = _out(fields.Integer)
+    type = _out(Text)
+    data = _out(fields.Dict)
+    timestamp = _out(Moment)
+    observedBy = _word(ORIGINS)  # noqa: N815
+
+
+class ProgressEvents(Schema):
+    """Events of a build; hand `lastEventId` in again to go on."""
+
+    buildId = _out(Text)  # noqa: N815
+    events = _out(fields.List, fields.Nested(ProgressEvent))
+    lastEventId = _out(fields.Integer)  # noqa: N815
+
+
+class ProgressStatus(Schema):
+    """How far a build is, in the words of the progress API."""
+
+    buildId = _out(Text)  # noqa: N815
+    status = _word(("unknown", "planning", "executing", "deploying", "completed", "failed"))
+    state = _word(STATES, null=True)
+    conclusion = _word(CONCLUSIONS, null=True)
+    progress = _out(fields.Integer)
+    progressBasis = _word(("steps", "jobs", "history", "report", "none"))  # noqa: N815
+    etaSeconds = _out(fields.Float, null=True)  # noqa: N815
+    previewUrl = _out(Text, null=True)  # noqa: N815
+    error = _out(Text, null=True)
+    eventCount = _out(fields.Integer)  # noqa: N815
+    lastUpdate = _out(Moment, null=True)  # noqa: N815
+
+
+class Polling(Schema):
+    """Whether a build is polled, why, and how that goes."""
+
+    buildId = _out(Text)  # noqa: N815
+    isPolling = _out(fields.Boolean)  # noqa: N815
+    reason = _out(Text, about="One word: why it is, or is not, being polled.")
+    pollCount = _out(fields.Integer)  # noqa: N815
+    lastPollTime = _out(Moment, null=True)  # noqa: N815
+    nextPollTime = _out(Moment, null=True)  # noqa: N815
+    consecutiveErrors = _out(fields.Integer)  # noqa: N815
+    error = _out(Text, null=True)
+
+
+class Subscriber(Schema):
+    """A registered callback URL.  Its secret is shown only when it is made."""
+
+    id = _out(Text)
+    url = _out(Text)
+    events = _out(fields.List, Text())
+    sources = _out(fields.List, Text())
+    repositories = _out(fields.List, Text())
+    branches = _out(fields.List, Text())
+    description = _out(Text, null=True)
+    rate_limit_per_second = _out(fields.Integer, null=True)
+    ordered = _out(fields.Boolean)
+    headers = _out(
+        fields.Dict, null=True, about="Names with masked values; null if no key in ENCRYPTION_KEYS fits."
+    )
+    signing = _word(("hmac", "ed25519"))
+    state = _word(("active", "disabled"))
+    disabled_reason = _out(Text, null=True)
+    failing_since = _out(Moment, null=True)
+    failures = _out(fields.Integer)
+    created_at = _out(Moment)
+    updated_at = _out(Moment)
+
+
+class CreatedSubscriber(Subscriber):
+    """A new subscriber, with its secret, this once."""
+
+    secret = _out(Text, about="`whsec_…`; for Ed25519 the public key `whpk_…`.")
+
+
+class NewSecret(Schema):
+    """The new secret, this once."""
+
+    secret = _out(Text)
+    previous_expires_at = _out(Moment, null=True)
+
+
+class Accepted(Schema):
+    """A delivery that was set on its way."""
+
+    delivery_id = _out(Text, about="Also the `webhook-id` of its requests.")
+
+
+class Delivery(Schema):
+    """One event for one subscriber."""
+
+    id = _out(Text, about="Also the `webhook-id` of its requests.")
+    subscriber_id = _out(Text)
+    event_id = _out(fields.Integer)
+    build_id = _out(Text, null=True)
+    sequence = _out(fields.Integer, null=True)
+    type = _out(Text)
+    state = _word(("pending", "delivered", "dead"))
+    attempt_count = _out(fields.Integer)
+    next_attempt_at = _out(Moment, null=True, attribute="due_at")
+    reason = _out(Text, null=True, about="Of the last failure.")
+    created_at = _out(Moment)
+    settled_at = _out(Moment, null=True)
+
+
+class DeliveryAttempt(Schema):
+    """One HTTP try."""
+
+    number = _out(fields.Integer)
+    started_at = _out(Moment)
+    duration_seconds = _out(fields.Float)
+    status_code = _out(fields.Integer, null=True)
+    reason = _out(Text, null=True, about="Null: a 2xx.")
+    response = _out(Text, null=True, about="The beginning of what came back.")
+
+
+class DeliveryWithAttempts(Delivery):
+    """One event for one subscriber, and each try."""
+
+    attempts = _out(fields.List, fields.Nested(DeliveryAttempt))
+
+
+class Event(Schema):
+    """A recorded change; `data` is what subscribers get."""
+
+    id = _out(fields.Integer)
+    build_id = _out(Text, null=True)
+    sequence = _out(fields.Integer, null=True)
+    type = _out(Text)
+    timestamp = _out(Moment)
+    data = _out(fields.Dict)
+
+
+class Inbound(Schema):
+    """A verified delivery as it came, without its content."""
+
+    id = _out(fields.Integer)
+    source = _out(Text)
+    event = _out(Text)
+    hook_id = _out(Text)
+    delivery_id = _out(Text)
+    status = _word(("applied", "ignored", "unreadable"))
+    reason = _out(Text, null=True)
+    build_id = _out(Text, null=True)
+    received_at = _out(Moment)
+
+
+class InboundWithBody(Inbound):
+    """A verified delivery with its content; what may be secret is masked."""
+
+    headers = _out(fields.Dict)
+    body = _out(Text)
+    truncated = _out(fields.Boolean)
+
+
+class Reprocessed(Schema):
+    """What became of a delivery that was taken once more."""
+
+    status = _word(("accepted", "ignored", "unreadable"))
+    build_id = _out(Text, null=True)
+    reason = _out(Text, null=True)
+    events = _out(fields.Integer, about="How many events it made.")
+
+
+class Notice(Schema):
+    """Something admins are told."""
+
+    id = _out(fields.Integer)
+    kind = _out(Text)
+    subject = _out(Text)
+    text = _out(Text)
+    created_at = _out(Moment)
+    read_at = _out(Moment, null=True)
+
+
+class Token(Schema):
+    """An API token, without the token."""
+
+    id = _out(Text)
+    name = _out(Text)
+    scopes = _out(fields.List, Text(validate=OneOf(tokens.SCOPES)))
+    created_at = _out(Moment)
+
+
+class CreatedToken(Token):
+    """A new token, this once."""
+
+    token = _out(Text)
+
+
+class Source(Schema):
+    """A configured CI instance, and when it was last heard of."""
+
+    name = _out(Text)
+    platform = _out(Text)
+    can_poll = _out(fields.Boolean)
+    paused_until = _out(Moment, null=True)
+    pause_reason = _out(Text, null=True)
+    last_push_at = _out(Moment, null=True)
+    last_poll_at = _out(Moment, null=True)
+
+
+class ActiveRun(Schema):
+    """A build script's run, as far as it told."""
+
+    runId = _out(Text)  # noqa: N815
+    buildId = _out(Text)  # noqa: N815
+    status = _out(Text)
+    env = _out(Text, null=True)
+    origin = _out(Text, null=True)
+    command = _out(Text, null=True)
+    host = _out(Text, null=True)
+    pid = _out(fields.Integer, null=True)
+    stage = _out(Text, null=True)
+    message = _out(Text, null=True)
+    repo = _out(Text, null=True)
+    branch = _out(Text, null=True)
+    commit = _out(Text, null=True)
+    progress = _out(fields.Integer)
+    startedAt = _out(Moment, null=True)  # noqa: N815
+    lastHeartbeatAt = _out(Moment, null=True)  # noqa: N815
+
+
+class BuildStatus(Schema):
+    """Does a build script run now?"""
+
+    success = _out(fields.Boolean)
+    running = _out(fields.Boolean)
+    activeRun = _out(fields.Nested, ActiveRun, null=True)  # noqa: N815
+    updatedAt = _out(Moment)  # noqa: N815
+
+
+class Healthy(Schema):
+    """The process answers."""
+
+    status = _out(Text)
+
+
+class Check(Schema):
+    """One thing the service stands on."""
+
+    ok = _out(fields.Boolean)
+    detail = _out(Text)
+
+
+class Readiness(Schema):
+    """All that the service stands on."""
+
+    status = _word(("ready", "unready"))
+    checks = _out(fields.Dict, keys=Text(), values=fields.Nested(Check))
+
+
+def page_of(item: type[Schema], name: str) -> type[Schema]:
+    """The shape of a list of `item`: `{"items": […], "next_cursor": …}`."""
+    content: Mapping[str, Any] = {
+        "items": _out(fields.List, fields.Nested(item)),
+        "next_cursor": _out(Text, null=True, about="Null: this is the last page."),
+    }
+    return Schema.from_dict(dict(content), name=name)
+
+
+BuildPage = page_of(Build, "BuildPage")
+AttemptPage = page_of(Attempt, "AttemptPage")
+PollingPage = page_of(Polling, "PollingPage")
+SubscriberPage = page_of(Subscriber, "SubscriberPage")
+DeliveryPage = page_of(Delivery, "DeliveryPage")
+EventPage = page_of(Event, "EventPage")
+InboundPage = page_of(Inbound, "InboundPage")
+NoticePage = page_of(Notice, "NoticePage")
+TokenPage = page_of(Token, "TokenPage")
+SourcePage = page_of(Source, "SourcePage")
