@@ -31,7 +31,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from webhook_app import outbound
-from webhook_app.outbound import OutboundError, Reply, check_callback_url, check_headers, send
+from webhook_app.destinations import OutboundError, check_callback_url, check_headers, parse
+from webhook_app.outbound import Reply, send
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -1092,7 +1093,7 @@ def test_whatever_passes_the_check_makes_exactly_its_lines(headers):
     except OutboundError:
         return
     call = outbound._Call("POST", "http://x.test/", headers, b"", 0.0, 0.0, 0, True, None, resolving())
-    head = outbound._head(call, outbound._parse(call.url), "")
+    head = outbound._head(call, parse(call.url), "")
     assert head.count(b"\r\n") == head.count(b"\n") == head.count(b"\r") == 1 + 2 + len(headers) + 2
 
 
@@ -1163,7 +1164,7 @@ def test_another_name_for_the_same_server_gets_no_credentials(serve):
     ],
 )
 def test_who_may_see_the_credentials(before, after, same):
-    assert outbound._is_same_owner(outbound._parse(before), outbound._parse(after)) is same
+    assert outbound._is_same_owner(parse(before), parse(after)) is same
 
 
 def test_redirects_come_to_an_end(serve):

@@ -36,15 +36,26 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from http.client import HTTPException, HTTPResponse, IncompleteRead, LineTooLong
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from time import monotonic
-from typing import Any, BinaryIO, Literal, NamedTuple
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import unquote, urljoin, urlsplit
 
-import idna
 import requests.utils
-from ssrfguard import BlockedAddressError, Policy
+
+from webhook_app.destinations import (
+    FRAMING_HEADERS,
+    OutboundError,
+    Place,
+    bad_header,
+    bad_url,
+    check_header,
+    check_written_host,
+    parse,
+    refusal,
+    written_address,
+)
 
 IDLE_SECONDS = 60.0
 LIFETIME_SECONDS = 300.0
@@ -56,52 +67,11 @@ ADDRESSES_TRIED = 4
 PIECE_BYTES = 64 * 1024
 HEAD_BYTES = 64 * 1024
 MOST_REDIRECTS = 5
-URL_LENGTH = 2048
-CUSTOM_HEADERS = 20
-CUSTOM_HEADER_BYTES = 8 * 1024
-
-INTERNAL_NETWORKS = (
-    "127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10",
-    "198.18.0.0/15", "fc00::/7",
-)  # fmt: skip
-"""What may be reached beside public addresses when the guard is off; link-local and the like stay refused."""
-
-METADATA_ADDRESSES = {
-    "100.100.100.200": "Alibaba Cloud",
-    "168.63.129.16": "Azure",
-    "fd00:42::42": "Scaleway",
-    "fd00:100::100:200": "Alibaba Cloud",
-    "fd00:a9fe:a9fe::1": "Linode",
-    "fd00:c1::a9fe:a9fe": "Oracle Cloud",
-    "fd00:ec2::23": "AWS EKS Pod Identity",
-    "fd00:ec2::254": "AWS EC2",
-    "fd20:ce::254": "Google Cloud",
-}
-"""Metadata services outside 169.254.0.0/16 (which is refused anyway): they hand out credentials, so never."""
-
-NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last four bytes are the IPv4 address that is reached
-SIX_TO_FOUR = IPv6Network("2002::/16")  # RFC 7526: given up
-GLOBAL_UNICAST = IPv6Network("2000::/3")  # RFC 4291 section 2.5.4; nothing else is routed in the open
-
-IPAddress = IPv4Address | IPv6Address
 Resolver = Callable[..., Sequence[tuple[Any, ...]]]
-Reason = Literal[
-    "address_refused", "bad_header", "bad_url", "connect", "disconnected", "dns", "protocol", "timeout",
-    "tls", "too_large",
-]  # fmt: skip
+FORWARDED_HEADERS = frozenset({"accept", "accept-language", "user-agent", "range"})
+"""What a redirect to another origin may see: no Authorization, PRIVATE-TOKEN, Cookie or anything unknown."""
 
-
-class OutboundError(Exception):
-    """No usable answer came.
-
-    `reason` is the metric label, `str()` names the host but never the path or a header, which may hold
-    secrets.  `permanent`: the same request can't succeed later either.
-    """
-
-    def __init__(self, reason: Reason, message: str, permanent: bool = False) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.permanent = permanent
+_METHOD = re.compile(r"[A-Z]{1,16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +87,6 @@ class Reply:
     body: bytes
     truncated: bool
     duration_seconds: float
-
-
-class _Place(NamedTuple):
-    """A URL as it is used: `host` in ASCII without brackets, `target` the path and query."""
-
-    scheme: str
-    host: str
-    port: int
-    target: str
 
 
 class _Route(NamedTuple):
@@ -188,47 +149,10 @@ def send(
     while follow_redirects and _is_redirect(reply):
         redirects += 1
         if redirects > MOST_REDIRECTS:
-            raise OutboundError("protocol", f"more than {MOST_REDIRECTS} redirects from {_parse(url).host}")
+            raise OutboundError("protocol", f"more than {MOST_REDIRECTS} redirects from {parse(url).host}")
         call = _redirected(call, reply.headers["location"])
         reply = _attempt(call)
     return reply
-
-
-def check_callback_url(url: str, allow_private: bool) -> None:
-    """Judge a subscriber's URL when it is registered; what its name resolves to is judged when connecting.
-
-    https only (http too with `allow_private`), at most 2048 characters, no credentials, fragment or
-    control characters, and no internal address in any spelling.  Raises `OutboundError` with reason
-    `bad_url` or `address_refused`, permanent.
-    """
-    if len(url) > URL_LENGTH:
-        raise _bad_url(f"the URL is longer than {URL_LENGTH} characters")
-    if "#" in url:
-        raise _bad_url("the URL has a fragment (#…), which is never sent")
-    place = _parse(url)
-    if place.scheme == "http" and not allow_private:
-        raise _bad_url("the URL must begin with https://")
-    _check_written_host(place.host, guard=not allow_private)
-
-
-def check_headers(headers: Mapping[str, str]) -> None:
-    """Judge the custom headers of a subscriber: at most 20, 8 KiB in all, none that BuildRelay or HTTP sets.
-
-    Raises `OutboundError("bad_header")`, permanent; the message names the header, never its value.
-    """
-    if len(headers) > CUSTOM_HEADERS:
-        raise _bad_header(f"more than {CUSTOM_HEADERS} headers")
-    seen: set[str] = set()
-    for name, value in headers.items():
-        _check_header(name, value)
-        lowered = name.lower()
-        if lowered in seen:
-            raise _bad_header(f"the header {name} is given twice")
-        if lowered in RESERVED_HEADERS or lowered.startswith(RESERVED_PREFIXES):
-            raise _bad_header(f"the header {name} is set by BuildRelay or by HTTP itself")
-        seen.add(lowered)
-    if sum(len(name) + len(value) for name, value in headers.items()) > CUSTOM_HEADER_BYTES:
-        raise _bad_header(f"more than {CUSTOM_HEADER_BYTES} bytes of headers")
 
 
 def close_idle() -> None:
@@ -238,153 +162,7 @@ def close_idle() -> None:
     _tls_context.cache_clear()
 
 
-# Headers and URLs, as they are written
-
-FRAMING_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "accept-encoding", "connection"})
-"""Set by `send` alone; RFC 9112 section 6."""
-
-RESERVED_HEADERS = FRAMING_HEADERS | {
-    "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization", "te", "trailer", "upgrade",
-    "expect", "content-encoding", "content-type", "user-agent", "http2-settings",
-}  # fmt: skip
-"""Hop-by-hop headers (RFC 9110 section 7.6.1) and those that describe the body, which is ours."""
-
-RESERVED_PREFIXES = ("webhook-",)
-
-FORWARDED_HEADERS = frozenset({"accept", "accept-language", "user-agent", "range"})
-"""What a redirect to another origin may see: no Authorization, PRIVATE-TOKEN, Cookie or anything unknown."""
-
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")  # RFC 9110 section 5.6.2
-_FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110 section 5.5, as latin-1
-_METHOD = re.compile(r"[A-Z]{1,16}")
-_NEVER_IN_A_URL = re.compile(r"[\x00-\x20\x7f-\xa0\\\ud800-\udfff\u2028\u2029]")
-_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
-_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
-_KEPT_IN_TARGET = "/?%:@!$&'()*+,;=~[]"
-
-
-def _bad_url(message: str) -> OutboundError:
-    return OutboundError("bad_url", message, permanent=True)
-
-
-def _refused(message: str) -> OutboundError:
-    return OutboundError("address_refused", message, permanent=True)
-
-
-def _bad_header(message: str) -> OutboundError:
-    return OutboundError("bad_header", message, permanent=True)
-
-
-def _check_header(name: object, value: object) -> None:
-    if not isinstance(name, str) or not _TOKEN.fullmatch(name):
-        raise _bad_header("a header's name must be a token of letters, digits and hyphens")
-    if not isinstance(value, str) or not _FIELD_VALUE.fullmatch(value):
-        raise _bad_header(f"the header {name} holds a line break, a control character or one outside latin-1")
-
-
-@lru_cache(maxsize=1024)
-def _parse(url: str) -> _Place:
-    """The one reading of a URL: what is checked is what is connected to."""
-    if _NEVER_IN_A_URL.search(url):
-        raise _bad_url("the URL holds a space, a control character or a backslash")
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        raise _bad_url("the URL can't be read: its host or port is malformed") from None
-    if parts.scheme not in ("http", "https") or not host:
-        raise _bad_url("a URL that begins with https:// or http:// and a host is needed")
-    if "@" in parts.netloc:
-        raise _bad_url("the URL holds credentials; they belong in a header")
-    if port == 0:
-        raise _bad_url("port 0 can't be connected to")
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    default = 443 if parts.scheme == "https" else 80
-    return _Place(parts.scheme, _plain_host(host), port or default, quote(target, safe=_KEPT_IN_TARGET))
-
-
-def _plain_host(host: str) -> str:
-    """The host in lower-case ASCII, as the resolver and the certificate know it; no disguised numbers."""
-    if ":" in host:
-        return _plain_ipv6(host)
-    if not host.isascii():
-        try:
-            host = idna.encode(host, uts46=True).decode("ascii")
-        except (UnicodeError, ValueError):
-            raise _bad_url("the host is no valid internationalised name") from None
-    host = host.lower().removesuffix(".")
-    labels = host.split(".")
-    if len(host) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
-        raise _bad_url("the host is no valid name")
-    if _NUMBER.fullmatch(labels[-1]) and _written_address(host) is None:
-        # 2130706433, 0x7f.1 and 0177.0.0.1 are all 127.0.0.1 to the C library.
-        raise _refused(f"{host} is an address in disguise; four decimal numbers are needed")
-    return host
-
-
-def _plain_ipv6(host: str) -> str:
-    address = None if "%" in host else _written_address(host)
-    if address is None:
-        raise _bad_url("the host is no valid IPv6 address")
-    return str(address)
-
-
-def _written_address(host: str) -> IPAddress | None:
-    try:
-        return ip_address(host)
-    except ValueError:
-        return None
-
-
 # Addresses
-
-
-@lru_cache(maxsize=1024)
-def _check_written_host(host: str, guard: bool) -> None:
-    """Refuse what can be refused without asking for the name."""
-    if guard and (host == "localhost" or host.endswith(".localhost")):
-        raise _refused(f"{host} is this machine")
-    address = _written_address(host)
-    if address is not None:
-        why = _refusal(address, guard)
-        if why:
-            raise _refused(f"{host} is refused: {why}")
-
-
-def _refusal(address: IPAddress, guard: bool) -> str | None:
-    """Why an address may not be connected to, or None.
-
-    Only NAT64 is looked through, since an IPv6-only network reaches all of IPv4 that way; every other
-    form that wraps an IPv4 address (mapped, compatible, 6to4, Teredo) has no use here.
-    """
-    if isinstance(address, IPv6Address) and address in NAT64:
-        address = IPv4Address(int(address) & 0xFFFFFFFF)
-    cloud = METADATA_ADDRESSES.get(str(address))
-    if cloud:
-        return f"it is a metadata service ({cloud})"
-    if isinstance(address, IPv6Address) and not _is_plain_ipv6(address, guard):
-        return "it is no ordinary IPv6 address"
-    try:
-        _policy(guard).check_address(address)
-    except BlockedAddressError as blocked:
-        return blocked.reason
-    return None
-
-
-def _is_plain_ipv6(address: IPv6Address, guard: bool) -> bool:
-    if address in GLOBAL_UNICAST:
-        return address not in SIX_TO_FOUR
-    return not guard and any(
-        isinstance(network, IPv6Network) and address in network for network in _policy(guard).allowed_networks
-    )
-
-
-@lru_cache(maxsize=2)
-def _policy(guard: bool) -> Policy:
-    networks: list[IPv4Network | IPv6Network] = []
-    if not guard:
-        networks = [IPv6Network(each) if ":" in each else IPv4Network(each) for each in INTERNAL_NETWORKS]
-    return Policy(allowed_networks=tuple(networks))
 
 
 class _Address(NamedTuple):
@@ -397,14 +175,14 @@ def _judged_addresses(host: str, port: int, call: _Call) -> list[_Address]:
     found = _addresses(host, port, call)
     for address in found:
         shown = str(address.sockaddr[0]).partition("%")[0]
-        why = _refusal(ip_address(shown), call.guard)
+        why = refusal(ip_address(shown), call.guard)
         if why:
             raise OutboundError("address_refused", f"{host} resolves to {shown}, which is refused: {why}")
     return found
 
 
 def _addresses(host: str, port: int, call: _Call) -> list[_Address]:
-    written = _written_address(host)
+    written = written_address(host)
     if isinstance(written, IPv6Address):
         return [_Address(socket.AF_INET6, (host, port, 0, 0))]
     if written is not None:
@@ -705,7 +483,7 @@ def _tls_context(trust_path: str) -> ssl.SSLContext:
 @lru_cache(maxsize=1024)
 def _proxy_for(scheme: str, host: str, port: int) -> str:
     """The proxy the environment names for a host, or ""; loopback never goes through one."""
-    address = _written_address(host)
+    address = written_address(host)
     if host == "localhost" or (address is not None and address.is_loopback):
         return ""
     url = f"{scheme}://{_bracketed(host)}:{port}/"
@@ -758,8 +536,8 @@ class _Stale(Exception):
 
 
 def _attempt(call: _Call) -> Reply:
-    place = _parse(call.url)
-    _check_written_host(place.host, call.guard)
+    place = parse(call.url)
+    check_written_host(place.host, call.guard)
     proxy = _proxy_for(place.scheme, place.host, place.port)
     head = _head(call, place, proxy)
     route = _Route(place.scheme, place.host, place.port, proxy, call.guard)
@@ -780,7 +558,7 @@ def _is_repeatable(call: _Call) -> bool:
     return call.method not in ("POST", "PATCH") or any(name.lower() == "webhook-id" for name in call.headers)
 
 
-def _head(call: _Call, place: _Place, proxy: str) -> bytes:
+def _head(call: _Call, place: Place, proxy: str) -> bytes:
     """The request line and the headers.  Everything in it was checked, so nothing can end a line early."""
     if not _METHOD.fullmatch(call.method):
         raise ValueError(f"{call.method!r} is no HTTP method")
@@ -791,16 +569,16 @@ def _head(call: _Call, place: _Place, proxy: str) -> bytes:
         credentials = _proxy_authorization(proxy)
         lines += [f"Proxy-Authorization: {credentials}"] if credentials else []
     for name, value in call.headers.items():
-        _check_header(name, value)
+        check_header(name, value)
         if name.lower() in FRAMING_HEADERS:
-            raise _bad_header(f"the header {name} is set by the connection itself")
+            raise bad_header(f"the header {name} is set by the connection itself")
         lines.append(f"{name}: {value}")
     if call.body or call.method in ("POST", "PUT", "PATCH"):
         lines.append(f"Content-Length: {len(call.body)}")
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
-def _authority(place: _Place) -> str:
+def _authority(place: Place) -> str:
     default = 443 if place.scheme == "https" else 80
     return _bracketed(place.host) + ("" if place.port == default else f":{place.port}")
 
@@ -931,8 +709,8 @@ def _redirected(call: _Call, location: str) -> _Call:
     try:
         url = urljoin(call.url, location)
     except ValueError:
-        raise _bad_url("the redirect's address can't be read") from None
-    before, after = _parse(call.url), _parse(url)
+        raise bad_url("the redirect's address can't be read") from None
+    before, after = parse(call.url), parse(url)
     if before.scheme == "https" and after.scheme == "http":
         raise OutboundError("protocol", f"{before.host} redirects from https to http")
     if _is_same_owner(before, after):
@@ -941,7 +719,7 @@ def _redirected(call: _Call, location: str) -> _Call:
     return replace(call, url=url, headers=kept)
 
 
-def _is_same_owner(before: _Place, after: _Place) -> bool:
+def _is_same_owner(before: Place, after: Place) -> bool:
     """The same origin, or the step from http to https on the default ports of one host."""
     if before[:3] == after[:3]:
         return True
