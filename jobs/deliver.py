@@ -19,6 +19,7 @@ from jobs.resources import Resources, resources
 from jobs.schedule import ring_at
 from webhook_app import VERSION, db, deliveries, models, outbound, queues, subscribers
 from webhook_app.deliveries import Claimed, RetryPolicy, Tried
+from webhook_app.destinations import OutboundError
 from webhook_app.times import utc_now
 
 log = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) ->
             byte_cap=deliveries.RESPONSE_CAP_BYTES,
             guard=not held.settings.allow_private_callbacks,
         )
-    except outbound.OutboundError as error:
+    except OutboundError as error:
         return Tried(message, now, time.monotonic() - started, reason=error.reason, response=str(error))
     return Tried(
         message,

@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 
 PASS_SECONDS = 1.0
 LOCK_SECONDS = 5
-BEAT_KEY = "buildrelay:scheduler:beat"
 BEAT_SECONDS = 30
 
 
@@ -150,7 +149,7 @@ class Metronome(Scheduler):  # type: ignore[misc]
 
     def beat(self) -> None:
         """Show that a metronome is alive (`/readyz`)."""
-        self.connection.set(BEAT_KEY, str(int(time.time())), ex=BEAT_SECONDS)
+        self.connection.set(queues.BEAT_KEY, str(int(time.time())), ex=BEAT_SECONDS)
 
     def run_until(self, stop: threading.Event) -> None:
         """Pass after pass until `stop`; a Redis that is away is waited for."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pollers.stale import Due
 from webhook_app import outbound, platforms
 from webhook_app.builds import Fact, PollFailed
+from webhook_app.destinations import OutboundError
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
 from webhook_app.platforms import Answer, PollError, PollFault, Request
 from webhook_app.settings import SourceSettings
@@ -60,7 +61,7 @@ def fetch(settings: SourceSettings, request: Request) -> Answer:
             guard=False,
             follow_redirects=True,  # a renamed repository
         )
-    except outbound.OutboundError as error:
+    except OutboundError as error:
         raise PollError(PollFault.UNAVAILABLE, f"{error.reason}: {error}") from error
     if reply.truncated:
         raise PollError(PollFault.UNREADABLE, f"the answer has more than {ANSWER_CAP_BYTES} bytes")

@@ -258,7 +258,12 @@ def parse_list(source: Source, repository: str, answer: Answer) -> tuple[Observa
 def named(source: Source, build_id: str) -> Observation | None:
     """The build that `SOURCE:FOLDER:JOB:NUMBER` means."""
     path = _path_of_id(build_id)
-    return _about(source, path, ObservedBy.POLL) if path else None
+    if path is None:
+        return None
+    try:
+        return _about(source, path, ObservedBy.POLL)
+    except Unreadable:
+        return None
 
 
 # ---- names ---------------------------------------------------------------------------------------
