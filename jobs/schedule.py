@@ -20,11 +20,11 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
 from rq import Queue
+from rq.exceptions import NoSuchJobError
 from rq.job import Job
 from rq_scheduler import Scheduler
 
@@ -36,6 +36,11 @@ log = logging.getLogger(__name__)
 PASS_SECONDS = 1.0
 LOCK_SECONDS = 5
 BEAT_SECONDS = 30
+REDIS_SECONDS = 2.0
+"""A Redis that says nothing for so long is away: waiting on would keep the ticks from everybody."""
+
+TICK, ONCE = "tick-", "once-"
+"""How the ids of our entries begin, periodic and single; others belong to whoever shares this Redis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +56,11 @@ class Periodic:
 def table(values: Settings) -> tuple[Periodic, ...]:
     """The periodic jobs.  Polling ticks every 15 s, or faster where builds are polled faster."""
     return (
-        Periodic("tick-poll", queues.POLL, max(1, min(15, int(values.poll_interval_seconds)))),
-        Periodic("tick-deliver", queues.DELIVER, 5),
-        Periodic("tick-sweep", queues.SWEEP, 15),
+        Periodic(f"{TICK}poll", queues.POLL, max(1, min(15, int(values.poll_interval_seconds)))),
+        Periodic(f"{TICK}deliver", queues.DELIVER, 5),
+        Periodic(f"{TICK}sweep", queues.SWEEP, 15),
         Periodic(
-            "tick-discover",
+            f"{TICK}discover",
             queues.DISCOVER,
             max(1, int(values.discovery_interval_seconds)),
             values.discovery_jitter_seconds,
@@ -69,7 +74,7 @@ def ring_at(redis: Redis, bell: str, when: datetime) -> None:
     Scheduler(queue_name=bell, connection=redis).enqueue_at(
         datetime.fromtimestamp(second, UTC).replace(tzinfo=None),
         queues.JOBS[bell],
-        job_id=f"once-{bell}-{second}",
+        job_id=f"{ONCE}{bell}-{second}",
         job_result_ttl=0,
     )
 
@@ -108,19 +113,38 @@ class Metronome(Scheduler):  # type: ignore[misc]
     def enqueue_jobs(self) -> list[Job]:
         """One pass: put back what is missing, then ring what is due."""
         self.heal()
-        jobs: list[Job] = super().enqueue_jobs()
+        jobs = list(self.get_jobs_to_queue())
+        for job in jobs:
+            self.enqueue_job(job)
         return jobs
 
     def heal(self) -> None:
-        """Make the stored entries those of the table: every line once, nothing else periodic."""
+        """Make the stored entries those of the table: every line once, no other tick beside them."""
         for line in self.periodic:
-            stored = self.connection.hget(Job.key_for(line.id), "origin")
-            lost = stored is None or line.id not in self
-            if lost or self._interval_of(line.id) != line.interval_seconds:
+            if not self._is_stored(line):
                 self._put(line)
+        known = {line.id for line in self.periodic}
+        for entry in self.connection.zrange(self.scheduled_jobs_key, 0, -1):
+            job_id = entry.decode()
+            if job_id.startswith(TICK) and job_id not in known:
+                self._remove(job_id)
 
-    def _interval_of(self, job_id: str) -> Any:
-        return Job.fetch(job_id, connection=self.connection).meta.get("interval")
+    def _is_stored(self, line: Periodic) -> bool:
+        """Is the entry there as the table has it?  Far in the future means a clock that was put back."""
+        due = self.connection.zscore(self.scheduled_jobs_key, line.id)
+        latest = time.time() + line.interval_seconds + line.jitter_seconds + 1
+        if due is None or due > latest:
+            return False
+        try:
+            job = Job.fetch(line.id, connection=self.connection)
+        except NoSuchJobError:
+            return False
+        return bool(job.origin == line.bell and job.meta.get("interval") == line.interval_seconds)
+
+    def _remove(self, job_id: str) -> None:
+        """The job first: an entry without one is dropped by the next pass, a job without one would stay."""
+        self.connection.delete(Job.key_for(job_id))
+        self.connection.zrem(self.scheduled_jobs_key, job_id)
 
     def _put(self, line: Periodic) -> None:
         self.schedule(
@@ -132,16 +156,21 @@ class Metronome(Scheduler):  # type: ignore[misc]
         )
 
     def enqueue_job(self, job: Job) -> None:
-        """Ring the bell of a due entry; a periodic one moves on, it is never absent."""
-        interval = job.meta.get("interval")
-        if interval:
-            due = int(time.time() + interval + self._jitter(job.id))
+        """Ring the bell of a due entry; a tick moves on and is never absent, a single one goes after it rang."""
+        if not job.id.startswith((TICK, ONCE)):
+            super().enqueue_job(job)
+            return
+        if job.id.startswith(TICK):
+            due = int(time.time() + job.meta["interval"] + self._jitter(job.id))
             self.connection.zadd(self.scheduled_jobs_key, {job.id: due})
-        if not Queue(job.origin, connection=self.connection).count:
-            queues.enqueue_once(self.connection, job.origin)
-        if not interval:
-            self.connection.zrem(self.scheduled_jobs_key, job.id)
-            job.delete(remove_from_queue=False)
+        self._ring(job.origin)
+        if job.id.startswith(ONCE):
+            self._remove(job.id)
+
+    def _ring(self, bell: str) -> None:
+        """Queue the bell's job unless one waits there already."""
+        if bell in queues.JOBS and not Queue(bell, connection=self.connection).count:
+            queues.enqueue_once(self.connection, bell)
 
     def _jitter(self, job_id: str) -> float:
         most = next((line.jitter_seconds for line in self.periodic if line.id == job_id), 0.0)
@@ -175,7 +204,7 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    Metronome(queues.connect(values.redis_url), table(values)).run_until(stop)
+    Metronome(queues.connect(values.redis_url, REDIS_SECONDS), table(values)).run_until(stop)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import delete, select
 
-from jobs.resources import resources
+from jobs.resources import Resources, resources
 from webhook_app import builds, db, models, queues
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
 from webhook_app.polling import Pace
@@ -16,12 +16,16 @@ log = logging.getLogger(__name__)
 MOST_AT_ONCE = 500
 
 
-def sweep() -> None:
-    """Fail script builds that are silent for `HEARTBEAT_TIMEOUT`; delete what is too old."""
-    held = resources()
+def sweep(held: Resources | None = None) -> None:
+    """Fail script builds that are silent for `HEARTBEAT_TIMEOUT`; delete what is too old.
+
+    `held`: what to work with; None (as a worker calls it) takes this process's own.
+    """
+    held = held or resources()
+    pace = held.pace
     queues.answer(held.redis, queues.SWEEP)
     now = utc_now()
-    lost = db.as_writer(held.engine, lambda write: fail_silent(write, now, held.pace))
+    lost = db.as_writer(held.engine, lambda write: fail_silent(write, now, pace))
     if lost:
         log.info("heartbeat lost builds=%d", lost)
         queues.Bell(held.redis).ring(queues.DELIVER)

@@ -1,13 +1,13 @@
 """Builds whose every push was lost: the newest builds of each configured repository, listed now and then."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
-from sqlalchemy import bindparam, select
+from sqlalchemy import Connection, bindparam, select
 
-from pollers.repository import fetch
+from pollers.repository import complete, fetch
 from webhook_app import builds, models, platforms
 from webhook_app.db import Write
 from webhook_app.lifecycle import Observation
@@ -29,26 +29,35 @@ class Place:
     repository: str
 
 
-def places(sources: Mapping[str, SourceSettings]) -> Iterator[Place]:
-    """Where to look: the configured repositories of sources that can be polled."""
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a look at one source brought: builds, or the fault that says how long to leave it alone."""
+
+    source: str
+    builds: tuple[Observation, ...] = ()
+    fault: PollError | None = None
+
+
+def places(sources: Mapping[str, SourceSettings], paused: Collection[str] = ()) -> Iterator[Place]:
+    """Where to look: the configured repositories of sources that can be polled and are not paused."""
     for name, settings in sources.items():
-        if settings.can_poll:
+        if settings.can_poll and name not in paused:
             for repository in settings.repositories:
                 yield Place(name, repository)
 
 
-def look(settings: SourceSettings, place: Place, now: datetime) -> tuple[Observation, ...]:
+def look(settings: SourceSettings, place: Place, now: datetime) -> Sight:
     """The recent builds of one repository.  Never raises for what the platform or the network does."""
     platform = platforms.find()[settings.source.platform]
     request = platform.list_request(settings.source, place.repository)
     if request is None:
-        return ()
+        return Sight(place.source)
     try:
         found = platform.parse_list(settings.source, place.repository, fetch(settings, request))
     except PollError as error:
         log.warning("discovery failed: %s %s: %s", place.source, place.repository, error)
-        return ()
-    return tuple(seen for seen in found if _is_recent(seen, now))
+        return Sight(place.source, fault=error)
+    return Sight(place.source, tuple(seen for seen in found if _is_recent(seen, now)))
 
 
 def _is_recent(seen: Observation, now: datetime) -> bool:
@@ -56,12 +65,33 @@ def _is_recent(seen: Observation, now: datetime) -> bool:
     return at is None or at > now - LOOK_BACK
 
 
+def look_closer(settings: SourceSettings, seen: Observation) -> Sight:
+    """One listed build with what a list leaves open: an end is final, so it has to be right at once.
+
+    Where the list does not tell when a build ended, its last change was its end.
+    """
+    if seen.state is not None and seen.state.terminal:
+        seen = replace(seen, ended_at=seen.ended_at or seen.platform_at)
+    try:
+        return Sight(seen.source, (complete(settings, seen),))
+    except PollError as error:
+        return Sight(seen.source, fault=error)
+
+
 _KNOWN = select(models.builds.c.key).where(models.builds.c.key.in_(bindparam("keys", expanding=True)))
 
 
-def add_unknown(write: Write, found: list[Observation], now: datetime, pace: Pace) -> int:
-    """Record the builds that nobody has spoken of yet; how many.  Known ones have their own polls."""
-    keys = [seen.key for seen in found]
-    known = set(write.connection.execute(_KNOWN, {"keys": keys}).scalars()) if keys else set()
-    builds.record(write, [seen for seen in found if seen.key not in known], now, pace)
-    return len(set(keys) - known)
+def unknown(connection: Connection, found: Sequence[Observation]) -> list[Observation]:
+    """The builds that nobody has spoken of yet, each once.  Known ones have their own polls."""
+    by_key = {seen.key: seen for seen in found}
+    known = connection.execute(_KNOWN, {"keys": list(by_key)}).scalars() if by_key else ()
+    for key in known:
+        del by_key[key]
+    return list(by_key.values())
+
+
+def add_unknown(write: Write, found: Sequence[Observation], now: datetime, pace: Pace) -> int:
+    """Record the builds that nobody has spoken of yet; how many."""
+    new = unknown(write.connection, found)
+    builds.record(write, new, now, pace)
+    return len(new)

@@ -44,9 +44,24 @@ def _ask(settings: SourceSettings, due: Due) -> Observation:
     request = platform.poll_request(settings.source, due.target)
     if request is None:
         raise PollError(PollFault.UNREADABLE, "this build can't be polled")
-    seen = platform.parse_poll(settings.source, due.target, fetch(settings, request))
-    more = platform.follow_up(settings.source, seen)
-    return platform.parse_follow_up(seen, fetch(settings, more)) if more is not None else seen
+    return complete(settings, platform.parse_poll(settings.source, due.target, fetch(settings, request)))
+
+
+def complete(settings: SourceSettings, seen: Observation) -> Observation:
+    """Ask for what a read left open; raises `PollError`.
+
+    Where our token may not know it, the read counts as it is: otherwise such a build would never end.
+    """
+    platform = platforms.find()[settings.source.platform]
+    request = platform.follow_up(settings.source, seen)
+    if request is None:
+        return seen
+    try:
+        return platform.parse_follow_up(seen, fetch(settings, request))
+    except PollError as error:
+        if error.fault in (PollFault.FORBIDDEN, PollFault.NOT_FOUND):
+            return seen
+        raise
 
 
 def fetch(settings: SourceSettings, request: Request) -> Answer:

@@ -18,7 +18,10 @@ _s = models.sources.c
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """One build to poll.  `named_only`: nobody but a request for polling has ever spoken of it."""
+    """One build to poll.  `named_only`: nobody but a request for polling has ever spoken of it.
+
+    (A job's push speaks of its build without a status of the build: that one was seen.)
+    """
 
     target: PollTarget
     source: str
@@ -65,8 +68,8 @@ def claim(
 
 
 def _lease(source: str, sources: Mapping[str, SourceSettings], row: Mapping[str, Any], pace: Pace) -> float:
-    """Seconds before anybody else may poll it: its interval, but at least as long as our read can take."""
-    return max(polling.interval(row, pace), sources[source].timeout_seconds + 5)
+    """Seconds until anybody else may poll it: its interval, but at least as long as our two reads may take."""
+    return max(polling.interval(row, pace), 2 * sources[source].timeout_seconds + 5)
 
 
 def _due(row: Mapping[str, Any]) -> Due:
@@ -80,5 +83,5 @@ def _due(row: Mapping[str, Any]) -> Due:
             url=row["url"],
         ),
         source=str(row["source"]),
-        named_only=bool(row["requested"]) and row["raw_status"] is None,
+        named_only=bool(row["requested"]) and row["raw_status"] is None and row["last_push_at"] is None,
     )

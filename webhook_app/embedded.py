@@ -97,7 +97,7 @@ def server_arguments(data_dir: Path) -> list[str]:
         "unixsocketperm": "700",
         "dir": str(data_dir.absolute() / "redis"),
         "daemonize": "no",
-        "loglevel": "warning",
+        "logfile": str(data_dir.absolute() / "redis" / "redis.log"),
         "save": "",
         "appendonly": "yes",
         "appendfsync": "everysec",

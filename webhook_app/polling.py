@@ -68,31 +68,58 @@ def _push_wait(build: Columns, pace: Pace) -> float:
 
 def after_poll(build: Columns, now: datetime, pace: Pace, *, ask: bool) -> dict[str, Any]:
     """Changes after a poll that told something."""
+    due = now + timedelta(seconds=interval(build, pace))
     return {
         "poll_count": build["poll_count"] + 1,
         "last_poll_at": now,
         "consecutive_errors": 0,
         "poll_error": None,
         "doubtful": ask,
-        "poll_deadline_at": build["poll_deadline_at"] or now + timedelta(seconds=pace.max_seconds),
-        "next_poll_at": now + timedelta(seconds=interval(build, pace)),
+        "poll_deadline_at": _deadline(build, now, pace),
+        "next_poll_at": due if ask else _not_while_fresh(build, due, pace),
     }
+
+
+def _deadline(build: Columns, now: datetime, pace: Pace) -> datetime | None:
+    """When polling gives up; while a person is awaited no clock runs, it begins when the build goes on."""
+    if build["waiting"]:
+        return None
+    deadline: datetime | None = build["poll_deadline_at"]
+    return deadline or now + timedelta(seconds=pace.max_seconds)
+
+
+def _not_while_fresh(build: Columns, due: datetime, pace: Pace) -> datetime:
+    """`due`, but not before the freshness of the last push is over: it may have come while we read."""
+    last_push: datetime | None = build["last_push_at"]
+    return due if last_push is None else max(due, last_push + timedelta(seconds=pace.freshness_seconds))
 
 
 def after_error(build: Columns, now: datetime, pace: Pace, message: str) -> dict[str, Any]:
     """Changes after a poll that failed; `polling` becomes `error` when it was one too many."""
     errors = build["consecutive_errors"] + 1
-    wait = min(pace.interval_seconds * pace.multiplier**errors, MOST_BACKOFF_SECONDS)
     gives_up = errors >= pace.max_errors
+    due = now + timedelta(seconds=_backoff(build, errors, pace))
+    if not build["doubtful"]:
+        due = _not_while_fresh(build, due, pace)
     return {
         "polling": "error" if gives_up else "active",
         "poll_count": build["poll_count"] + 1,
         "last_poll_at": now,
         "consecutive_errors": errors,
         "poll_error": message,
-        "poll_deadline_at": build["poll_deadline_at"] or now + timedelta(seconds=pace.max_seconds),
-        "next_poll_at": None if gives_up else now + timedelta(seconds=wait),
+        "poll_deadline_at": _deadline(build, now, pace),
+        "next_poll_at": None if gives_up else due,
     }
+
+
+def _backoff(build: Columns, errors: int, pace: Pace) -> float:
+    """Seconds to wait after so many failures in a row: an hour at most, never less than without failure."""
+    usual = interval(build, pace)
+    try:
+        wait = usual * pace.multiplier**errors
+    except OverflowError:
+        wait = MOST_BACKOFF_SECONDS
+    return max(usual, min(wait, MOST_BACKOFF_SECONDS))
 
 
 def is_polling(build: Columns) -> bool:
@@ -153,8 +180,9 @@ def reason(build: Columns, now: datetime, pace: Pace) -> str:
         return {"stopped": "stopped_by_hand", "timeout": "gave_up", "error": "too_many_errors"}.get(
             build["polling"], "build_ended"
         )
-    if build["polling"] in ("requested", "active"):
-        return "requested" if build["requested"] else "no_recent_push"
+    if build["requested"]:
+        return "requested"
     last_push = build["last_push_at"]
-    fresh = last_push is not None and now - last_push < timedelta(seconds=pace.freshness_seconds)
-    return "recent_push" if fresh else "not_yet_due"
+    if last_push is not None and now - last_push < timedelta(seconds=pace.freshness_seconds):
+        return "recent_push"
+    return "no_recent_push" if build["polling"] == "active" else "not_yet_due"

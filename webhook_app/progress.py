@@ -25,23 +25,21 @@ class Progress:
 def of_jobs(jobs: Mapping[str, Mapping[str, Any]], complete: bool) -> Progress | None:
     """From the jobs of an attempt, as stored (`status`, `steps_done`, `steps_total`); None without jobs.
 
-    99 at most: only the end of the build is 100.
+    Not `complete`: more jobs may follow, so one more is reckoned with; else the end of the first job
+    would show 99 for the rest of the build.  99 at most: only the end of the build is 100.
     """
     if not jobs:
         return None
-    done = 0.0
-    stepped = False
-    for job in jobs.values():
-        if job["status"] == JobStatus.COMPLETED:
-            done += 1
-        elif job["steps_total"]:
-            stepped = True
-            done += job["steps_done"] / job["steps_total"]
-    share = done / len(jobs)
-    basis = "steps" if stepped or any(job["steps_total"] for job in jobs.values()) else "jobs"
-    if not complete and basis == "jobs":
-        share *= 0.9  # more jobs may follow
-    return Progress(min(int(share * 100), 99), basis)
+    done = sum(_share_done(job) for job in jobs.values())
+    reckoned = len(jobs) if complete else len(jobs) + 1
+    basis = "steps" if any(job["steps_total"] for job in jobs.values()) else "jobs"
+    return Progress(min(int(100 * done / reckoned), 99), basis)
+
+
+def _share_done(job: Mapping[str, Any]) -> float:
+    if job["status"] == JobStatus.COMPLETED:
+        return 1.0
+    return min(job["steps_done"] / job["steps_total"], 1.0) if job["steps_total"] else 0.0
 
 
 def of_report(report: Mapping[str, Any], detail: Detail) -> tuple[dict[str, Any], Progress]:
@@ -54,21 +52,28 @@ def of_report(report: Mapping[str, Any], detail: Detail) -> tuple[dict[str, Any]
 
 
 def _planning(report: dict[str, Any], _data: Mapping[str, Any]) -> None:
-    report["phase"] = "planning"
+    if not (report["tasks_done"] or report.get("planned")):
+        _enter(report, "planning")
+
+
+def _enter(report: dict[str, Any], phase: str) -> None:
+    """A late word of an earlier phase does not bring that phase back."""
+    if report["phase"] != "deploying":
+        report["phase"] = phase
 
 
 def _planned(report: dict[str, Any], data: Mapping[str, Any]) -> None:
-    report["phase"] = "executing"
+    _enter(report, "executing")
     report["planned"] = True
     tasks = data.get("tasks", data.get("taskCount", data.get("totalTasks")))
     if isinstance(tasks, list):
         report["tasks_total"] = len(tasks)
-    elif isinstance(tasks, int) and 0 < tasks < 100_000:
+    elif isinstance(tasks, int) and not isinstance(tasks, bool) and 0 < tasks < 100_000:
         report["tasks_total"] = tasks
 
 
 def _task_done(report: dict[str, Any], _data: Mapping[str, Any]) -> None:
-    report["phase"] = "executing"
+    _enter(report, "executing")
     report["tasks_done"] += 1
 
 

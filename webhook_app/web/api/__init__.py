@@ -1,6 +1,7 @@
 """The HTTP API: `register()` puts it, `/openapi.json` and `/docs` into an application."""
 
-from flask import Flask, Response
+from flask import Flask, Response, redirect
+from werkzeug.wrappers import Response as BaseResponse
 
 from webhook_app import VERSION
 from webhook_app.web.api import builds, docs, health, operations, progress, subscribers
@@ -25,3 +26,7 @@ def register(app: Flask) -> None:
     @app.get("/docs")
     def show_docs() -> Response:
         return docs.page(api.spec.to_dict())
+
+    @app.get("/")
+    def show_front() -> BaseResponse:
+        return redirect("/docs")
