@@ -856,39 +856,37 @@ def _present(name: str) -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
-@pytest.mark.parametrize("name", [name for name in _REFERENCES if _present(name)])
-def test_reference_webhook(name):
-    path = _present(name)
-    assert path is not None
+def test_reference_webhooks():
+    """Where the reference payloads are present, each is read as the table says."""
+    for name, expected in _REFERENCES.items():
+        if path := _present(name):
+            assert _said_of(name, path) == expected, name
+
+
+def _said_of(name, path):
     platform, file = name.split("/")
     media_type = "x-www-form-urlencoded" if path.suffix == ".txt" else "json"
     event = file.removeprefix("derived.").split(".")[0]
     headers = {"x-github-event": event, "content-type": f"application/{media_type}"}
-    expected = _REFERENCES[name]
     try:
         said = parse(platform, headers, path.read_bytes())
     except Unreadable:
-        assert expected == "unreadable"
-        return
-    if isinstance(expected, str):
-        assert said.observations == ()
-        assert expected == ("pong" if said.pong else "ignored" if said.ignored else "")
-        return
+        return "unreadable"
+    if not said.observations:
+        return "pong" if said.pong else "ignored" if said.ignored else ""
     (seen,) = said.observations
-    assert (seen.build_id, seen.state) == expected
     assert_sound(seen)
+    return seen.build_id, seen.state
 
 
-@pytest.mark.parametrize("name", [name for name in _REFERENCE_POLLS if _present(name)])
-def test_reference_poll(name):
-    path = _present(name)
-    assert path is not None
-    platform = platforms.find()[name.partition("/")[0]]
-    build_id, key, state = _REFERENCE_POLLS[name]
-    target = PollTarget(build_id, key, "acme/web", 42, 1, None)
-    seen = platform.parse_poll(source_of(platform.NAME), target, Answer(200, {}, path.read_bytes()))
-    assert (seen.build_id, seen.key, seen.state) == (build_id, key, state)
-    assert_sound(seen)
+def test_reference_polls():
+    for name, (build_id, key, state) in _REFERENCE_POLLS.items():
+        if path := _present(name):
+            platform = platforms.find()[name.partition("/")[0]]
+            target = PollTarget(build_id, key, "acme/web", 42, 1, None)
+            seen = platform.parse_poll(source_of(platform.NAME), target, Answer(200, {}, path.read_bytes()))
+            assert (seen.build_id, seen.key, seen.state) == (build_id, key, state), name
+            assert_sound(seen)
 
 
 def test_reference_form_has_the_published_signature():
@@ -896,3 +894,146 @@ def test_reference_form_has_the_published_signature():
     if path is not None:
         published = "sha256=6774da62ab1cb4280aaf1ae9efd451c0881ecb3fd16b20919f2e7e0bcb305dc2"
         assert signing.github_signature("It's a Secret to Everybody", path.read_bytes()) == published
+
+
+# ---- lists, follow-ups and names
+
+
+def _listed(platform, repository, content):
+    module = platforms.find()[platform]
+    answer = Answer(200, {}, json.dumps(content).encode())
+    return module.parse_list(source_of(platform), repository, answer)
+
+
+_GITHUB_RUN = {
+    "id": 9,
+    "status": "in_progress",
+    "conclusion": None,
+    "run_attempt": 1,
+    "updated_at": "2026-11-01T10:00:00Z",
+}
+
+
+def test_a_github_list_gives_the_runs_that_can_be_read():
+    runs = [
+        _GITHUB_RUN,
+        {"id": "odd"},
+        _GITHUB_RUN | {"id": 10, "status": "completed", "conclusion": "success"},
+        5,
+    ]
+    seen = _listed("github", "Acme/Web", {"total_count": 4, "workflow_runs": runs})
+    assert [(one.build_id, one.state) for one in seen] == [
+        ("github:Acme:Web:9", "in_progress"),
+        ("github:Acme:Web:10", "completed"),
+    ]
+
+
+def test_a_gitlab_list_takes_the_repository_from_the_setting_or_from_the_page():
+    pipeline = {
+        "id": 5,
+        "project_id": 7,
+        "status": "manual",
+        "web_url": "https://gitlab.example.com/g/p/-/pipelines/5",
+    }
+    for place in ("g/p", "7"):
+        (seen,) = _listed("gitlab", place, [pipeline, {"id": 6}, "odd"])
+        assert (seen.build_id, seen.repository, seen.waiting) == ("gitlab:7:5", "g/p", True)
+
+
+def test_a_jenkins_list_names_the_builds_of_the_job():
+    builds = [
+        {"number": 4, "building": True, "result": None},
+        {"number": 3, "building": False, "result": "SUCCESS"},
+        {},
+    ]
+    seen = _listed("jenkins", "team/web", {"builds": builds})
+    assert [(one.build_id, one.state) for one in seen] == [
+        ("jenkins:team:web:4", "in_progress"),
+        ("jenkins:team:web:3", "completed"),
+    ]
+
+
+@pytest.mark.parametrize("platform", ["github", "gitlab", "jenkins"])
+@pytest.mark.parametrize("answer", [Answer(200, {}, b"<html>"), Answer(500, {}, b""), Answer(404, {}, b"{}")])
+def test_a_list_that_is_none_is_a_poll_error(platform, answer):
+    with pytest.raises(PollError):
+        platforms.find()[platform].parse_list(source_of(platform), "a/b", answer)
+
+
+@pytest.mark.parametrize(
+    ("platform", "repository", "path"),
+    [
+        ("github", "Acme/Web", "/repos/Acme/Web/actions/runs?per_page=100"),
+        (
+            "gitlab",
+            "group/web",
+            "/api/v4/projects/group%2Fweb/pipelines?order_by=updated_at&sort=desc&per_page=100",
+        ),
+        ("jenkins", "team/web", "/job/team/job/web/api/json?tree=builds"),
+    ],
+)
+def test_a_list_is_asked_for_where_it_is(platform, repository, path):
+    request = platforms.find()[platform].list_request(source_of(platform), repository)
+    assert request.url.startswith(source_of(platform).api_url + path)
+    assert any(value for name, value in request.headers.items() if name in ("Authorization", "PRIVATE-TOKEN"))
+
+
+@pytest.mark.parametrize(
+    ("platform", "repository"), [("github", "../x"), ("github", "x"), ("jenkins", "a/../b"), ("gitlab", "")]
+)
+def test_no_list_is_asked_for_at_a_place_that_is_none(platform, repository):
+    assert platforms.find()[platform].list_request(source_of(platform), repository) is None
+
+
+@pytest.mark.parametrize(
+    ("jobs", "state"),
+    [
+        (
+            [{"status": "failed", "failure_reason": "job_execution_timeout", "allow_failure": False}],
+            "timeout",
+        ),
+        ([{"status": "failed", "failure_reason": "script_failure", "allow_failure": False}], "failed"),
+        ([], "failed"),
+    ],
+)
+def test_a_failed_pipeline_is_asked_for_its_failed_jobs(jobs, state):
+    gitlab = platforms.find()["gitlab"]
+    content = {"id": 5, "project_id": 7, "status": "failed"}
+    target = PollTarget("gitlab:7:5", "gitlab:7:5", "g/p", 5, 1, None)
+    seen = gitlab.parse_poll(source_of("gitlab"), target, Answer(200, {}, json.dumps(content).encode()))
+    request = gitlab.follow_up(source_of("gitlab"), seen)
+    assert request.url.endswith("/api/v4/projects/7/pipelines/5/jobs?scope[]=failed&per_page=100")
+    assert gitlab.parse_follow_up(seen, Answer(200, {}, json.dumps(jobs).encode())).state == state
+
+
+@pytest.mark.parametrize(
+    ("build_id", "key", "repository", "number"),
+    [
+        ("github:Acme:Web:12", "github:12", "Acme/Web", None),
+        ("gitlab:7:5", "gitlab:7:5", None, None),
+        ("jenkins:Team:Web:12", "jenkins:team:web:12", "Team/Web", 12),
+    ],
+)
+def test_an_id_names_its_build(build_id, key, repository, number):
+    platform = build_id.partition(":")[0]
+    seen = platforms.find()[platform].named(source_of(platform), build_id)
+    assert (seen.key, seen.build_id, seen.repository, seen.number) == (key, build_id, repository, number)
+    assert seen.state is None
+
+
+@pytest.mark.parametrize(
+    "build_id",
+    [
+        "github:1",
+        "github:a:b:0",
+        "github:a:..:1",
+        "gitlab:x:1",
+        "gitlab:1",
+        "jenkins:1",
+        "jenkins:..:1",
+        "script:u",
+    ],
+)
+def test_an_id_of_another_form_names_none(build_id):
+    platform = build_id.partition(":")[0]
+    assert platforms.find()[platform].named(source_of(platform), build_id) is None
