@@ -1,0 +1,82 @@
+"""The schema: what migrations make is what the models say, from an empty or an older store, once or many times."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import inspect, select, text
+
+from tests.facts import NOON, PACE, github
+from webhook_app import builds, db, migrations, models
+from webhook_app.lifecycle import State
+
+REVISIONS = [
+    revision.revision
+    for revision in reversed(list(ScriptDirectory.from_config(migrations.config()).walk_revisions()))
+]
+
+
+@pytest.fixture
+def empty(database_url):
+    made = db.connect(database_url)
+    yield made
+    made.dispose()
+
+
+def test_migrations_make_what_the_models_say(empty):
+    migrations.upgrade(empty)
+    with empty.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), models.metadata) == []
+    assert migrations.is_current(empty)
+
+
+def test_a_second_run_changes_nothing(empty):
+    migrations.upgrade(empty)
+    migrations.upgrade(empty)
+    with empty.connect() as connection:
+        assert connection.execute(select(models.counters.c.events)).scalars().all() == [0]
+
+
+@pytest.mark.parametrize("older", REVISIONS[:-1])
+def test_an_older_store_is_upgraded_with_all_that_is_in_it(empty, older):
+    migrations.upgrade(empty, older)
+    assert not migrations.is_current(empty)
+    with empty.connect().execution_options(writing=True) as connection, connection.begin():
+        connection.execute(
+            text(
+                "INSERT INTO inbound (id, source, hook_id, event, delivery_id, headers, body, status, received_at) "
+                "VALUES (1, 'github', '', 'workflow_run', 'd', '{}', :body, 'unreadable', :now)"
+            ),
+            {"body": b"x", "now": NOON.replace(tzinfo=None)},
+        )
+        connection.execute(text("UPDATE counters SET inbound = 1, events = 41"))
+    migrations.upgrade(empty)
+    assert migrations.is_current(empty)
+    db.as_writer(empty, lambda write: builds.record(write, [github(State.QUEUED)], NOON, PACE))
+    with empty.connect() as connection:
+        assert connection.execute(select(models.inbound.c.delivery_id)).scalars().all() == ["d"]
+        assert connection.execute(select(models.events.c.id)).scalars().all() == [42]
+
+
+def test_several_processes_may_migrate_at_once(database_url, empty, tmp_path):
+    env = os.environ | {"DATABASE_URL": database_url, "BUILDRELAY_DATA_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "webhook_app", "migrate"]
+    processes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for _ in range(3)]
+    assert [process.communicate(timeout=60)[0] for process in processes] == [
+        b"The database has the present schema.\n"
+    ] * 3
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert migrations.is_current(empty)
+
+
+def test_each_step_can_be_taken_back(empty):
+    migrations.upgrade(empty)
+    made = migrations.config()
+    made.attributes["engine"] = empty
+    command.downgrade(made, "base")
+    assert set(inspect(empty).get_table_names()) == {"alembic_version"}
