@@ -6,7 +6,8 @@ value (Docker and Kubernetes secrets).  The table is `VARIABLES`; README and tes
 """
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,20 @@ def _text(text: str) -> str:
     return text
 
 
+def _directory(text: str) -> Path:
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:  # ~somebody who isn't there
+        raise ValueError("a directory") from None
+
+
+def _repositories(text: str) -> tuple[str, ...]:
+    names = _words(text)
+    if not all(re.fullmatch(r"[^/\s]+/[^/\s]+", name) for name in names):
+        raise ValueError("OWNER/REPO, comma separated,")
+    return names
+
+
 def _url(*schemes: str) -> Callable[[str], str]:
     allowed = "a URL that begins with " + " or ".join(f"{scheme}://" for scheme in schemes)
 
@@ -156,11 +171,13 @@ def _url(*schemes: str) -> Callable[[str], str]:
             return ""
         try:
             parts = urlsplit(text)
+            parts.port  # noqa: B018  a ValueError unless it is a number
         except ValueError:
             raise ValueError(allowed) from None
-        if parts.scheme not in schemes or not (parts.netloc or parts.path):
+        web = parts.scheme.startswith("http")
+        if parts.scheme not in schemes or not (parts.hostname if web else parts.netloc or parts.path):
             raise ValueError(allowed)
-        if parts.scheme.startswith("http") and "@" in parts.netloc:
+        if web and "@" in parts.netloc:
             raise ValueError(allowed + ", without user or password in it,")
         return text.rstrip("/")
 
@@ -190,8 +207,9 @@ def _database(text: str) -> str:
         "postgresql+psycopg": "postgresql+psycopg",
         "sqlite": "sqlite",
     }
-    if not colon or scheme not in drivers:
-        raise ValueError("a URL that begins with postgres://, postgresql:// or sqlite://")
+    in_memory = scheme == "sqlite" and rest in ("", "/", "/:memory:")  # no two processes would share it
+    if not colon or scheme not in drivers or in_memory:
+        raise ValueError("a URL that begins with postgres://, postgresql:// or sqlite:///PATH")
     return f"{drivers[scheme]}://{rest}"
 
 
@@ -213,7 +231,7 @@ _timeout = _milliseconds(100, 600_000)
 VARIABLES: tuple[Variable, ...] = (
     Variable("DATABASE_URL", "", _database, "SQLite in the data directory, or PostgreSQL", secret=True),
     Variable("REDIS_URL", "", _url("redis", "rediss", "unix"), "embedded by `up` unless set", secret=True),
-    Variable("BUILDRELAY_DATA_DIR", "./data", _text, "SQLite, embedded Redis and secrets.env live here"),
+    Variable("BUILDRELAY_DATA_DIR", "./data", _directory, "SQLite, embedded Redis and secrets.env live here"),
     Variable("PORT", "8000", _whole(0, 65535), "port of the web process"),
     Variable("WEB_CONCURRENCY", str(os.cpu_count() or 1), _whole(1, 256), "web processes"),
     Variable("ENCRYPTION_KEYS", "", _fernet_keys, "Fernet keys, comma separated, newest first", secret=True),
@@ -227,7 +245,7 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("GITHUB_TOKEN", "", _text, "poll access to GitHub", secret=True),
     Variable("GITHUB_API_URL", "https://api.github.com", _http, "GitHub's REST API"),
-    Variable("GITHUB_REPOS", "", _words, "OWNER/REPO, comma separated: where runs are discovered"),
+    Variable("GITHUB_REPOS", "", _repositories, "OWNER/REPO, comma separated: where runs are discovered"),
     Variable("ENABLE_GH", "true", _flag, "poll GitHub"),
     Variable("GITLAB_TOKEN", "", _text, "poll access to GitLab", secret=True),
     Variable("GITLAB_URL", "https://gitlab.com", _http, "the GitLab instance"),
@@ -261,19 +279,23 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("SQLITE_SYNCHRONOUS", "FULL", _synchronous, "FULL survives a power cut, NORMAL a killed process"),
 )  # fmt: skip
 
-_YAML_PATHS = {
-    ("polling", "interval"): "BUILD_POLL_INTERVAL",
-    ("polling", "freshness"): "BUILD_PUSH_FRESHNESS",
-    ("polling", "max_poll_time"): "BUILD_MAX_POLL_TIME",
-    ("polling", "max_consecutive_errors"): "BUILD_MAX_CONSECUTIVE_ERRORS",
-    ("polling", "backoff_multiplier"): "BUILD_BACKOFF_MULTIPLIER",
-    ("platforms", "github", "timeout"): "GITHUB_API_TIMEOUT",
-    ("platforms", "gitlab", "timeout"): "GITLAB_API_TIMEOUT",
-    ("platforms", "jenkins", "timeout"): "JENKINS_API_TIMEOUT",
+_YAML_NAMES = {
+    "polling.interval": "BUILD_POLL_INTERVAL",
+    "polling.freshness": "BUILD_PUSH_FRESHNESS",
+    "polling.max_poll_time": "BUILD_MAX_POLL_TIME",
+    "polling.max_consecutive_errors": "BUILD_MAX_CONSECUTIVE_ERRORS",
+    "polling.backoff_multiplier": "BUILD_BACKOFF_MULTIPLIER",
+    "platforms.github.timeout": "GITHUB_API_TIMEOUT",
+    "platforms.gitlab.timeout": "GITLAB_API_TIMEOUT",
+    "platforms.jenkins.timeout": "JENKINS_API_TIMEOUT",
 }
+_YAML_IGNORED = {f"platforms.{name}.retry_attempts" for name in ("github", "gitlab", "jenkins")}
+"""In files of the system before this one; here the next poll is the retry."""
+_YAML_EMPTY = ("", "~", "null")
 _SOURCE_KEYS = {
     "name", "platform", "webhook_secret", "api_url", "token", "username", "repositories", "timeout", "enabled",
 }  # fmt: skip
+_SOURCE_SECRETS = {"webhook_secret", "token"}
 
 
 def load(environ: Mapping[str, str] | None = None) -> Settings:
@@ -281,7 +303,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     environ = os.environ if environ is None else environ
     file = _read_yaml(environ.get("BUILDRELAY_CONFIG", ""))
     values = {variable.name: _value(variable, environ, file) for variable in VARIABLES}
-    data_dir = Path(values["BUILDRELAY_DATA_DIR"]).expanduser().absolute()
+    data_dir = values["BUILDRELAY_DATA_DIR"]
     return Settings(
         data_dir=data_dir,
         database_url=values["DATABASE_URL"] or f"sqlite:///{data_dir / 'buildrelay.db'}",
@@ -314,46 +336,71 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not path:
         return {}
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        # BaseLoader takes each value as the text it is: a secret like 0123 must not become a number.
+        content = yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506  it makes nothing but texts
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = str(error).replace("\n", " ")
+        reason = _reason(error)
         raise SettingsError(f"BUILDRELAY_CONFIG={path!r}: a readable YAML file is needed: {reason}") from None
-    if content is None:
+    if content is None or content == "":
         return {}
     if not isinstance(content, dict):
         raise SettingsError(f"BUILDRELAY_CONFIG={path!r}: a mapping of settings is needed at its top")
     return _flatten(content)
 
 
+def _reason(error: Exception) -> str:
+    """One line; of a YAML error only the place, since its own text quotes what may be a secret."""
+    if not isinstance(error, yaml.YAMLError):
+        return str(error)
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1} can't be read" if mark else "it can't be read"
+
+
 def _flatten(content: dict[str, Any]) -> dict[str, Any]:
     """Settings by variable name; `sources` stays as it is.  Unknown keys are refused by name."""
-    known = {variable.name for variable in VARIABLES}
+    names = {
+        name.lower(): variable.name for variable in VARIABLES for name in (variable.name, *variable.aliases)
+    }
+    names |= _YAML_NAMES
     flat: dict[str, Any] = {"sources": content.pop("sources", [])}
-    for (section, *rest), name in _YAML_PATHS.items():
-        inner: Any = content.get(section)
-        for key in rest[:-1]:
-            inner = inner.get(key) if isinstance(inner, dict) else None
-        if isinstance(inner, dict) and rest[-1] in inner:
-            flat[name] = str(inner[rest[-1]])
-    for key, value in content.items():
-        if key in ("polling", "platforms"):
+    for key, value in _leaves(content):
+        if key in _YAML_IGNORED or _is_empty_section(key, value):
             continue
-        if str(key).upper() not in known:
+        if key.lower() not in names:
             raise SettingsError(
                 f"BUILDRELAY_CONFIG: {key!r} is no setting; allowed are the names of the README's table"
             )
-        listed = ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
-        flat[str(key).upper()] = listed
+        if value not in _YAML_EMPTY:
+            flat[names[key.lower()]] = _as_text(value)
     return flat
+
+
+def _leaves(content: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """(`section.key`, value) of all values that are no sections themselves."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{section}{key}.")
+        else:
+            yield f"{section}{key}", value
+
+
+def _is_empty_section(key: str, value: Any) -> bool:
+    return value in _YAML_EMPTY and any(name.startswith(f"{key}.") for name in _YAML_NAMES)
 
 
 def _value(variable: Variable, environ: Mapping[str, str], file: Mapping[str, Any]) -> Any:
     name, text = _lookup(variable, environ, file)
+    return _read(name, text, variable.read, variable.secret)
+
+
+def _read(name: str, text: str, read: Callable[[str], Any], secret: bool = False) -> Any:
+    """`text` as `read` understands it, or the one line that says what is wrong with it."""
     try:
-        return variable.read(text.strip())
+        return read(text.strip())
     except ValueError as error:
-        shown = "(secret)" if variable.secret else repr(text)
-        raise SettingsError(f"{name}={shown}: {error} is needed") from None
+        hidden = secret or "@" in text  # user:password@host
+        raise SettingsError(f"{name}={'(secret)' if hidden else repr(text)}: {error} is needed") from None
 
 
 def _lookup(variable: Variable, environ: Mapping[str, str], file: Mapping[str, Any]) -> tuple[str, str]:
@@ -405,14 +452,14 @@ def _sources(values: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, So
     }
     further = [_further_source(entry) for entry in _as_list(file.get("sources"))]
     for entry in further:
-        if entry.source.name in built_in:
+        if entry.source.name.casefold() in map(str.casefold, built_in):
             raise SettingsError(f"sources: the name {entry.source.name!r} is taken; another one is needed")
         built_in[entry.source.name] = entry
     return built_in
 
 
 def _as_list(value: Any) -> list[Any]:
-    if value is None:
+    if value is None or value in _YAML_EMPTY:
         return []
     if not isinstance(value, list):
         raise SettingsError("sources: a list of sources is needed")
@@ -427,31 +474,31 @@ def _further_source(entry: Any) -> SourceSettings:
         raise SettingsError(
             f"sources: {min(unknown)!r} is no key of a source; allowed are {sorted(_SOURCE_KEYS)}"
         )
-    name, platform = str(entry["name"]), str(entry["platform"])
-    if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
+    name, platform = entry["name"], entry["platform"]
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
         raise SettingsError(f"sources: name={name!r}: letters, digits, - and _ are needed")
     if platform not in ("github", "gitlab", "jenkins"):
-        raise SettingsError(f"sources: platform={platform!r}: github, gitlab or jenkins is needed")
-    try:
-        return SourceSettings(
-            source=Source(
-                name,
-                platform,
-                _http(str(entry.get("api_url", ""))),
-                str(entry.get("token", "")),
-                str(entry.get("username", "")),
-            ),
-            enabled=bool(entry.get("enabled", True)),
-            webhook_secrets=_secret_list(entry.get("webhook_secret")),
-            timeout_seconds=_timeout(str(entry.get("timeout", 30000))),
-            repositories=tuple(str(item) for item in entry.get("repositories") or ()),
+        raise SettingsError(f"sources: {name}: platform={platform!r}: github, gitlab or jenkins is needed")
+
+    def read(key: str, how: Callable[[str], Any], default: str = "") -> Any:
+        return _read(
+            f"sources: {name}: {key}", _as_text(entry.get(key)) or default, how, key in _SOURCE_SECRETS
         )
-    except ValueError as error:
-        raise SettingsError(f"sources: {name}: {error} is needed") from None
+
+    return SourceSettings(
+        source=Source(name, platform, read("api_url", _http), read("token", _text), read("username", _text)),
+        enabled=read("enabled", _flag, "true"),
+        webhook_secrets=read("webhook_secret", _words),
+        timeout_seconds=read("timeout", _timeout, "30000"),
+        repositories=read("repositories", _repositories if platform == "github" else _words),
+    )
 
 
-def _secret_list(value: Any) -> tuple[str, ...]:
-    return tuple(map(str, value)) if isinstance(value, list) else _words(str(value or ""))
+def _as_text(value: Any) -> str:
+    """A YAML value as an environment variable would hold it."""
+    if value is None or value in _YAML_EMPTY:
+        return ""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def pace(settings: Settings) -> Pace:

@@ -1,0 +1,636 @@
+"""Every setting: its default, a good value, a bad value; files, aliases, YAML, further sources."""
+
+import base64
+import re
+
+import pytest
+from sqlalchemy import make_url
+
+from webhook_app import settings
+from webhook_app.settings import VARIABLES, SettingsError, load, pace
+
+KEY = base64.urlsafe_b64encode(b"k" * 32).decode()
+OTHER_KEY = base64.urlsafe_b64encode(b"o" * 32).decode()
+NAMES = [variable.name for variable in VARIABLES]
+BY_NAME = {variable.name: variable for variable in VARIABLES}
+
+
+def source(values, name):
+    return values.sources[name]
+
+
+def of(name):
+    """How a variable shows in the settings, as a function of them."""
+    return {
+        "DATABASE_URL": lambda v: v.database_url,
+        "REDIS_URL": lambda v: v.redis_url,
+        "BUILDRELAY_DATA_DIR": lambda v: str(v.data_dir),
+        "PORT": lambda v: v.port,
+        "WEB_CONCURRENCY": lambda v: v.web_concurrency,
+        "ENCRYPTION_KEYS": lambda v: v.encryption_keys,
+        "ADMIN_TOKEN": lambda v: v.admin_token,
+        "GITHUB_WEBHOOK_SECRET": lambda v: v.sources["github"].webhook_secrets,
+        "GITLAB_WEBHOOK_SECRET": lambda v: v.sources["gitlab"].webhook_secrets,
+        "JENKINS_WEBHOOK_SECRET": lambda v: v.sources["jenkins"].webhook_secrets,
+        "BUILD_EVENT_TOKEN": lambda v: v.build_event_tokens,
+        "GITHUB_TOKEN": lambda v: v.sources["github"].source.token,
+        "GITHUB_API_URL": lambda v: v.sources["github"].source.api_url,
+        "GITHUB_REPOS": lambda v: v.sources["github"].repositories,
+        "ENABLE_GH": lambda v: v.sources["github"].enabled,
+        "GITLAB_TOKEN": lambda v: v.sources["gitlab"].source.token,
+        "GITLAB_URL": lambda v: v.sources["gitlab"].source.api_url,
+        "GITLAB_PROJECTS": lambda v: v.sources["gitlab"].repositories,
+        "ENABLE_GITLAB": lambda v: v.sources["gitlab"].enabled,
+        "JENKINS_URL": lambda v: v.sources["jenkins"].source.api_url,
+        "JENKINS_USERNAME": lambda v: v.sources["jenkins"].source.username,
+        "JENKINS_API_TOKEN": lambda v: v.sources["jenkins"].source.token,
+        "JENKINS_JOBS": lambda v: v.sources["jenkins"].repositories,
+        "ENABLE_JENKINS": lambda v: v.sources["jenkins"].enabled,
+        "BUILD_POLL_INTERVAL": lambda v: v.poll_interval_seconds,
+        "BUILD_PUSH_FRESHNESS": lambda v: v.push_freshness_seconds,
+        "BUILD_MAX_POLL_TIME": lambda v: v.max_poll_seconds,
+        "BUILD_MAX_CONSECUTIVE_ERRORS": lambda v: v.max_consecutive_errors,
+        "BUILD_BACKOFF_MULTIPLIER": lambda v: v.backoff_multiplier,
+        "GITHUB_API_TIMEOUT": lambda v: v.sources["github"].timeout_seconds,
+        "GITLAB_API_TIMEOUT": lambda v: v.sources["gitlab"].timeout_seconds,
+        "JENKINS_API_TIMEOUT": lambda v: v.sources["jenkins"].timeout_seconds,
+        "DISCOVERY_INTERVAL": lambda v: v.discovery_interval_seconds,
+        "DISCOVERY_JITTER": lambda v: v.discovery_jitter_seconds,
+        "HEARTBEAT_TIMEOUT": lambda v: v.heartbeat_timeout_seconds,
+        "ALLOW_PRIVATE_CALLBACKS": lambda v: v.allow_private_callbacks,
+        "PUBLIC_PROGRESS": lambda v: v.public_progress,
+        "DELIVERY_RETRY_SCHEDULE": lambda v: v.delivery_retry_schedule,
+        "DELIVERY_TIMEOUT": lambda v: v.delivery_timeout_seconds,
+        "RETENTION_DAYS": lambda v: v.retention_days,
+        "LOG_LEVEL": lambda v: v.log_level,
+        "SQLITE_SYNCHRONOUS": lambda v: v.sqlite_synchronous,
+    }[name]
+
+
+GOOD = {
+    "DATABASE_URL": ("sqlite:////var/lib/x.db", "sqlite:////var/lib/x.db"),
+    "REDIS_URL": ("rediss://:pw@example.com:6380/0", "rediss://:pw@example.com:6380/0"),
+    "BUILDRELAY_DATA_DIR": ("/var/lib/buildrelay", "/var/lib/buildrelay"),
+    "PORT": ("0", 0),
+    "WEB_CONCURRENCY": ("3", 3),
+    "ENCRYPTION_KEYS": (f"{KEY}, {OTHER_KEY}", (KEY, OTHER_KEY)),
+    "ADMIN_TOKEN": ("abc", "abc"),
+    "GITHUB_WEBHOOK_SECRET": ("new, old,", ("new", "old")),
+    "GITLAB_WEBHOOK_SECRET": ("whsec_abc,plain", ("whsec_abc", "plain")),
+    "JENKINS_WEBHOOK_SECRET": ("s", ("s",)),
+    "BUILD_EVENT_TOKEN": ("a,b", ("a", "b")),
+    "GITHUB_TOKEN": ("ghs_" + "x" * 500, "ghs_" + "x" * 500),
+    "GITHUB_API_URL": ("https://ghe.example.com/api/v3/", "https://ghe.example.com/api/v3"),
+    "GITHUB_REPOS": ("octo/one, Octo/two.js", ("octo/one", "Octo/two.js")),
+    "ENABLE_GH": ("no", False),
+    "GITLAB_TOKEN": ("glpat-x", "glpat-x"),
+    "GITLAB_URL": ("http://gitlab.internal:8080", "http://gitlab.internal:8080"),
+    "GITLAB_PROJECTS": ("12, group/sub/project", ("12", "group/sub/project")),
+    "ENABLE_GITLAB": ("0", False),
+    "JENKINS_URL": ("https://ci.example.com/jenkins", "https://ci.example.com/jenkins"),
+    "JENKINS_USERNAME": ("robot", "robot"),
+    "JENKINS_API_TOKEN": ("11aa", "11aa"),
+    "JENKINS_JOBS": ("folder/job one,nightly", ("folder/job one", "nightly")),
+    "ENABLE_JENKINS": ("Off", False),
+    "BUILD_POLL_INTERVAL": ("250", 0.25),
+    "BUILD_PUSH_FRESHNESS": ("0", 0.0),
+    "BUILD_MAX_POLL_TIME": ("7200000", 7200.0),
+    "BUILD_MAX_CONSECUTIVE_ERRORS": ("1", 1),
+    "BUILD_BACKOFF_MULTIPLIER": ("1.5", 1.5),
+    "GITHUB_API_TIMEOUT": ("100", 0.1),
+    "GITLAB_API_TIMEOUT": ("1500", 1.5),
+    "JENKINS_API_TIMEOUT": ("600000", 600.0),
+    "DISCOVERY_INTERVAL": ("300", 300.0),
+    "DISCOVERY_JITTER": ("0", 0.0),
+    "HEARTBEAT_TIMEOUT": ("120", 120.0),
+    "ALLOW_PRIVATE_CALLBACKS": ("TRUE", True),
+    "PUBLIC_PROGRESS": ("1", True),
+    "DELIVERY_RETRY_SCHEDULE": ("1, 2.5,3", (1.0, 2.5, 3.0)),
+    "DELIVERY_TIMEOUT": ("0.5", 0.5),
+    "RETENTION_DAYS": ("7", 7),
+    "LOG_LEVEL": ("Debug", "DEBUG"),
+    "SQLITE_SYNCHRONOUS": ("normal", "NORMAL"),
+}
+
+WEB_URL = "a URL that begins with http:// or https://"
+BAD = {
+    "DATABASE_URL": ["mysql://x", "x.db", "sqlite://", "sqlite:///:memory:", "postgresql"],
+    "REDIS_URL": ["http://example.com", "localhost:6379", "redis://", "redis://example.com:port"],
+    "BUILDRELAY_DATA_DIR": ["~nobody-of-this-name/data"],
+    "PORT": ["-1", "65536", "http", "80.5", " "],
+    "WEB_CONCURRENCY": ["0", "257", "many"],
+    "ENCRYPTION_KEYS": ["short", f"{KEY},short", KEY[:-2], "ü" * 44],
+    "GITHUB_API_URL": ["ftp://x", "api.github.com", "https://", "https:///path", "https://[::1", "http://h:p"],
+    "GITHUB_REPOS": ["octo", "octo/one,two", "https://github.com/octo/one", "octo/one two/three"],
+    "ENABLE_GH": ["maybe", "2"],
+    "GITLAB_URL": ["gitlab.com"],
+    "ENABLE_GITLAB": ["ja"],
+    "JENKINS_URL": ["//ci"],
+    "ENABLE_JENKINS": ["y"],
+    "BUILD_POLL_INTERVAL": ["9", "15.5", "15s", "86400001"],
+    "BUILD_PUSH_FRESHNESS": ["-1", "soon"],
+    "BUILD_MAX_POLL_TIME": ["99", "1h"],
+    "BUILD_MAX_CONSECUTIVE_ERRORS": ["0", "1001"],
+    "BUILD_BACKOFF_MULTIPLIER": ["0.9", "11", "nan", "inf", "x"],
+    "GITHUB_API_TIMEOUT": ["99", "600001"],
+    "GITLAB_API_TIMEOUT": ["30s"],
+    "JENKINS_API_TIMEOUT": ["-30000"],
+    "DISCOVERY_INTERVAL": ["0", "1d"],
+    "DISCOVERY_JITTER": ["-1", "3601"],
+    "HEARTBEAT_TIMEOUT": ["0", "x"],
+    "ALLOW_PRIVATE_CALLBACKS": ["some"],
+    "PUBLIC_PROGRESS": ["-"],
+    "DELIVERY_RETRY_SCHEDULE": [",", "5;300", "5,-1", "604801"],
+    "DELIVERY_TIMEOUT": ["0", "61", "NaN"],
+    "RETENTION_DAYS": ["0", "3651", "90d"],
+    "LOG_LEVEL": ["loud"],
+    "SQLITE_SYNCHRONOUS": ["OFF"],
+}  # fmt: skip
+ANYTHING_GOES = {
+    "ADMIN_TOKEN", "GITHUB_WEBHOOK_SECRET", "GITLAB_WEBHOOK_SECRET", "JENKINS_WEBHOOK_SECRET",
+    "BUILD_EVENT_TOKEN", "GITHUB_TOKEN", "GITLAB_TOKEN", "GITLAB_PROJECTS", "JENKINS_USERNAME",
+    "JENKINS_API_TOKEN", "JENKINS_JOBS",
+}  # fmt: skip
+
+
+def refused(environ):
+    """The one line with which these settings are refused."""
+    with pytest.raises(SettingsError) as caught:
+        load(environ)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+# ---- each variable
+
+
+def test_the_tables_of_this_test_name_every_variable():
+    assert set(GOOD) == set(NAMES)
+    assert set(BAD) | ANYTHING_GOES == set(NAMES)
+
+
+def test_the_defaults_are_those_of_the_contract():
+    values = load({})
+    assert (values.poll_interval_seconds, values.push_freshness_seconds, values.max_poll_seconds) == (
+        15,
+        60,
+        3600,
+    )
+    assert (values.max_consecutive_errors, values.backoff_multiplier) == (10, 2)
+    assert [entry.timeout_seconds for entry in values.sources.values()] == [30] * 4
+    assert (values.discovery_interval_seconds, values.discovery_jitter_seconds) == (60, 10)
+    assert (values.heartbeat_timeout_seconds, values.retention_days) == (90, 90)
+    assert not values.allow_private_callbacks
+    assert not values.public_progress
+    assert values.delivery_retry_schedule == (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
+    assert (values.delivery_timeout_seconds, values.port) == (15, 8000)
+    assert values.web_concurrency >= 1
+    assert source(values, "github").source.api_url == "https://api.github.com"
+    assert list(values.sources) == ["github", "gitlab", "jenkins", "script"]
+    assert [name for name, entry in values.sources.items() if entry.can_poll] == ["github", "gitlab"]
+    assert values.database_url == f"sqlite:///{values.data_dir}/buildrelay.db"
+    assert values.redis_url.startswith("unix://")
+    assert values.data_dir.is_absolute()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_default_is_what_its_table_says(name):
+    variable = BY_NAME[name]
+    assert variable.meaning
+    if name not in ("DATABASE_URL", "REDIS_URL", "BUILDRELAY_DATA_DIR"):
+        assert of(name)(load({})) == variable.read(variable.default)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_good_value_is_taken(name):
+    text, value = GOOD[name]
+    assert of(name)(load({name: text})) == value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_value_is_none(name):
+    empty, without = load({name: ""}), load({})
+    assert of(name)(empty) == of(name)(without)
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in BAD.items() for text in texts])
+def test_a_bad_value_is_refused_by_name_with_what_is_allowed(name, text):
+    line = refused({name: text})
+    shown = "(secret)" if BY_NAME[name].secret else repr(text)
+    assert line.startswith(f"{name}={shown}: ")
+    assert line.endswith(" is needed")
+    if BY_NAME[name].secret:
+        assert repr(text) not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "allowed"),
+    [
+        ("PORT", "x", "a whole number from 0 to 65535"),
+        ("BUILD_POLL_INTERVAL", "x", "a whole number from 10 to 86400000 (milliseconds)"),
+        ("HEARTBEAT_TIMEOUT", "x", "a number from 1 to 86400 (seconds)"),
+        ("ENABLE_GH", "x", "true or false"),
+        ("GITLAB_URL", "x", WEB_URL),
+        ("GITHUB_REPOS", "x", "OWNER/REPO, comma separated,"),
+    ],
+)
+def test_what_is_allowed_is_said_in_words(name, text, allowed):
+    assert refused({name: text}) == f"{name}='{text}': {allowed} is needed"
+
+
+@pytest.mark.parametrize("name", sorted(ANYTHING_GOES))
+def test_secrets_and_names_are_taken_as_they_are(name):
+    load({name: "ü{}\\ \t;:'\"%s"})
+
+
+# ---- nothing secret is shown
+
+
+SECRETS = {
+    name: f"hush-{number}"
+    for number, name in enumerate(
+        name for name in NAMES if BY_NAME[name].secret and name not in ("ENCRYPTION_KEYS", "DATABASE_URL", "REDIS_URL")
+    )
+}  # fmt: skip
+
+
+def test_no_secret_shows_when_settings_are_printed():
+    environ = SECRETS | {
+        "ENCRYPTION_KEYS": KEY, "DATABASE_URL": "postgres://u:hush-db@h/d", "REDIS_URL": "redis://:hush-r@h",
+    }  # fmt: skip
+    shown = repr(load(environ))
+    assert "hush" not in shown
+    assert KEY not in shown
+
+
+@pytest.mark.parametrize("name", ["GITHUB_API_URL", "GITLAB_URL", "JENKINS_URL"])
+def test_a_password_in_an_address_is_refused_and_not_shown(name):
+    line = refused({name: "https://robot:hush@example.com"})
+    assert line == f"{name}=(secret): {WEB_URL}, without user or password in it, is needed"
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("name", ["ADMIN_TOKEN", "PORT", "GITHUB_WEBHOOK_SECRET", "JENKINS_JOBS"])
+def test_each_value_may_come_from_a_file(tmp_path, name):
+    text, value = GOOD[name]
+    path = tmp_path / "value"
+    path.write_text(f"{text}\n")
+    assert of(name)(load({f"{name}_FILE": str(path)})) == value
+
+
+def test_the_variable_wins_over_its_file(tmp_path):
+    path = tmp_path / "value"
+    path.write_text("1000")
+    assert load({"PORT": "2000", "PORT_FILE": str(path)}).port == 2000
+
+
+def test_a_file_that_is_not_there_is_named():
+    line = refused({"ADMIN_TOKEN_FILE": "/nowhere/token"})
+    assert line.startswith("ADMIN_TOKEN_FILE='/nowhere/token': a readable file is needed")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "value"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert refused({"ADMIN_TOKEN_FILE": str(path)}).startswith("ADMIN_TOKEN_FILE=")
+
+
+def test_a_bad_value_in_a_file_is_refused_like_any_other(tmp_path):
+    path = tmp_path / "value"
+    path.write_text("eighty\n")
+    assert refused({"PORT_FILE": str(path)}).startswith("PORT='eighty\\n': a whole number")
+    path.write_text("hush")
+    assert "hush" not in refused({"ENCRYPTION_KEYS_FILE": str(path)})
+
+
+# ---- aliases
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"), [(alias, variable.name) for variable in VARIABLES for alias in variable.aliases]
+)
+def test_an_alias_is_as_good_as_the_name_which_wins(tmp_path, alias, name):
+    text, value = GOOD[name]
+    assert of(name)(load({alias: text})) == value
+    assert of(name)(load({alias: "7", name: text})) == value
+    path = tmp_path / "value"
+    path.write_text(text)
+    assert of(name)(load({f"{alias}_FILE": str(path)})) == value
+
+
+def test_a_bad_alias_is_named_as_it_was_written():
+    assert refused({"WORKER_POLL_INTERVAL": "x"}).startswith("WORKER_POLL_INTERVAL='x': ")
+
+
+def test_the_aliases_of_the_older_systems():
+    assert {alias for variable in VARIABLES for alias in variable.aliases} == {
+        "WORKER_POLL_INTERVAL", "WORKER_JITTER_SECONDS", "OM_BUILD_EVENT_TOKEN",
+    }  # fmt: skip
+
+
+# ---- databases
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("postgres://u:p@h:5432/d", "postgresql+psycopg://u:p@h:5432/d"),
+        ("postgres://u:p@h/d?sslmode=require", "postgresql+psycopg://u:p@h/d?sslmode=require"),
+        ("postgresql://u:p%40x@h/d", "postgresql+psycopg://u:p%40x@h/d"),
+        ("postgresql+psycopg://h/d", "postgresql+psycopg://h/d"),
+        ("postgresql:///d?host=/run/pg", "postgresql+psycopg:///d?host=/run/pg"),
+        ("sqlite:///relative.db", "sqlite:///relative.db"),
+    ],
+)
+def test_the_databases_as_heroku_and_others_write_them(text, url):
+    made = load({"DATABASE_URL": text}).database_url
+    assert made == url
+    assert make_url(made).get_backend_name() in ("postgresql", "sqlite")
+
+
+def test_an_unix_socket_of_redis():
+    assert load({"REDIS_URL": "unix:///run/redis.sock"}).redis_url == "unix:///run/redis.sock"
+
+
+def test_where_nothing_is_said_all_lives_in_the_data_directory(tmp_path):
+    values = load({"BUILDRELAY_DATA_DIR": str(tmp_path)})
+    assert values.data_dir == tmp_path
+    assert values.database_url == f"sqlite:///{tmp_path}/buildrelay.db"
+    assert values.redis_url == f"unix://{tmp_path}/redis.sock"
+
+
+# ---- sources
+
+
+def test_build_scripts_may_speak_for_jenkins_and_themselves():
+    values = load({"BUILD_EVENT_TOKEN": "t", "JENKINS_WEBHOOK_SECRET": "j"})
+    assert source(values, "jenkins").webhook_secrets == ("j", "t")
+    assert source(values, "script").webhook_secrets == ("t",)
+    assert not source(values, "script").can_poll
+
+
+@pytest.mark.parametrize(
+    ("environ", "pollable"),
+    [
+        ({}, {"github", "gitlab"}),
+        ({"ENABLE_GH": "false"}, {"gitlab"}),
+        ({"JENKINS_URL": "https://ci.example.com"}, {"github", "gitlab", "jenkins"}),
+        ({"JENKINS_URL": "https://ci.example.com", "ENABLE_JENKINS": "false"}, {"github", "gitlab"}),
+    ],
+)
+def test_what_is_on_and_has_an_api_can_be_polled(environ, pollable):
+    assert {name for name, entry in load(environ).sources.items() if entry.can_poll} == pollable
+
+
+def test_the_pace_of_polling():
+    made = pace(
+        load({"BUILD_POLL_INTERVAL": "2000", "BUILD_MAX_POLL_TIME": "60000", "HEARTBEAT_TIMEOUT": "5"})
+    )
+    assert (made.interval_seconds, made.freshness_seconds, made.max_seconds) == (2, 60, 60)
+    assert (made.max_errors, made.multiplier, made.heartbeat_timeout_seconds) == (10, 2, 5)
+
+
+# ---- the YAML file
+
+
+@pytest.fixture
+def with_file(tmp_path):
+    """`with_file(text, environ)`: the environment that names a YAML file with this text."""
+
+    def make(text, environ=None):
+        path = tmp_path / "buildrelay.yaml"
+        path.write_text(text)
+        return {"BUILDRELAY_CONFIG": str(path), **(environ or {})}
+
+    return make
+
+
+DOCUMENT = """
+polling:
+  interval: 15000 # 15 seconds
+  max_poll_time: 1800000
+  max_consecutive_errors: 5
+  backoff_multiplier: 3
+
+platforms:
+  github:
+    timeout: 20000
+    retry_attempts: 3
+  gitlab:
+    timeout: 21000
+    retry_attempts: 3
+  jenkins:
+    timeout: 22000
+    retry_attempts: 3
+"""
+
+
+def test_the_sections_of_the_original_document_are_read(with_file):
+    values = load(with_file(DOCUMENT))
+    assert (values.max_poll_seconds, values.max_consecutive_errors, values.backoff_multiplier) == (1800, 5, 3)
+    assert [source(values, name).timeout_seconds for name in ("github", "gitlab", "jenkins")] == [20, 21, 22]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "JENKINS_JOBS"])
+@pytest.mark.parametrize("written", [str.upper, str.lower])
+def test_each_setting_may_stand_in_the_file(with_file, name, written):
+    text, value = GOOD[name]
+    assert of(name)(load(with_file(f"{written(name)}: '{text}'"))) == value
+
+
+def test_plain_yaml_values_mean_what_they_say(with_file):
+    values = load(
+        with_file(
+            "enable_gh: no\npublic_progress: true\nport: 8080\nheartbeat_timeout: 12.5\n"
+            "admin_token: 0123\nbuild_event_token: 12:30\ngithub_repos: [octo/one, octo/two]\n"
+            "delivery_retry_schedule:\n  - 5\n  - 10\ngitlab_token:\njenkins_username: null\n"
+            "worker_poll_interval: 33\npolling:\n"
+        )
+    )
+    assert not source(values, "github").enabled
+    assert values.public_progress
+    assert (values.port, values.heartbeat_timeout_seconds) == (8080, 12.5)
+    assert (values.admin_token, values.build_event_tokens) == ("0123", ("12:30",)), (
+        "no number, no time of day"
+    )
+    assert source(values, "github").repositories == ("octo/one", "octo/two")
+    assert values.delivery_retry_schedule == (5, 10)
+    assert (source(values, "gitlab").source.token, source(values, "jenkins").source.username) == ("", "")
+    assert values.discovery_interval_seconds == 33
+
+
+def test_the_environment_wins_over_the_file(with_file, tmp_path):
+    file = "port: 1000\npolling:\n  interval: 1000\n"
+    assert load(with_file(file, {"PORT": "2000"})).port == 2000
+    assert load(with_file(file, {"BUILD_POLL_INTERVAL": "3000"})).poll_interval_seconds == 3
+    path = tmp_path / "port"
+    path.write_text("4000")
+    assert load(with_file(file, {"PORT_FILE": str(path)})).port == 4000
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("prot: 8000", "prot"),
+        ("polling:\n  intervall: 5", "polling.intervall"),
+        ("polling: 15000", "polling"),
+        ("platforms:\n  github:\n    timeuot: 5", "platforms.github.timeuot"),
+        ("platforms:\n  bitbucket:\n    timeout: 5", "platforms.bitbucket.timeout"),
+        ("port:\n  number: 5", "port.number"),
+        ("buildrelay_config: other.yaml", "buildrelay_config"),
+        ("8000: port", "8000"),
+    ],
+)
+def test_an_unknown_key_is_refused(with_file, text, key):
+    assert refused(with_file(text)).startswith(f"BUILDRELAY_CONFIG: {key!r} is no setting; allowed are ")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("port: eighty", "PORT='eighty': "),
+        ("polling:\n  interval: 5", "BUILD_POLL_INTERVAL='5': "),
+        ("encryption_keys: hush", "ENCRYPTION_KEYS=(secret): "),
+    ],
+)
+def test_a_bad_value_in_the_file_is_named_as_its_variable(with_file, text, line):
+    assert refused(with_file(text)).startswith(line)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "{}"])
+def test_an_empty_file_changes_nothing(with_file, text):
+    assert load(with_file(text)) == load({})
+
+
+@pytest.mark.parametrize("text", ["- port", "port", "42"])
+def test_a_file_that_is_no_mapping_is_refused(with_file, text):
+    assert "a mapping of settings is needed" in refused(with_file(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: b\nadmin_token: 'hush",
+        "admin_token: hush: hush",
+        "admin_token: *hush",
+        "port: [1\n",
+        "a: b\n\tport: 1",
+    ],
+)
+def test_a_broken_file_is_refused_with_the_place_and_without_what_stands_there(with_file, text):
+    line = refused(with_file(text))
+    assert re.search(r"a readable YAML file is needed: line \d can't be read$", line)
+    assert "hush" not in line
+
+
+def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path):
+    assert "a readable YAML file is needed" in refused({"BUILDRELAY_CONFIG": str(tmp_path / "none.yaml")})
+    assert "a readable YAML file is needed" in refused({"BUILDRELAY_CONFIG": str(tmp_path)})
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "a readable YAML file is needed" in refused({"BUILDRELAY_CONFIG": str(path)})
+
+
+def test_a_file_can_start_nothing(with_file, tmp_path):
+    """Tags that make Python objects are texts here."""
+    made = tmp_path / "made"
+    load(with_file(f'admin_token: !!python/object/apply:os.mkdir ["{made}"]'))
+    assert not made.exists()
+
+
+# ---- further sources
+
+FURTHER = """
+sources:
+  - name: ghe
+    platform: github
+    api_url: https://ghe.example.com/api/v3/
+    token: abc
+    webhook_secret: [new, old]
+    repositories: [team/app]
+    timeout: 5000
+  - name: gitlab_2
+    platform: gitlab
+    api_url: https://gitlab.example.com
+    webhook_secret: one, two
+    repositories: 12, group/project
+    enabled: "false"
+  - name: ci-3
+    platform: jenkins
+    username: robot
+"""
+
+
+def test_further_sources_have_names_of_their_own(with_file):
+    values = load(with_file(FURTHER))
+    assert list(values.sources) == ["github", "gitlab", "jenkins", "script", "ghe", "gitlab_2", "ci-3"]
+    ghe, gitlab, jenkins = (source(values, name) for name in ("ghe", "gitlab_2", "ci-3"))
+    assert (ghe.source.name, ghe.source.platform, ghe.source.api_url, ghe.source.token) == (
+        "ghe", "github", "https://ghe.example.com/api/v3", "abc",
+    )  # fmt: skip
+    assert (ghe.webhook_secrets, ghe.repositories, ghe.timeout_seconds) == (("new", "old"), ("team/app",), 5)
+    assert ghe.can_poll
+    assert gitlab.webhook_secrets == ("one", "two")
+    assert gitlab.repositories == ("12", "group/project")
+    assert (gitlab.enabled, gitlab.can_poll, gitlab.timeout_seconds) == (False, False, 30)
+    assert (jenkins.source.username, jenkins.can_poll, jenkins.webhook_secrets) == ("robot", False, ())
+    assert "abc" not in repr(values)
+
+
+@pytest.mark.parametrize("text", ["sources:", "sources: []", "sources: null"])
+def test_no_further_sources(with_file, text):
+    assert len(load(with_file(text)).sources) == 4
+
+
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        ("{}", "each entry needs at least `name` and `platform`"),
+        ("ghe", "each entry needs at least"),
+        ("{name: x}", "each entry needs at least"),
+        ("{name: x, platform: travis}", "x: platform='travis': github, gitlab or jenkins is needed"),
+        ("{name: x, platform: script}", "x: platform='script': "),
+        ("{name: 'a:b', platform: github}", "name='a:b': letters, digits, - and _ are needed"),
+        ("{name: 'ä', platform: github}", "name='ä': "),
+        ("{name: github, platform: github}", "the name 'github' is taken"),
+        ("{name: GitHub, platform: github}", "the name 'GitHub' is taken"),
+        ("{name: script, platform: gitlab}", "the name 'script' is taken"),
+        ("{name: x, platform: github, tokn: y}", "'tokn' is no key of a source; allowed are ['api_url', "),
+        ("{name: x, platform: github, timeout: 5}", "x: timeout='5': a whole number from 100 to 600000 "),
+        ("{name: x, platform: github, enabled: perhaps}", "x: enabled='perhaps': true or false is needed"),
+        ("{name: x, platform: github, api_url: ghe}", f"x: api_url='ghe': {WEB_URL} is needed"),
+        ("{name: x, platform: github, api_url: 'https://u:hush@h'}", "x: api_url=(secret): a URL "),
+        ("{name: x, platform: github, repositories: app}", "x: repositories='app': OWNER/REPO, "),
+    ],
+)
+def test_a_wrong_source_is_refused_with_what_is_allowed(with_file, entry, line):
+    told = refused(with_file(f"sources:\n  - {entry}\n"))
+    assert told.startswith(f"sources: {line}")
+    assert "hush" not in told
+
+
+def test_two_further_sources_of_one_name_are_refused(with_file):
+    twice = "sources:\n  - {name: x, platform: github}\n  - {name: X, platform: gitlab}\n"
+    assert refused(with_file(twice)) == "sources: the name 'X' is taken; another one is needed"
+
+
+@pytest.mark.parametrize("text", ["sources: ghe", "sources: {name: ghe}"])
+def test_sources_that_are_no_list_are_refused(with_file, text):
+    assert refused(with_file(text)) == "sources: a list of sources is needed"
+
+
+# ---- the whole
+
+
+def test_settings_are_read_from_the_real_environment(monkeypatch):
+    monkeypatch.setenv("PORT", "4321")
+    assert settings.load().port == 4321
+
+
+def test_settings_cannot_be_changed():
+    values = load({})
+    with pytest.raises(AttributeError):
+        values.port = 1
