@@ -26,7 +26,7 @@ JOBS = {
 """Queue and job by bell.  Each bell has a queue of its own, so that none waits for another."""
 
 JOB_TIMEOUT_SECONDS = 180
-BELL_TTL_SECONDS = 10
+BELL_TTL_SECONDS = 2
 DEAF_SECONDS = 1.0
 
 BEAT_KEY = "buildrelay:scheduler:beat"
@@ -81,10 +81,17 @@ class Bell:
 
 
 def enqueue_once(redis: Redis, bell: str) -> bool:
-    """Queue the job of `bell` unless one that has not begun is queued already."""
+    """Queue the job of `bell` unless one that has not begun is queued already.
+
+    The key spares a look at the queue; it is short-lived, because the worker that took the job may
+    have died before it began.
+    """
     if not redis.set(bell_key(bell), b"1", nx=True, ex=BELL_TTL_SECONDS):
         return False
-    Queue(bell, connection=redis).enqueue(
+    queue = Queue(bell, connection=redis)
+    if queue.count:
+        return False
+    queue.enqueue(
         JOBS[bell], job_timeout=JOB_TIMEOUT_SECONDS, result_ttl=0, failure_ttl=86_400
     )
     return True

@@ -1,0 +1,173 @@
+"""The bell: one job however many rings, and a web process that never waits for Redis."""
+
+import importlib
+import socket
+import time
+from types import SimpleNamespace
+
+import pytest
+from redis import Redis
+from rq import Queue
+from rq.job import Job
+
+from webhook_app import queues
+from webhook_app.queues import DELIVER, POLL, Bell
+
+
+def waiting(redis, bell):
+    """The ids of the jobs that wait in the queue of `bell`."""
+    return Queue(bell, connection=redis).job_ids
+
+
+def begin(redis, bell):
+    """What a worker does: take the job off the queue, and begin it."""
+    assert redis.lpop(Queue(bell, connection=redis).key)
+    queues.answer(redis, bell)
+
+
+def test_many_rings_queue_one_job_until_it_begins(redis_client):
+    bell = Bell(redis_client)
+    assert [bell.ring(DELIVER) for _ in range(5)] == [True] * 5
+    (first,) = waiting(redis_client, DELIVER)
+    begin(redis_client, DELIVER)
+    assert bell.ring(DELIVER)
+    assert bell.ring(DELIVER)
+    (second,) = waiting(redis_client, DELIVER)
+    assert first != second
+
+
+def test_a_job_that_waits_for_long_is_not_joined_by_others(redis_client):
+    """The workers are away: rings go on, and each of them is older news than the job that waits."""
+    for _ in range(20):
+        assert Bell(redis_client).ring(DELIVER)
+        redis_client.delete(queues.bell_key(DELIVER))  # it expires after seconds
+    assert len(waiting(redis_client, DELIVER)) == 1
+
+
+def test_a_ring_between_taking_a_job_and_beginning_it_is_kept(redis_client):
+    bell = Bell(redis_client)
+    bell.ring(DELIVER)
+    redis_client.lpop(Queue(DELIVER, connection=redis_client).key)
+    bell.ring(DELIVER)  # the job that was taken will see this work: it has yet to begin
+    queues.answer(redis_client, DELIVER)
+    assert bell.ring(DELIVER)
+    assert len(waiting(redis_client, DELIVER)) == 1
+
+
+def test_only_the_first_ring_tells_that_it_queued(redis_client):
+    assert queues.enqueue_once(redis_client, POLL)
+    assert not queues.enqueue_once(redis_client, POLL)
+
+
+def test_each_bell_is_by_itself(redis_client):
+    assert Bell(redis_client).ring(*queues.JOBS)
+    for bell, name in queues.JOBS.items():
+        (job_id,) = waiting(redis_client, bell)
+        assert Job.fetch(job_id, connection=redis_client).func_name == name
+    before = {bell: waiting(redis_client, bell) for bell in queues.JOBS}
+    begin(redis_client, POLL)
+    Bell(redis_client).ring(*queues.JOBS)
+    after = {bell: waiting(redis_client, bell) for bell in queues.JOBS}
+    assert {bell for bell in queues.JOBS if before[bell] != after[bell]} == {POLL}
+    assert all(len(jobs) == 1 for jobs in after.values())
+
+
+def test_a_queued_job_leaves_nothing_behind_but_its_failure(redis_client):
+    queues.enqueue_once(redis_client, POLL)
+    job = Job.fetch(waiting(redis_client, POLL)[0], connection=redis_client)
+    assert (job.result_ttl, job.failure_ttl, job.timeout) == (0, 86_400, queues.JOB_TIMEOUT_SECONDS)
+
+
+def test_a_bell_whose_job_was_lost_rings_again_when_its_key_expires(redis_client, wait_until):
+    bell = Bell(redis_client)
+    bell.ring(DELIVER)
+    Queue(DELIVER, connection=redis_client).empty()
+    bell.ring(DELIVER)
+    assert waiting(redis_client, DELIVER) == []
+    assert 0 < redis_client.pttl(queues.bell_key(DELIVER)) <= queues.BELL_TTL_SECONDS * 1000
+    redis_client.pexpire(queues.bell_key(DELIVER), 1)
+    wait_until(lambda: not redis_client.exists(queues.bell_key(DELIVER)))
+    bell.ring(DELIVER)
+    assert len(waiting(redis_client, DELIVER)) == 1
+
+
+@pytest.mark.parametrize(("bell", "name"), queues.JOBS.items())
+def test_each_name_is_a_job_that_can_be_called(bell, name):
+    module, _, function = name.rpartition(".")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+# ---- Redis is away
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of the bell alone, stepped by hand."""
+    hands = SimpleNamespace(at=1000.0)
+    monkeypatch.setattr(queues, "time", SimpleNamespace(monotonic=lambda: hands.at))
+    return hands
+
+
+@pytest.fixture
+def attempts(monkeypatch):
+    """Each attempt to reach Redis through the bell, as the name of what was rung."""
+    made = []
+    really = queues.enqueue_once
+    monkeypatch.setattr(queues, "enqueue_once", lambda redis, bell: made.append(bell) or really(redis, bell))
+    return made
+
+
+def test_an_absent_redis_is_told_quickly_and_then_left_alone_for_a_second(tmp_path, clock, attempts):
+    bell = Bell(queues.connect(f"unix://{tmp_path}/nobody.sock", timeout_seconds=0.2))
+    began = time.monotonic()
+    assert not bell.ring(DELIVER, POLL)
+    assert not bell.ring(DELIVER)
+    clock.at += queues.DEAF_SECONDS - 0.01
+    assert not bell.ring(DELIVER)
+    assert attempts == [DELIVER]
+    clock.at += 0.02
+    assert not bell.ring(DELIVER)
+    assert attempts == [DELIVER, DELIVER]
+    assert time.monotonic() - began < 1
+
+
+def test_a_redis_that_says_nothing_is_given_up_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        bell = Bell(queues.connect(f"redis://127.0.0.1:{mute.getsockname()[1]}", timeout_seconds=0.2))
+        began = time.monotonic()
+        assert not bell.ring(DELIVER)
+        assert time.monotonic() - began < 2
+
+
+def test_the_bell_rings_again_once_redis_is_back(redis_client, clock, tmp_path):
+    bell = Bell(queues.connect(f"unix://{tmp_path}/nobody.sock", timeout_seconds=0.2))
+    assert not bell.ring(DELIVER)
+    bell.redis = redis_client
+    assert not bell.ring(DELIVER)
+    clock.at += queues.DEAF_SECONDS
+    assert bell.ring(DELIVER)
+    assert len(waiting(redis_client, DELIVER)) == 1
+
+
+# ---- connecting
+
+
+@pytest.mark.parametrize("timeout", [None, 0.5])
+def test_connecting_to_a_unix_socket(redis_url, timeout):
+    with queues.connect(redis_url, timeout) as client:
+        assert client.ping()
+
+
+def options(client: Redis):
+    return client.connection_pool.connection_kwargs
+
+
+def test_a_certificate_of_herokus_own_making_is_accepted():
+    assert options(queues.connect("rediss://:pass@example.com:6380"))["ssl_cert_reqs"] is None
+    assert "ssl_cert_reqs" not in options(queues.connect("redis://example.com"))
+
+
+def test_a_time_limit_holds_for_connecting_and_for_each_command():
+    made = options(queues.connect("redis://example.com", 0.3))
+    assert (made["socket_timeout"], made["socket_connect_timeout"]) == (0.3, 0.3)
+    assert made["retry"].get_retries() == 0
