@@ -30,9 +30,12 @@ LONGEST_DRAIN_SECONDS = 60.0
 SOON = timedelta(hours=1)
 
 
-def deliver() -> None:
-    """Send every due message, then ask to be woken when the next one is due.  Any number may run at once."""
-    held = resources()
+def deliver(held: Resources | None = None) -> None:
+    """Send every due message, then ask to be woken when the next one is due.  Any number may run at once.
+
+    `held`: what to work with; None (as a worker calls it) takes this process's own.
+    """
+    held = held or resources()
     queues.answer(held.redis, queues.DELIVER)
     count = _Drain(held).run()
     if count:

@@ -23,7 +23,6 @@ from datetime import UTC, datetime
 
 from redis import Redis
 from redis.exceptions import RedisError
-from rq import Queue
 from rq.exceptions import NoSuchJobError
 from rq.job import Job
 from rq_scheduler import Scheduler
@@ -156,20 +155,21 @@ class Metronome(Scheduler):  # type: ignore[misc]
         )
 
     def enqueue_job(self, job: Job) -> None:
-        """Ring the bell of a due entry; a tick moves on and is never absent, a single one goes after it rang."""
+        """Ring the bell of a due entry; a tick moves on and is never absent, a single one goes then."""
         if not job.id.startswith((TICK, ONCE)):
             super().enqueue_job(job)
             return
-        if job.id.startswith(TICK):
-            due = int(time.time() + job.meta["interval"] + self._jitter(job.id))
-            self.connection.zadd(self.scheduled_jobs_key, {job.id: due})
         self._ring(job.origin)
         if job.id.startswith(ONCE):
             self._remove(job.id)
+            return
+        due = int(time.time() + job.meta["interval"] + self._jitter(job.id))
+        self.connection.zadd(self.scheduled_jobs_key, {job.id: due})
 
     def _ring(self, bell: str) -> None:
-        """Queue the bell's job unless one waits there already."""
-        if bell in queues.JOBS and not Queue(bell, connection=self.connection).count:
+        """Queue the bell's job unless one waits there already, whatever a ring cut short has left behind."""
+        if bell in queues.JOBS:
+            queues.answer(self.connection, bell)
             queues.enqueue_once(self.connection, bell)
 
     def _jitter(self, job_id: str) -> float:
