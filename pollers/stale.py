@@ -68,7 +68,7 @@ def claim(
 
 
 def _lease(source: str, sources: Mapping[str, SourceSettings], row: Mapping[str, Any], pace: Pace) -> float:
-    """Seconds until anybody else may poll it: its interval, but at least as long as our two reads may take."""
+    """Seconds until anybody else may poll it: its interval, or longer if our two reads may take longer."""
     return max(polling.interval(row, pace), 2 * sources[source].timeout_seconds + 5)
 
 

@@ -1,0 +1,797 @@
+"""Polling from the claim to the record: the jobs against simulated GitHub, GitLab and Jenkins servers."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import select
+
+from jobs import poll as poll_job
+from pollers import budget, repository, stale
+from tests.hub import clean_environment
+from tests.stand import FRESH, INTERVAL, ON_SQLITE, change, environment, stands
+from webhook_app import builds, db, models, platforms, polling, queues, settings
+from webhook_app.lifecycle import ObservedBy, State
+from webhook_app.platforms import PollError, PollFault
+from webhook_app.simulated import github as simulated_github
+from webhook_app.simulated import github_bodies
+from webhook_app.simulated.facts import truth_of
+from webhook_app.simulated.github import GitHubServer
+from webhook_app.simulated.gitlab import rate_limited as gitlab_rate_limited
+from webhook_app.simulated.httpd import Response, dropped, hang, json_response
+from webhook_app.simulated.judge import judge
+from webhook_app.simulated.world import PLATFORMS, World
+
+
+@pytest.fixture
+def make_stand(engine, redis_client, monkeypatch):
+    """`make_stand(platforms, builds, …)`: see `tests.stand.stands`."""
+    with stands(engine, redis_client, monkeypatch) as make:
+        yield make
+
+
+@pytest.fixture
+def one(make_stand):
+    """`one(platform, kind, …)`: a stand with one build that runs, was pushed and has gone stale; and the build."""
+
+    def make(platform="github", kind="success", **more):
+        stand = make_stand((platform,), 1, kinds={platform: [kind]}, **more)
+        (build,) = stand.world.builds
+        running = (moment.at for moment in build.moments if truth_of(platform, moment).state == "in_progress")
+        stand.clock.at = next(running, build.begins_at)
+        stand.push(build)
+        stand.clock.advance(FRESH)
+        return stand, build
+
+    return make
+
+
+NO_RERUNS = {
+    "github": [
+        "success", "failure", "cancelled", "timed_out", "neutral", "skipped", "cancelled_queued", "stale",
+        "approved", "unapproved", "gate", "startup_failure",
+    ],
+    "gitlab": [
+        "success", "warnings", "failure", "timeout", "mixed", "canceled", "canceled_pending", "skipped",
+        "bad_yaml", "manual", "manual_forever", "delayed",
+    ],
+}  # fmt: skip
+
+
+# ---- the way of one poll
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_stale_build_is_read_until_it_ends_and_never_again(one, platform):
+    stand, build = one(platform, "success", speed=0.1)
+    stand.poll()
+    assert stand.servers[platform].polls(build.build_id) == 1
+    row = stand.row(build)
+    assert (row["state"], row["polling"], row["poll_count"]) == ("in_progress", "active", 1)
+    assert stand.wait(build) == INTERVAL
+    stand.clock.at = build.ends_at + 1
+    stand.poll()
+    row = stand.row(build)
+    assert (row["state"], row["conclusion"], row["polling"]) == ("completed", "success", "done")
+    told = [event for event in stand.events(build) if event["type"] != "build.progress"]
+    assert [(event["type"], event["observed_by"]) for event in told] == [
+        ("build.in_progress", "push"), ("build.polling_started", "poll"), ("build.completed", "poll"),
+        ("build.polling_completed", "poll"),
+    ]  # fmt: skip
+    stand.poll(after=86_400)
+    assert stand.servers[platform].polls(build.build_id) == 2
+
+
+def test_whatever_the_platforms_do_polling_alone_finds_the_truth(make_stand):
+    stand = make_stand(count=30, kinds=NO_RERUNS, every_kind=True, spread=60, speed=0.5)
+    while not stand.world.settled():
+        stand.discover(after=5)
+        stand.poll(after=10)
+    for _ in range(2):
+        stand.discover()
+        stand.poll(after=20 * INTERVAL)
+
+    def shown(build_id):
+        return stand.row(stand.world.build(build_id))
+
+    verdict = judge(stand.world, shown)
+    assert verdict.ok, str(verdict)
+    assert verdict.builds == 30
+    for build in stand.world.builds:
+        assert [event["sequence"] for event in stand.events(build)] == list(
+            range(1, stand.row(build)["sequence"] + 1)
+        )
+
+
+@ON_SQLITE
+def test_a_poll_that_tells_something_wakes_the_deliveries_and_one_that_does_not_lets_them_sleep(one):
+    stand, _ = one(speed=0.01)
+    stand.redis.set(queues.bell_key(queues.POLL), b"1")
+    stand.poll()
+    assert not stand.redis.exists(queues.bell_key(queues.POLL))
+    assert stand.redis.exists(queues.bell_key(queues.DELIVER))
+    queues.answer(stand.redis, queues.DELIVER)
+    stand.poll(after=INTERVAL)
+    assert not stand.redis.exists(queues.bell_key(queues.DELIVER))
+
+
+@ON_SQLITE
+def test_one_job_drains_more_than_one_portion(make_stand):
+    count = poll_job.AT_ONCE + 5
+    stand = make_stand(("github",), count, kinds={"github": ["success"]})
+    stand.push_all()
+    stand.poll(after=FRESH)
+    assert [stand.servers["github"].polls(build.build_id) for build in stand.world.builds] == [1] * count
+
+
+# ---- who is due
+
+
+def test_a_build_is_not_read_before_it_is_due(one):
+    stand, build = one(speed=0.1)
+    stand.clock.advance(-0.1)
+    stand.poll()
+    assert stand.requests() == {"github": 0}
+    stand.poll(after=0.1)
+    stand.poll(after=INTERVAL - 0.1)
+    assert stand.requests() == {"github": 1}
+    stand.push(build)
+    stand.poll(after=FRESH - 0.1)
+    assert stand.requests() == {"github": 1}
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    "off", [{"ENABLE_GH": "false"}, {"JENKINS_URL": ""}], ids=["disabled", "without an API"]
+)
+def test_a_source_that_is_off_is_never_read(make_stand, off):
+    stand = make_stand(("github", "jenkins"), 6, **off)
+    stand.push_all()
+    stand.poll(after=10 * FRESH)
+    stand.discover()
+    silent = "github" if "ENABLE_GH" in off else "jenkins"
+    assert stand.requests()[silent] == 0
+    assert stand.requests()["jenkins" if silent == "github" else "github"] > 0
+
+
+def test_the_stalest_builds_come_first(make_stand):
+    stand = make_stand(("github",), 6, kinds={"github": ["success"]})
+    order = [stand.world.builds[index] for index in (3, 0, 5, 1, 4, 2)]
+    for build in order:
+        stand.push(build)
+        stand.clock.advance(1)
+    stand.clock.advance(FRESH)
+    claimed = claim(stand, 4) + claim(stand, 4)
+    assert [due.target.build_id for due in claimed] == [build.build_id for build in order]
+
+
+def claim(stand, most):
+    return db.in_transaction(
+        stand.engine,
+        lambda connection: stale.claim(
+            connection, stand.held.settings.sources, stand.now(), stand.held.pace, most
+        ),
+    )
+
+
+@ON_SQLITE
+def test_a_claim_is_a_lease_that_outlasts_the_slowest_read(one):
+    stand, build = one(GITHUB_API_TIMEOUT="40000")
+    assert len(claim(stand, 10)) == 1
+    assert claim(stand, 10) == []
+    assert stand.wait(build) == 85  # two requests of 40 s, and some
+    stand.clock.advance(86)
+    assert len(claim(stand, 10)) == 1
+
+
+def test_threads_that_claim_at_once_share_the_builds(make_stand):
+    stand = make_stand(("github",), 60, kinds={"github": ["success"]})
+    stand.push_all()
+    stand.clock.advance(FRESH)
+    begin = threading.Barrier(4)
+
+    def claim_all(_):
+        begin.wait(10)
+        claimed, some = [], [None]
+        while some:
+            some = claim(stand, 4)
+            claimed += some
+        return [due.target.build_id for due in claimed]
+
+    with ThreadPoolExecutor(4) as threads:
+        shares = list(threads.map(claim_all, range(4)))
+    claimed = sorted(build_id for share in shares for build_id in share)
+    assert claimed == sorted(build.build_id for build in stand.world.builds)
+
+
+@contextmanager
+def held_back(server, count):
+    """Answer nobody before `count` requests are there."""
+    answer, arrived, gate, lock = server._answer, [], threading.Event(), threading.Lock()
+
+    def wait_for_all(request):
+        with lock:
+            arrived.append(request.path)
+            if len(arrived) >= count:
+                gate.set()
+        gate.wait(30)
+        return answer(request)
+
+    server._answer = wait_for_all
+    try:
+        yield arrived
+    finally:
+        gate.set()
+        server._answer = answer
+
+
+def test_two_processes_that_poll_at_once_read_each_build_once(store_url, redis_client, redis_url, tmp_path):
+    """The first claims a portion and is kept waiting; the second finds only the rest."""
+    count = poll_job.AT_ONCE + 8
+    world = World(
+        3, count, platforms=("github",), kinds={"github": ["success"]}, spread_seconds=0, speed=0.01
+    )
+    engine = db.connect(store_url, "NORMAL")
+    pace = settings.pace(settings.load({}))
+    facts = [
+        replace(platforms.find()["github"].named(platforms.Source("github", "github"), build.build_id),
+                observed_by=ObservedBy.PUSH, state=State.IN_PROGRESS, attempt=1)
+        for build in world.builds
+    ]  # fmt: skip
+    then = datetime.now(UTC) - timedelta(seconds=2 * FRESH)
+    db.as_writer(engine, lambda write: builds.record(write, facts, then, pace))
+    with GitHubServer(world) as server, held_back(server, count) as arrived:
+        env = clean_environment(
+            environment(world, {"github": server})
+            | {"DATABASE_URL": store_url, "REDIS_URL": redis_url, "BUILDRELAY_DATA_DIR": str(tmp_path)}
+        )
+        command = [sys.executable, "-c", "from jobs.poll import poll; poll()"]
+        workers = [subprocess.Popen(command, env=env) for _ in range(2)]
+        assert [worker.wait(60) for worker in workers] == [0, 0]
+        assert len(arrived) == count
+        assert {server.polls(build.build_id) for build in world.builds} == {1}
+    with db.reading(engine) as connection:
+        counts = connection.execute(select(models.builds.c.poll_count)).scalars().all()
+    assert counts == [1] * count
+    engine.dispose()
+
+
+# ---- limits
+
+
+@pytest.mark.parametrize(
+    ("platform", "answer", "seconds"),
+    [
+        ("github", simulated_github.secondary_limit, 60),
+        ("github", lambda: simulated_github.secondary_limit(90), 90),
+        ("github", lambda: simulated_github.rate_limited(time.time() + 600), 600),
+        ("github", lambda: simulated_github.rate_limited(time.time() + 600, 429), 600),
+        ("github", lambda: Response(429, b"slow down", {"Retry-After": "7200"}), 7200),
+        ("github", lambda: Response(429), 60),
+        ("gitlab", lambda: gitlab_rate_limited(45), 45),
+        ("jenkins", lambda: Response(429, headers={"Retry-After": "20"}), 20),
+    ],
+)
+def test_a_limit_pauses_the_source_as_told_and_delays_its_builds(make_stand, platform, answer, seconds):
+    other = "jenkins" if platform == "gitlab" else "gitlab"
+    stand = make_stand((platform, other), 8, kinds={platform: ["success"], other: ["success"]}, speed=0.01)
+    mine = [build for build in stand.world.builds if build.platform == platform]
+    early, late = mine[:-1], mine[-1]
+    for build in stand.world.builds:
+        if build is not late:
+            stand.push(build)
+    server = stand.servers[platform]
+    server.inject(answer(), times=len(early))
+    stand.clock.advance(15)
+    stand.push(late)
+    stand.poll(after=FRESH - 15)
+    assert server.count() == len(early)
+    told, reason = stand.pauses()[platform]
+    assert (told, reason) == (pytest.approx(seconds, abs=2), "rate_limited")
+    stand.poll(after=15)  # the late build has become due, the other source goes on
+    stand.poll(after=told - 15.1)
+    assert server.count() == len(early)
+    assert stand.servers[other].count() >= 2
+    for build in early:
+        row = stand.row(build)
+        assert (row["state"], row["consecutive_errors"], row["poll_count"]) == ("in_progress", 0, 0)
+        assert row["poll_error"] is None
+    stand.poll(after=2 * 30 + 5 + 0.2)
+    assert all(stand.row(build)["poll_count"] == 1 for build in mine)
+    assert stand.pauses() == {}
+    assert stand.notices() == []
+
+
+@ON_SQLITE
+def test_a_paused_source_is_not_listed_either(make_stand):
+    stand = make_stand(("github",), 1)
+    stand.servers["github"].inject(
+        simulated_github.secondary_limit(120), times=len(stand.world.repositories("github"))
+    )
+    stand.discover()
+    assert stand.pauses()["github"] == (120, "rate_limited")
+    before = stand.requests()
+    stand.discover(after=119)
+    assert stand.requests() == before
+    stand.discover(after=1)
+    assert stand.requests()["github"] > before["github"]
+    assert stand.row(stand.world.builds[0]) is not None
+    assert stand.pauses() == {}
+
+
+@ON_SQLITE
+def test_a_shorter_pause_never_cuts_a_longer_one_short(one):
+    stand, _ = one()
+    told = [("github", PollError(PollFault.RATE_LIMITED, "x", wait)) for wait in (30.0, 600.0, None)]
+    note(stand, told)
+    assert stand.pauses()["github"] == (600, "rate_limited")
+    note(stand, told[:1])
+    assert stand.pauses()["github"] == (600, "rate_limited")
+
+
+def note(stand, faults=(), worked=()):
+    db.as_writer(stand.engine, lambda write: budget.note(write, set(worked), list(faults), stand.now()))
+
+
+@ON_SQLITE
+def test_a_read_that_worked_ends_no_pause_that_another_was_told(one):
+    stand, _ = one()
+    note(stand, [("github", PollError(PollFault.RATE_LIMITED, "x", 600.0))])
+    note(stand, worked=["github"])
+    assert "github" in stand.pauses()
+    stand.clock.advance(600)
+    note(stand, worked=["github"])
+    assert stand.pauses() == {}
+
+
+@pytest.mark.parametrize(
+    "fault", [fault for fault in PollFault if fault not in ("rate_limited", "unauthorized")]
+)
+def test_other_faults_pause_nothing(fault):
+    assert budget.pause_for("github", PollError(fault, "x", 600.0), datetime.now(UTC)) is None
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    ("platform", "wrong"),
+    [
+        ("github", {"GITHUB_TOKEN": "old"}),
+        ("gitlab", {"GITLAB_TOKEN": "old"}),
+        ("jenkins", {"JENKINS_API_TOKEN": "old"}),
+    ],
+)
+def test_a_refused_token_pauses_the_source_and_admins_are_told_once(make_stand, platform, wrong):
+    stand = make_stand((platform,), 5, speed=0.01, **wrong)
+    stand.push_all()
+    for _ in range(3):
+        stand.poll(after=budget.UNAUTHORIZED_SECONDS + FRESH)
+        assert stand.pauses()[platform] == (budget.UNAUTHORIZED_SECONDS, "unauthorized")
+    (notice,) = stand.notices()
+    assert (notice["kind"], notice["subject"], notice["read_at"]) == ("source.unauthorized", platform, None)
+    assert "token" in notice["text"]
+    assert "old" not in notice["text"]
+    assert stand.servers[platform].count() == 15
+    for build in stand.world.builds:
+        assert (stand.row(build)["state"], stand.row(build)["consecutive_errors"]) == ("in_progress", 0)
+
+
+@ON_SQLITE
+def test_a_token_that_is_refused_again_later_is_told_again(one):
+    stand, build = one(speed=0.01)
+    server, good = stand.servers["github"], stand.servers["github"].tokens
+    server.tokens = ("another",)
+    stand.poll()
+    server.tokens = good
+    stand.poll(after=budget.UNAUTHORIZED_SECONDS)
+    assert stand.row(build)["poll_count"] == 1
+    assert stand.pauses() == {}
+    server.tokens = ("another",)
+    stand.poll(after=FRESH)
+    assert len(stand.notices()) == 2
+
+
+# ---- not found
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    "build_id", ["github:Octo-Demo:storefront:99", "gitlab:4101:99", "jenkins:platform:web:99"]
+)
+def test_a_build_that_only_a_request_named_fails_at_once(make_stand, build_id):
+    stand = make_stand()
+    source = stand.held.settings.sources[build_id.partition(":")[0]].source
+    db.as_writer(stand.engine, lambda write: builds.named(write, build_id, source, stand.now()))
+    stand.poll()
+    with db.reading(stand.engine) as connection:
+        row = connection.execute(select(models.builds)).mappings().one()
+    assert (row["state"], row["conclusion"], row["next_poll_at"]) == ("failed", "failure", None)
+    assert row["error"].startswith(f"not found on {source.name}: HTTP 404")
+    with db.reading(stand.engine) as connection:
+        made = connection.execute(select(models.events.c.type)).scalars().all()
+    assert made == ["build.failed"]
+    assert stand.pauses() == {}
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_build_that_only_a_request_named_is_found(make_stand, platform):
+    stand = make_stand((platform,), 1, kinds={platform: ["success"]}, speed=0.1)
+    (build,) = stand.world.builds
+    source = stand.held.settings.sources[platform].source
+    db.as_writer(stand.engine, lambda write: builds.named(write, build.build_id, source, stand.now()))
+    stand.poll()
+    assert stand.row(build)["poll_count"] == 1
+    stand.clock.at = build.ends_at + 1
+    stand.poll()
+    assert (stand.row(build)["state"], stand.row(build)["conclusion"]) == ("completed", "success")
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("requested", [False, True])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_build_that_was_seen_and_is_gone_backs_off(one, platform, requested):
+    stand, build = one(platform)
+    if requested:
+        change(stand, build, polling.request(stand.now()))
+    stand.servers[platform].delete(build.build_id)
+    stand.poll()
+    row = stand.row(build)
+    assert (row["state"], row["consecutive_errors"]) == ("in_progress", 1)
+    assert row["poll_error"].startswith("not_found: HTTP 404")
+    assert stand.wait(build) == 2 * INTERVAL
+
+
+@ON_SQLITE
+def test_a_build_known_by_a_job_alone_was_seen_too(make_stand):
+    """A job's webhook says nothing about the status of its run."""
+    stand = make_stand(("github",), 1)
+    (build,) = stand.world.builds
+    stand.push(build, raw_status=None)
+    change(stand, build, polling.request(stand.now()))
+    stand.servers["github"].delete(build.build_id)
+    stand.poll()
+    assert (stand.row(build)["state"], stand.row(build)["consecutive_errors"]) == ("in_progress", 1)
+
+
+# ---- faults of a poll
+
+
+FAULTS = {
+    "502": (lambda: simulated_github.server_error(502), "unavailable: HTTP 502"),
+    "500 as HTML": (lambda: simulated_github.html(500), "unavailable: HTTP 500"),
+    "no answer in time": (hang, "unavailable: "),
+    "a dropped connection": (dropped, "unavailable: "),
+    "a page": (simulated_github.html, "unreadable: HTTP 200, but "),
+    "a list": (lambda: json_response([]), "unreadable: "),
+    "nothing in it": (lambda: json_response({}), "unreadable: "),
+    "half of it": (lambda: Response(200, b'{"id": 1, "sta', {}), "unreadable: HTTP 200, but "),
+    "another build": (
+        lambda: json_response(
+            {"id": 1, "project_id": 1, "number": 1_000_000, "building": False, "result": "SUCCESS",
+             "status": "completed", "conclusion": "success"}
+        ),
+        "unreadable: ",
+    ),
+    "forbidden": (lambda: json_response({"message": "Resource not accessible"}, 403), "forbidden: HTTP 403"),
+}  # fmt: skip
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_failed_poll_backs_off_and_the_next_good_one_forgets_it(one, name):
+    stand, build = one("github", speed=0.01, GITHUB_API_TIMEOUT="150")
+    answer, message = FAULTS[name]
+    server = stand.servers["github"]
+    server.inject(answer(), times=2)
+    stand.poll()
+    row = stand.row(build)
+    assert row["poll_error"].startswith(message)
+    assert (row["state"], row["consecutive_errors"], row["polling"]) == ("in_progress", 1, "active")
+    assert stand.wait(build) == 2 * INTERVAL
+    stand.poll(after=2 * INTERVAL)
+    assert stand.row(build)["consecutive_errors"] == 2
+    assert stand.wait(build) == 4 * INTERVAL
+    stand.poll(after=4 * INTERVAL)
+    row = stand.row(build)
+    assert (row["consecutive_errors"], row["poll_error"], row["poll_count"]) == (0, None, 3)
+    assert stand.wait(build) == INTERVAL
+    assert stand.pauses() == {}
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("platform", ["gitlab", "jenkins"])
+@pytest.mark.parametrize("name", ["502", "a dropped connection", "a page", "nothing in it", "another build"])
+def test_the_other_platforms_fail_alike(one, platform, name):
+    stand, build = one(platform, speed=0.01)
+    answer, message = FAULTS[name]
+    stand.servers[platform].inject(answer())
+    stand.poll()
+    row = stand.row(build)
+    assert row["poll_error"].startswith(message)
+    assert (row["state"], row["consecutive_errors"]) == ("in_progress", 1)
+
+
+@ON_SQLITE
+def test_an_endless_answer_is_cut_and_counts_as_unreadable(one, monkeypatch):
+    monkeypatch.setattr(repository, "ANSWER_CAP_BYTES", 1000)
+    stand, build = one()
+    stand.servers["github"].inject(Response(200, b"[" + b"1," * 100_000 + b"1]"))
+    stand.poll()
+    assert stand.row(build)["poll_error"] == "unreadable: the answer has more than 1000 bytes"
+
+
+def test_too_many_errors_in_a_row_end_the_polling_of_that_build(one):
+    stand, build = one(speed=0.01, BUILD_MAX_CONSECUTIVE_ERRORS="4", BUILD_BACKOFF_MULTIPLIER="3")
+    stand.servers["github"].inject(simulated_github.server_error())
+    waits = []
+    while stand.row(build)["next_poll_at"]:
+        stand.poll()
+        waits.append(stand.wait(build))
+        stand.clock.advance(waits[-1] or 0)
+    assert waits == [45, 135, 405, None]
+    row = stand.row(build)
+    assert (row["polling"], row["state"], row["consecutive_errors"]) == ("error", "in_progress", 4)
+    assert stand.types(build)[-1] == "polling_error"
+    assert stand.events(build)[-1]["data"]["detail"] == {
+        "poll_count": 4, "consecutive_errors": 4, "error": row["poll_error"],
+    }  # fmt: skip
+    stand.poll(after=86_400)
+    assert stand.requests() == {"github": 4}
+    stand.servers["github"].clear_faults()
+    stand.push(build)
+    stand.poll(after=FRESH)
+    assert stand.row(build)["poll_count"] == 5
+
+
+@ON_SQLITE
+def test_back_off_of_a_thousand_errors_still_counts(one):
+    stand, build = one(speed=0.01, BUILD_MAX_CONSECUTIVE_ERRORS="1000", BUILD_BACKOFF_MULTIPLIER="10")
+    change(stand, build, {"consecutive_errors": 900})
+    stand.servers["github"].inject(simulated_github.server_error())
+    stand.poll()
+    assert stand.row(build)["consecutive_errors"] == 901
+    assert stand.wait(build) == polling.MOST_BACKOFF_SECONDS
+
+
+@ON_SQLITE
+def test_one_bad_build_costs_the_others_nothing(make_stand):
+    stand = make_stand(("github",), 6, kinds={"github": ["success"]}, speed=0.01)
+    stand.push_all()
+    bad = stand.world.builds[2]
+    stand.servers["github"].inject(dropped(), path_contains=str(bad.run_id))
+    stand.poll(after=FRESH)
+    assert [stand.row(build)["consecutive_errors"] for build in stand.world.builds] == [0, 0, 1, 0, 0, 0]
+
+
+@ON_SQLITE
+def test_json_of_a_fault_is_never_executed_nor_stored_whole(one):
+    """What a platform says in an error is shown to people: short, and as text."""
+    stand, build = one()
+    said = {"message": "<script>alert(1)</script>\u0000" + "x" * 5000}
+    stand.servers["github"].inject(Response(500, json.dumps(said).encode()))
+    stand.poll()
+    error = stand.row(build)["poll_error"]
+    assert len(error) < 300
+    assert "\0" not in error
+
+
+# ---- giving up, and waiting
+
+
+def test_polling_without_an_end_gives_up_and_the_platform_has_the_last_word(one):
+    stand, build = one(speed=0.001, BUILD_MAX_POLL_TIME="60000")
+    for _ in range(4):
+        stand.poll()
+        stand.clock.advance(INTERVAL)
+    assert stand.row(build)["state"] == "in_progress"
+    stand.poll()
+    row = stand.row(build)
+    assert (row["state"], row["conclusion"], row["next_poll_at"]) == ("timeout", "timed_out", None)
+    assert row["error"] == "no end after 5 polls"
+    assert stand.types(build)[-2:] == ["polling_timeout", "timeout"]
+    stand.poll(after=86_400)
+    assert stand.requests() == {"github": 5}
+    stand.push(build, State.COMPLETED)
+    assert (stand.row(build)["state"], stand.row(build)["error"]) == ("completed", None)
+
+
+@ON_SQLITE
+def test_failed_polls_count_towards_the_time_as_well(one):
+    stand, build = one(BUILD_MAX_POLL_TIME="60000")
+    stand.servers["github"].inject(simulated_github.server_error())
+    stand.poll()
+    stand.poll(after=30)
+    stand.poll(after=60)
+    assert stand.row(build)["state"] == "timeout"
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(("platform", "kind"), [("github", "unapproved"), ("gitlab", "manual_forever")])
+def test_a_build_that_waits_for_a_person_is_read_slowly_and_never_times_out(make_stand, platform, kind):
+    stand = make_stand((platform,), 1, kinds={platform: [kind]}, BUILD_MAX_POLL_TIME="60000")
+    (build,) = stand.world.builds
+    stand.push(build, State.QUEUED)
+    stand.clock.at = build.ends_at + FRESH
+    stand.poll()
+    assert stand.wait(build) == polling.WAITING_FACTOR * INTERVAL
+    for count in range(2, 20):
+        stand.poll(after=polling.WAITING_FACTOR * INTERVAL)
+        assert stand.row(build)["poll_count"] == count
+    assert not State(stand.row(build)["state"]).terminal
+    assert "polling_timeout" not in stand.types(build)
+    stand.servers[platform].inject(Response(502), times=1)
+    stand.poll(after=polling.WAITING_FACTOR * INTERVAL)
+    assert stand.wait(build) >= polling.WAITING_FACTOR * INTERVAL
+    assert not State(stand.row(build)["state"]).terminal
+
+
+@ON_SQLITE
+def test_a_build_that_goes_on_after_a_long_wait_has_its_whole_time_before_it(make_stand):
+    """Nobody approved it for more than an hour: that hour was not the build's."""
+    stand = make_stand(("github",), 1, kinds={"github": ["approved"]}, speed=0.001)
+    (build,) = stand.world.builds
+    stand.push(build, State.QUEUED)
+    approved_at = build.moments[1].at
+    assert approved_at - stand.clock() > 3600
+    stand.clock.advance(FRESH)
+    while stand.clock() < approved_at:
+        stand.poll()
+        stand.clock.advance(stand.wait(build))
+    stand.poll()
+    assert (stand.row(build)["state"], stand.row(build)["waiting"]) == ("queued", False)
+    assert stand.wait(build) == INTERVAL
+    stand.poll(after=3590)
+    assert not State(stand.row(build)["state"]).terminal
+    stand.poll(after=INTERVAL)
+    assert stand.row(build)["state"] == "timeout"
+
+
+# ---- what else a platform may say
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [("timeout", "timeout"), ("mixed", "failed"), ("failure", "failed"), ("bad_yaml", "failed")],
+)
+def test_a_failed_pipeline_is_asked_for_its_jobs_before_it_is_called_failed(one, kind, state):
+    stand, build = one("gitlab", kind)
+    stand.clock.at = build.ends_at + FRESH
+    stand.poll()
+    assert stand.row(build)["state"] == state == stand.world.truth(build.build_id).state
+    assert stand.servers["gitlab"].count("/jobs") == 1
+    assert stand.types(build).count(state) == 1
+
+
+@ON_SQLITE
+def test_a_pipeline_that_succeeded_is_not_asked_for_its_jobs(one):
+    stand, build = one("gitlab", "success")
+    stand.clock.at = build.ends_at + FRESH
+    stand.poll()
+    assert stand.servers["gitlab"].count("/jobs") == 0
+
+
+@ON_SQLITE
+def test_a_follow_up_that_fails_is_made_again_before_anything_is_said(one):
+    stand, build = one("gitlab", "timeout")
+    stand.clock.at = build.ends_at + FRESH
+    stand.servers["gitlab"].inject(Response(502), times=1, path_contains="/jobs")
+    stand.poll()
+    assert (stand.row(build)["state"], stand.row(build)["consecutive_errors"]) == ("in_progress", 1)
+    stand.poll(after=2 * INTERVAL)
+    assert stand.row(build)["state"] == "timeout"
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("status", [403, 404])
+def test_where_jobs_are_hidden_from_our_token_a_failure_is_a_failure(one, status):
+    stand, build = one("gitlab", "timeout")
+    stand.clock.at = build.ends_at + FRESH
+    stand.servers["gitlab"].inject(json_response({"message": "hidden"}, status), path_contains="/jobs")
+    stand.poll()
+    assert (stand.row(build)["state"], stand.row(build)["polling"]) == ("failed", "done")
+
+
+@ON_SQLITE
+def test_a_renamed_repository_is_followed_and_then_asked_by_its_new_name(one):
+    stand, build = one(speed=0.01)
+    server, moment = stand.servers["github"], stand.world.moment(build.build_id)
+    moved = f"/repositories/{build.repository.id}/actions/runs/{build.run_id}"
+    body = github_bodies.run(build, moment, server.url)
+    body["repository"]["full_name"] = "New-Owner/new.name"
+    tokens = []
+    answer = server._answer
+
+    def renamed(request):
+        tokens.append(request.headers.get("authorization"))
+        if build.repository.full_name in request.path:
+            return json_response({"message": "Moved Permanently"}, 301, {"Location": server.url + moved})
+        return json_response(body) if request.path in (moved, new) else answer(request)
+
+    new = f"/repos/New-Owner/new.name/actions/runs/{build.run_id}"
+    server._answer = renamed
+    stand.poll()
+    row = stand.row(build)
+    assert (row["repository"], row["poll_count"], row["consecutive_errors"]) == ("New-Owner/new.name", 1, 0)
+    assert row["build_id"] == build.build_id
+    stand.poll(after=INTERVAL)
+    assert server.requests == {server.path_of(build): 1, moved: 1, new: 1}
+    assert set(tokens) == {f"Bearer {server.tokens[0]}"}
+
+
+@ON_SQLITE
+def test_a_redirect_in_a_circle_is_a_failed_poll(one):
+    stand, build = one()
+    server = stand.servers["github"]
+    server.inject(Response(302, headers={"Location": server.path_of(build)}))
+    stand.poll()
+    assert stand.row(build)["poll_error"].startswith("unavailable: protocol: more than")
+
+
+# ---- a push while we read
+
+
+@contextmanager
+def during_the_read(server, act):
+    """Do `act` after the platform has made up its answer and before we get it."""
+    answer = server._answer
+
+    def late(request):
+        response = answer(request)
+        act()
+        return response
+
+    server._answer = late
+    try:
+        yield
+    finally:
+        server._answer = answer
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_an_end_that_is_pushed_while_we_read_stays(one, platform):
+    stand, build = one(platform, speed=0.01)
+    end = stand.now() + timedelta(seconds=30)
+    more = {"platform_at": end} if platform == "gitlab" else {}
+    with during_the_read(stand.servers[platform], lambda: stand.push(build, State.COMPLETED, **more)):
+        stand.poll()
+    row = stand.row(build)
+    assert (row["state"], row["conclusion"], row["next_poll_at"]) == ("completed", "success", None)
+    assert stand.types(build).count("completed") == 1
+
+
+@ON_SQLITE
+def test_a_push_while_we_read_keeps_the_build_fresh(one):
+    """Told by a push a moment ago, it need not be read again after the usual interval."""
+    stand, build = one(speed=0.01)
+    with during_the_read(stand.servers["github"], lambda: stand.push(build)):
+        stand.poll()
+    assert stand.row(build)["poll_count"] == 1
+    assert stand.wait(build) == FRESH
+
+
+@ON_SQLITE
+def test_a_failed_read_does_not_undo_the_freshness_of_a_push_meanwhile(one):
+    stand, build = one(speed=0.01)
+    server = stand.servers["github"]
+    server._answer = lambda _request: simulated_github.server_error()
+    with during_the_read(server, lambda: stand.push(build)):
+        stand.poll()
+    assert stand.row(build)["consecutive_errors"] == 1
+    assert stand.wait(build) == FRESH
+
+
+def test_polling_that_is_stopped_while_we_read_stays_stopped(one):
+    stand, build = one(speed=0.01)
+    with during_the_read(stand.servers["github"], lambda: change(stand, build, polling.stop())):
+        stand.poll()
+    row = stand.row(build)
+    assert (row["polling"], row["next_poll_at"]) == ("stopped", None)

@@ -1,0 +1,244 @@
+"""When a build is polled: the pure rules, as tables."""
+
+from datetime import timedelta
+
+import pytest
+
+from tests.facts import NOON, PACE, at
+from webhook_app import polling
+from webhook_app.polling import WAITING_FACTOR, Pace
+
+SLOW = PACE.interval_seconds * WAITING_FACTOR
+
+
+def build(**more):
+    """The polling columns of a build that runs, with what matters said."""
+    return polling.fresh_attempt() | {
+        "platform": "github", "waiting": False, "last_push_at": None, "last_poll_at": None, **more
+    }  # fmt: skip
+
+
+# ---- after a push
+
+
+@pytest.mark.parametrize(
+    ("known", "ask", "seconds"),
+    [
+        ({}, False, 60),
+        ({"next_poll_at": at(5)}, False, 60),
+        ({"polling": "active", "next_poll_at": at(5)}, False, 60),
+        ({"waiting": True}, False, SLOW),
+        ({"platform": "script"}, False, 90),
+        ({}, True, 0),
+        ({"waiting": True}, True, 0),
+        ({"doubtful": True, "next_poll_at": at(5)}, False, 5),
+        ({"doubtful": True, "next_poll_at": at(500)}, False, 60),
+        ({"polling": "requested", "next_poll_at": at(0)}, False, 0),
+    ],
+)
+def test_a_push_sets_the_next_poll(known, ask, seconds):
+    changes = polling.after_push(build(**known), NOON, PACE, ask=ask)
+    assert changes["next_poll_at"] == at(seconds)
+    assert changes["last_push_at"] == NOON
+
+
+def test_a_push_takes_errors_and_the_deadline_away():
+    known = build(polling="active", consecutive_errors=2, poll_error="x", poll_deadline_at=at(9))
+    changes = polling.after_push(known, NOON, PACE, ask=False)
+    assert (changes["consecutive_errors"], changes["poll_error"], changes["poll_deadline_at"]) == (
+        0,
+        None,
+        None,
+    )
+    assert "polling" not in changes
+
+
+@pytest.mark.parametrize("given_up", ["timeout", "error"])
+def test_a_push_revives_what_was_given_up(given_up):
+    assert polling.after_push(build(polling=given_up), NOON, PACE, ask=False)["polling"] == "idle"
+
+
+@pytest.mark.parametrize("ask", [False, True])
+def test_a_push_starts_no_polling_that_was_stopped_by_hand(ask):
+    assert polling.after_push(build(polling="stopped"), NOON, PACE, ask=ask) == {"last_push_at": NOON}
+
+
+@pytest.mark.parametrize(
+    ("before", "ask", "after"), [(False, False, False), (False, True, True), (True, False, True)]
+)
+def test_only_a_poll_ends_a_doubt(before, ask, after):
+    assert polling.after_push(build(doubtful=before), NOON, PACE, ask=ask)["doubtful"] is after
+
+
+# ---- after a poll
+
+
+@pytest.mark.parametrize(
+    ("known", "ask", "seconds"),
+    [
+        ({}, False, 15),
+        ({"waiting": True}, False, SLOW),
+        ({"last_push_at": at(-60)}, False, 15),
+        ({"last_push_at": at(-1)}, False, 59),
+        ({"last_push_at": at(-50)}, False, 15),
+        ({"last_push_at": at(-1)}, True, 15),
+        ({"last_push_at": at(-1), "waiting": True}, False, SLOW),
+    ],
+)
+def test_a_poll_sets_the_next_one_but_not_while_a_push_is_fresh(known, ask, seconds):
+    changes = polling.after_poll(build(**known), NOON, PACE, ask=ask)
+    assert changes["next_poll_at"] == at(seconds)
+    assert changes["doubtful"] is ask
+
+
+def test_a_poll_counts_and_forgets_errors():
+    changes = polling.after_poll(
+        build(poll_count=4, consecutive_errors=3, poll_error="x"), NOON, PACE, ask=False
+    )
+    assert (changes["poll_count"], changes["consecutive_errors"], changes["poll_error"]) == (5, 0, None)
+    assert changes["last_poll_at"] == NOON
+
+
+@pytest.mark.parametrize(
+    ("known", "deadline"),
+    [
+        ({}, at(3600)),
+        ({"poll_deadline_at": at(7)}, at(7)),
+        ({"waiting": True}, None),
+        ({"waiting": True, "poll_deadline_at": at(-7)}, None),
+    ],
+)
+def test_the_deadline_is_counted_from_the_first_poll_and_not_while_a_person_is_awaited(known, deadline):
+    assert polling.after_poll(build(**known), NOON, PACE, ask=False)["poll_deadline_at"] == deadline
+    assert polling.after_error(build(**known), NOON, PACE, "x")["poll_deadline_at"] == deadline
+
+
+@pytest.mark.parametrize(
+    ("known", "overdue"),
+    [
+        ({}, False),
+        ({"poll_deadline_at": at(1)}, False),
+        ({"poll_deadline_at": at(0)}, True),
+        ({"poll_deadline_at": at(-1)}, True),
+        ({"poll_deadline_at": at(-1), "waiting": True}, False),
+    ],
+)
+def test_overdue(known, overdue):
+    assert polling.overdue(build(**known), NOON) is overdue
+
+
+# ---- after a failed poll
+
+
+@pytest.mark.parametrize(
+    ("errors", "known", "pace", "seconds"),
+    [
+        (0, {}, {}, 30),
+        (1, {}, {}, 60),
+        (5, {}, {}, 960),
+        (8, {}, {}, 3600),
+        (900, {}, {"multiplier": 10}, 3600),
+        (998, {}, {"multiplier": 10.0}, 3600),
+        (3, {}, {"multiplier": 1}, 15),
+        (0, {"waiting": True}, {}, 2 * SLOW),
+        (9, {"waiting": True}, {}, 3600),
+        (0, {}, {"interval_seconds": 7200.0}, 7200),
+        (0, {"last_push_at": at(-5)}, {}, 55),
+        (3, {"last_push_at": at(-5)}, {}, 240),
+        (0, {"last_push_at": at(-5), "doubtful": True}, {}, 30),
+    ],
+)
+def test_the_wait_grows_with_each_failure_and_is_never_shorter_than_without(errors, known, pace, seconds):
+    patient = Pace(**{**as_dict(PACE), "max_errors": 1000, **pace})
+    changes = polling.after_error(build(consecutive_errors=errors, **known), NOON, patient, "boom")
+    assert changes["next_poll_at"] == at(seconds)
+    assert (changes["polling"], changes["consecutive_errors"], changes["poll_error"]) == (
+        "active", errors + 1, "boom",
+    )  # fmt: skip
+
+
+def as_dict(pace):
+    return {name: getattr(pace, name) for name in pace.__slots__}
+
+
+@pytest.mark.parametrize(("errors", "gives_up"), [(0, False), (1, False), (2, True), (7, True)])
+def test_one_failure_too_many_ends_the_polling(errors, gives_up):
+    changes = polling.after_error(build(consecutive_errors=errors), NOON, PACE, "boom")
+    assert (changes["polling"] == "error", changes["next_poll_at"] is None) == (gives_up, gives_up)
+    assert changes["poll_count"] == 1
+
+
+# ---- asked for, stopped, ended
+
+
+@pytest.mark.parametrize("before", ["idle", "active", "stopped", "timeout", "error"])
+def test_a_request_is_due_at_once_and_counts_anew(before):
+    known = build(polling=before, poll_count=9, consecutive_errors=3, poll_error="x", poll_deadline_at=at(-1))
+    asked = known | polling.request(NOON)
+    assert (asked["polling"], asked["next_poll_at"], asked["requested"]) == ("requested", NOON, True)
+    assert (asked["poll_count"], asked["consecutive_errors"], asked["poll_deadline_at"]) == (0, 0, None)
+    assert polling.is_polling(asked)
+
+
+def test_stopped_is_never_due():
+    stopped = build(polling="active", requested=True, next_poll_at=at(5)) | polling.stop()
+    assert stopped["next_poll_at"] is None
+    assert not polling.is_polling(stopped)
+    assert not stopped["requested"]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("idle", "done"), ("requested", "done"), ("active", "done"), ("done", "done"),
+        ("stopped", "stopped"), ("timeout", "timeout"), ("error", "error"),
+    ],
+)  # fmt: skip
+def test_what_has_ended_is_never_due_and_remembers_why_polling_ended(before, after):
+    over = build(polling=before, next_poll_at=NOON, poll_deadline_at=NOON, doubtful=True, requested=True)
+    over |= polling.ended(over)
+    assert (over["polling"], over["next_poll_at"], over["poll_deadline_at"]) == (after, None, None)
+    assert not over["doubtful"]
+    assert not over["requested"]
+
+
+@pytest.mark.parametrize(
+    ("known", "polled"),
+    [("idle", False), ("requested", True), ("active", True), ("done", False), ("stopped", False),
+     ("timeout", False), ("error", False)],
+)  # fmt: skip
+def test_is_polling(known, polled):
+    assert polling.is_polling(build(polling=known)) is polled
+
+
+# ---- why
+
+
+@pytest.mark.parametrize(
+    ("known", "reason"),
+    [
+        ({}, "not_yet_due"),
+        ({"last_push_at": at(-59)}, "recent_push"),
+        ({"last_push_at": at(-60)}, "not_yet_due"),
+        ({"polling": "active"}, "no_recent_push"),
+        ({"polling": "active", "last_push_at": at(-60)}, "no_recent_push"),
+        ({"polling": "active", "last_push_at": at(-1)}, "recent_push"),
+        ({"polling": "requested", "requested": True}, "requested"),
+        ({"polling": "active", "requested": True, "last_push_at": at(-1)}, "requested"),
+        ({"polling": "stopped"}, "stopped_by_hand"),
+        ({"polling": "timeout"}, "gave_up"),
+        ({"polling": "error"}, "too_many_errors"),
+        ({"polling": "done"}, "build_ended"),
+    ],
+)
+def test_the_reason_is_one_word(known, reason):
+    assert polling.reason(build(**known), NOON, PACE) == reason
+
+
+def test_with_all_pushes_present_no_poll_is_ever_due_before_its_push():
+    """A push every 59 s for a day: at none of these moments a poll is due."""
+    known, now = build(), NOON
+    for _ in range(1464):
+        assert known["next_poll_at"] is None or known["next_poll_at"] > now
+        known |= polling.after_push(known, now, PACE, ask=False)
+        now += timedelta(seconds=59)
