@@ -72,6 +72,7 @@ def _add_processes(commands: Any) -> None:
 
 
 def _up(chosen: argparse.Namespace) -> int:
+    supervisor.tie_to_starter()
     data_dir = chosen.data_dir or Path(os.environ.get("BUILDRELAY_DATA_DIR") or "data")
     return up.up(chosen.host, chosen.port, data_dir)
 

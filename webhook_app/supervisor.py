@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO
 
+DIES_WITH = "BUILDRELAY_DIES_WITH"
 LONGEST_LINE = 65_536  # bytes kept while waiting for the end of a line
 READY_CHECK_SECONDS = 0.05
 LAST_WORDS_SECONDS = 1.0
@@ -101,6 +102,15 @@ def labels(names: Sequence[str], colour: bool) -> list[bytes]:
     if colour:
         plain = [f"\x1b[{_COLOURS[index % len(_COLOURS)]}m{text}\x1b[0m" for index, text in enumerate(plain)]
     return [text.encode() for text in plain]
+
+
+def tie_to_starter() -> None:
+    """End when the process dies that named itself in `DIES_WITH`.
+
+    For starters with threads, where `tied_to_parent` may deadlock (it is Python between fork and exec).
+    """
+    if os.environ.get(DIES_WITH) == str(os.getppid()) and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def tied_to_parent() -> Callable[[], None] | None:

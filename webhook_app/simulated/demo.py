@@ -25,7 +25,7 @@ from webhook_app.simulated.judge import Verdict, judge
 from webhook_app.simulated.sender import Secrets, Sender
 from webhook_app.simulated.subscriber import Subscriber
 from webhook_app.simulated.world import World
-from webhook_app.supervisor import tied_to_parent
+from webhook_app.supervisor import DIES_WITH
 
 LIVE_BUILDS = 30
 SPEED = 4.0
@@ -101,7 +101,7 @@ def _environment(world: World, servers: Mapping[str, Any], shared: Secrets, toke
 def _running(port: int, directory: Path, env: Mapping[str, str]) -> Iterator[str]:
     """`buildrelay up` as a child, stopped at the end; its base URL."""
     command = [sys.executable, "-m", "webhook_app", "up", "--port", str(port), "--data-dir", str(directory)]
-    with subprocess.Popen(command, env=dict(env), preexec_fn=tied_to_parent()) as process:  # noqa: PLW1509  one prctl call
+    with subprocess.Popen(command, env={**env, DIES_WITH: str(os.getpid())}) as process:
         try:
             base = f"http://127.0.0.1:{port}"
             _wait_until_ready(base, process)
