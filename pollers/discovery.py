@@ -10,7 +10,7 @@ from sqlalchemy import Connection, bindparam, select
 from pollers.repository import complete, fetch
 from webhook_app import builds, models, platforms
 from webhook_app.db import Write
-from webhook_app.lifecycle import Observation
+from webhook_app.lifecycle import Observation, State
 from webhook_app.platforms import PollError
 from webhook_app.polling import Pace
 from webhook_app.settings import SourceSettings
@@ -78,16 +78,31 @@ def look_closer(settings: SourceSettings, seen: Observation) -> Sight:
         return Sight(seen.source, fault=error)
 
 
-_KNOWN = select(models.builds.c.key).where(models.builds.c.key.in_(bindparam("keys", expanding=True)))
+_b = models.builds.c
+_KNOWN = select(_b.key, _b.attempt, _b.told_state).where(_b.key.in_(bindparam("keys", expanding=True)))
 
 
 def unknown(connection: Connection, found: Sequence[Observation]) -> list[Observation]:
-    """The builds that nobody has spoken of yet, each once.  Known ones have their own polls."""
+    """The builds that nobody has spoken of yet, each once, and re-runs of ended ones that nobody told.
+
+    Known builds that are open have their own polls; an ended one has none.
+    """
     by_key = {seen.key: seen for seen in found}
-    known = connection.execute(_KNOWN, {"keys": list(by_key)}).scalars() if by_key else ()
-    for key in known:
-        del by_key[key]
+    known = connection.execute(_KNOWN, {"keys": list(by_key)}) if by_key else ()
+    for row in known:
+        if not _is_untold_rerun(by_key[row.key], row.attempt, State(row.told_state)):
+            del by_key[row.key]
     return list(by_key.values())
+
+
+def _is_untold_rerun(seen: Observation, attempt: int, told: State) -> bool:
+    """Without numbers (GitLab) another state than the recorded end may be a re-run; the verdict decides."""
+    if not told.terminal or seen.platform_at is None:
+        return False
+    if seen.attempt is not None:
+        return seen.attempt > attempt
+    blurred = (told, seen.state) == (State.TIMEOUT, State.FAILED)  # a list does not tell time-outs
+    return seen.state is not None and seen.state is not told and not blurred
 
 
 def add_unknown(write: Write, found: Sequence[Observation], now: datetime, pace: Pace) -> int:
