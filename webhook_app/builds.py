@@ -441,8 +441,8 @@ def _begin_polling(draft: _Draft, now: datetime) -> None:
 
 def _note_failed_poll(draft: _Draft, fact: PollFailed, now: datetime, pace: Pace) -> None:
     row = draft.row
-    if row["polling"] in ("stopped", "done"):
-        return  # it ended, or was stopped by hand, while we were reading
+    if row["polling"] in ("stopped", "done", "timeout", "error"):
+        return  # it ended, was stopped by hand or given up while we were reading
     _begin_polling(draft, now)
     draft.change(polling.after_error(row, now, pace, fact.message))
     if row["polling"] == "error":

@@ -226,7 +226,7 @@ def _log_level(text: str) -> str:
 
 
 _http = _url("http", "https")
-_timeout = _milliseconds(100, 600_000)
+_timeout = _milliseconds(100, 60_000)
 
 VARIABLES: tuple[Variable, ...] = (
     Variable("DATABASE_URL", "", _database, "SQLite in the data directory, or PostgreSQL", secret=True),
