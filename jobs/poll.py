@@ -7,8 +7,10 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 
 from jobs.resources import POLL_THREADS, Resources, resources
+from jobs.schedule import ring_at
 from pollers import budget, discovery, repository, stale
 from pollers.discovery import Sight
 from pollers.repository import Reading
@@ -21,15 +23,30 @@ log = logging.getLogger(__name__)
 
 LONGEST_DRAIN_SECONDS = 60.0
 AT_ONCE = 4 * POLL_THREADS
+SOON = timedelta(minutes=1)
 
 
 def poll(held: Resources | None = None) -> None:
-    """Read every build that is due, a few at a time, and record what the platforms say.
+    """Read every build that is due, a few at a time, and ask to be woken when the next one is due.
 
     `held`: what to work with; None (as a worker calls it) takes this process's own.
     """
     held = held or resources()
     queues.answer(held.redis, queues.POLL)
+    _drain(held)
+    _come_back(held)
+
+
+def _come_back(held: Resources) -> None:
+    """Ticks alone would find a build that was just polled one tick late, each time."""
+    with db.reading(held.engine) as connection:
+        due = stale.next_due(connection, held.settings.sources, utc_now())
+    if due is not None and due < utc_now() + SOON:
+        ring_at(held.redis, queues.POLL, due)
+
+
+def _drain(held: Resources) -> None:
+    """Read and record, until nothing is due or the time is up."""
     sources = held.settings.sources
     until = time.monotonic() + LONGEST_DRAIN_SECONDS
     while time.monotonic() < until:

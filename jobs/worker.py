@@ -7,9 +7,15 @@ interpreter or import is paid per message.  A worker that dies is started again 
 import argparse
 import logging
 import time
+from collections.abc import Sequence
+from contextlib import suppress
+from types import FrameType
 
+from redis import Redis
+from redis.client import Pipeline
 from redis.exceptions import RedisError
-from rq import SimpleWorker
+from rq import SimpleWorker, worker_registration
+from rq.exceptions import StopRequested
 
 from jobs import deliver, poll, sweep  # noqa: F401  imported before the first job needs them
 from jobs.resources import resources
@@ -18,6 +24,36 @@ from webhook_app import queues
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 1.0
+TTL_SECONDS = 20
+"""RQ listens for a job for 15 s less, and takes a connection that says nothing for 5 s less for dead."""
+
+
+class PatientWorker(SimpleWorker):
+    """RQ's worker, made for a Redis that comes and goes.
+
+    * RQ doubles its wait for a Redis that is away up to a minute: here it stays at a second
+    * RQ signs a worker on once, so a flushed Redis never hears of it again: here a heartbeat does it
+    * RQ forgets a stop signal when Redis is away at its end: here it is remembered
+    * RQ listens for remote commands in a thread that holds up each end by a second: nobody gives any here
+    """
+
+    exponential_backoff_factor = 1.0
+    asked_to_end = False
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
+        """Show that we are alive; sign on again if Redis does not know us."""
+        super().heartbeat(timeout, pipeline)
+        if pipeline is None and not self.connection.sismember(self.redis_workers_keys, self.key):
+            self.connection.hset(self.key, mapping=self.serialize())
+            worker_registration.register(self)
+
+    def subscribe(self) -> None:
+        """Listen for no commands."""
+
+    def request_stop(self, signum: int, frame: FrameType | None) -> None:
+        """End after the job under way."""
+        self.asked_to_end = True
+        super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
 
 
 def main() -> None:
@@ -28,9 +64,15 @@ def main() -> None:
     held = resources()
     logging.basicConfig(level=held.settings.log_level, format="%(levelname)s %(name)s %(message)s")
     logging.getLogger("rq").setLevel(logging.WARNING)
-    while True:
+    with suppress(StopRequested):  # RQ's signal handler raises it, also while we wait
+        _work(names, held.redis)
+
+
+def _work(names: Sequence[str], redis: Redis) -> None:
+    worker: PatientWorker | None = None
+    while worker is None or not worker.asked_to_end:
         try:
-            worker = SimpleWorker(names, connection=held.redis)
+            worker = PatientWorker(names, connection=redis, worker_ttl=TTL_SECONDS)
             worker.log_job_description = False
             worker.work(logging_level="WARNING", with_scheduler=False)
             return

@@ -40,6 +40,17 @@ _DUE = (
     .limit(bindparam("most"))
     .with_for_update(of=models.builds, skip_locked=True)
 )
+_NEXT_DUE = (
+    select(_b.next_poll_at)
+    .outerjoin(models.sources, _b.source == _s.name)
+    .where(
+        _b.next_poll_at.is_not(None),
+        _b.source.in_(bindparam("names", expanding=True)),
+        or_(_s.paused_until.is_(None), _s.paused_until <= bindparam("now")),
+    )
+    .order_by(_b.next_poll_at)
+    .limit(1)
+)
 _CLAIM = update(models.builds).where(_b.id == bindparam("the_id")).values(next_poll_at=bindparam("until"))
 
 
@@ -65,6 +76,12 @@ def claim(
             ],
         )
     return [_due(row) for row in rows]
+
+
+def next_due(connection: Connection, sources: Mapping[str, SourceSettings], now: datetime) -> datetime | None:
+    """When the next build of a source that can be polled and is not paused is due."""
+    names = [name for name, source in sources.items() if source.can_poll]
+    return connection.execute(_NEXT_DUE, {"now": now, "names": names}).scalar()
 
 
 def _lease(source: str, sources: Mapping[str, SourceSettings], row: Mapping[str, Any], pace: Pace) -> float:
