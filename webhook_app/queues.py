@@ -91,9 +91,7 @@ def enqueue_once(redis: Redis, bell: str) -> bool:
     queue = Queue(bell, connection=redis)
     if queue.count:
         return False
-    queue.enqueue(
-        JOBS[bell], job_timeout=JOB_TIMEOUT_SECONDS, result_ttl=0, failure_ttl=86_400
-    )
+    queue.enqueue(JOBS[bell], job_timeout=JOB_TIMEOUT_SECONDS, result_ttl=0, failure_ttl=86_400)
     return True
 
 

@@ -1,0 +1,1 @@
+"""Measurements of speed, latency, memory and start: `make bench`.  Nothing is asserted."""

@@ -1,0 +1,488 @@
+"""From a platform's push to a subscriber's message, through real processes and real HTTP."""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from redis import Redis
+
+from tests import hub as hubs
+from tests import postgres
+from tests.hub import Callback, Platforms, free_port, own_postgres, own_redis, running, subscribed, until
+from webhook_app import VERSION
+
+DATA_FIELDS = {
+    "build_id", "sequence", "event_id", "source", "platform", "repository", "workflow", "branch", "commit",
+    "number", "attempt", "state", "previous_state", "conclusion", "url", "started_at", "ended_at",
+    "duration_seconds", "progress", "observed_by", "error",
+}  # fmt: skip
+"""What every message about a build tells."""
+
+MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
+INTERVAL_SECONDS, FRESHNESS_SECONDS, HEARTBEAT_SECONDS = 1.0, 2.0, 1.0
+SWEEP_SECONDS = 17.0
+RESUME_SECONDS = 15.0
+"""Work resumes so soon after Redis is back."""
+
+
+@pytest.fixture(scope="module")
+def platforms():
+    with Platforms() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def calm(platforms):
+    """A BuildRelay on SQLite that trusts pushes for a minute, and polls every 4 s what it polls."""
+    with running(
+        {**platforms.environment(), "DELIVERY_RETRY_SCHEDULE": "1,2,3", "BUILD_POLL_INTERVAL": "4000"}
+    ) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def calm_on_postgres(postgres_url, platforms):
+    """The same on PostgreSQL."""
+    with (
+        postgres.fresh_database(postgres_url) as url,
+        running({**platforms.environment(), "DATABASE_URL": url}) as hub,
+    ):
+        yield hub
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def either(request):
+    return request.getfixturevalue("calm" if request.param == "sqlite" else "calm_on_postgres")
+
+
+@pytest.fixture(scope="module")
+def eager(platforms):
+    """A BuildRelay that distrusts silence after a second or two."""
+    pace = {
+        "BUILD_POLL_INTERVAL": str(int(INTERVAL_SECONDS * 1000)),
+        "BUILD_PUSH_FRESHNESS": str(int(FRESHNESS_SECONDS * 1000)),
+        "HEARTBEAT_TIMEOUT": str(HEARTBEAT_SECONDS),
+        "DISCOVERY_INTERVAL": "1",
+        "DISCOVERY_JITTER": "0",
+    }
+    with running({**platforms.environment(discovery=True), **pace}) as hub:
+        yield hub
+
+
+# ---- pushes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("platform", ["github", "gitlab", "jenkins"])
+def test_pushes_become_a_build_and_signed_messages(either, platforms, platform):
+    build = platforms.begin(platform)
+    pushes = platforms.pushes(build)
+    with subscribed(either) as callback:
+        for push in pushes:
+            answer = platforms.push(either, push)
+            assert answer["status"] == "accepted"
+            assert answer["build_id"] == build.build_id
+        messages = callback.wait_for(either, build.build_id)
+        tries = callback.tries(build.build_id)
+
+    shown = either.build(build.build_id)
+    assert (shown["state"], shown["conclusion"], shown["attempt"]) == ("completed", "success", 1)
+    assert shown["repository"] == build.repository.full_name
+    assert (shown["branch"], shown["commit"], shown["progress"]) == (build.branch, build.commit, 100)
+    assert shown["observed_by"] == "push"
+
+    assert [message["data"]["sequence"] for message in messages] == list(range(1, len(messages) + 1))
+    states = [message["type"] for message in messages if message["type"] != "build.progress"]
+    assert states in (
+        ["build.queued", "build.in_progress", "build.completed"],
+        ["build.in_progress", "build.completed"],
+    )
+    for message in messages:
+        assert set(message) == {"type", "timestamp", "data"}
+        assert set(message["data"]) >= DATA_FIELDS
+        assert MOMENT.fullmatch(message["timestamp"])
+        assert message["data"]["source"] == message["data"]["platform"] == platform
+        assert message["data"]["observed_by"] == "push"
+    last = messages[-1]["data"]
+    for name in DATA_FIELDS & set(shown):
+        assert last[name] == shown[name], name
+    assert last["previous_state"] == "in_progress"
+
+    events = either.events(build.build_id)
+    assert [event["id"] for event in events] == [message["data"]["event_id"] for message in messages]
+    for tried in tries:
+        assert tried.headers["webhook-attempt"] == "1"
+        assert tried.headers["user-agent"] == f"BuildRelay/{VERSION}"
+        assert tried.headers["content-type"] == "application/json"
+        assert abs(int(tried.headers["webhook-timestamp"]) - time.time()) < 60
+        assert tried.headers["webhook-signature"].startswith("v1,")
+    assert len({tried.id for tried in tries}) == len(tries) == len(messages)
+
+
+def test_reports_of_a_script_become_a_build_and_messages(either):
+    run = f"nightly-{time.time_ns()}"
+    build_id = f"script:{run}"
+    with subscribed(either) as callback:
+        for event, more in (
+            ("build_started", {"repo": "web", "branch": "main", "command": "make all"}),
+            ("stage_started", {"stage": "test"}),
+            ("heartbeat", {}),
+            ("stage_completed", {"stage": "test", "durationMs": 12}),
+            ("build_completed", {}),
+        ):
+            reply = either.report(run, event, **more)
+            assert (reply.status_code, reply.json()["status"]) == (202, "accepted")
+            assert reply.json()["build_id"] == build_id
+        messages = callback.wait_for(either, build_id)
+    assert [message["type"] for message in messages] == [
+        "build.in_progress", "build.reported", "build.reported", "build.completed",
+    ]  # fmt: skip
+    assert {message["data"]["observed_by"] for message in messages} == {"report"}
+    assert messages[1]["data"]["detail"] == {"type": "stage_started", "stage": "test"}
+    assert either.build(build_id)["conclusion"] == "success"
+    status = either.get(f"/api/builds/{build_id}/status")
+    assert (status["status"], status["progress"], status["eventCount"]) == ("completed", 100, 4)
+
+
+def test_a_forged_push_changes_nothing(calm, platforms):
+    build = platforms.begin("github")
+    headers, body = hubs.signed(
+        platforms.pushes(build)[0], "http://x", calm.secrets | {"GITHUB_WEBHOOK_SECRET": "?"}
+    )
+    assert calm.post("github", headers, body).status_code == 401
+    assert calm.build(build.build_id) is None
+
+
+def test_a_redelivery_is_a_duplicate_even_for_a_new_process(calm, platforms):
+    build = platforms.begin("gitlab")
+    first = platforms.pushes(build)[0]
+    assert platforms.push(calm, first)["status"] == "accepted"
+    again = platforms.push(calm, first)
+    assert (again["status"], again["build_id"]) == ("duplicate", build.build_id)
+
+    old = calm.kill("web")
+    until(lambda: calm.pid("web") not in (None, old), 15, "a new web process")
+    answer = calm.push_until_taken(first, platforms.servers["gitlab"].url)
+    assert (answer["status"], answer["build_id"]) == ("duplicate", build.build_id)
+    assert len(calm.events(build.build_id)) == 1
+
+
+def test_a_failed_delivery_is_tried_again_under_the_same_id(calm, platforms):
+    build = platforms.begin("jenkins")
+    with subscribed(calm) as callback:
+        callback.fail_next = 1
+        platforms.push(calm, platforms.pushes(build)[0])
+        callback.wait_for(calm, build.build_id)
+        first, second = callback.tries(build.build_id)
+        delivery = calm.get(f"/api/deliveries/{first.id}")
+    assert (first.answered, second.answered) == (500, 204)
+    assert first.id == second.id
+    assert first.body == second.body
+    assert [one.headers["webhook-attempt"] for one in (first, second)] == ["1", "2"]
+    assert second.at - first.at > 0.7  # 1 s less jitter
+    assert (delivery["state"], delivery["attempt_count"]) == ("delivered", 2)
+    assert [tried["status_code"] for tried in delivery["attempts"]] == [500, 204]
+
+
+# ---- polling ---------------------------------------------------------------------------------
+
+
+def test_builds_whose_pushes_come_are_not_polled(calm, platforms):
+    """A witness, polled on request, shows that the poller was at work all the while."""
+    fresh = [platforms.begin(name) for name in ("github", "gitlab", "jenkins")]
+    for build in fresh:
+        for push in platforms.pushes(build)[:-1]:
+            platforms.push(calm, push)
+    witness = platforms.begin("github")
+    assert calm.ask("POST", f"/api/builds/{witness.build_id}/polling").status_code == 202
+    until(lambda: platforms.polls(witness) >= 1, 10, "the first poll of the witness")
+    began = time.monotonic()
+    until(lambda: platforms.polls(witness) >= 2, 15, "the second poll of the witness")
+    assert 3.5 < time.monotonic() - began < 4 + 2.5  # the interval is 4 s, the ticks are 1 s apart
+    for build in fresh:
+        platforms.push(calm, platforms.pushes(build)[-1])
+        assert calm.state(build.build_id) == "completed"
+        assert platforms.polls(build) == 0
+        assert calm.get(f"/api/builds/{build.build_id}/polling")["pollCount"] == 0
+
+
+@pytest.mark.parametrize("platform", ["github", "gitlab", "jenkins"])
+def test_a_lost_end_is_found_by_polling(eager, platforms, platform):
+    build = platforms.begin(platform)
+    *told, _lost = platforms.pushes(build)
+    if platform == "jenkins":
+        told = told[:-1]  # COMPLETED and FINALIZED both tell the end
+    with subscribed(eager) as callback:
+        for push in told:
+            platforms.push(eager, push)
+        platforms.go_to(build.ends_at)
+        began = time.monotonic()
+        patience = FRESHNESS_SECONDS + INTERVAL_SECONDS + 2
+        until(lambda: eager.state(build.build_id) == "completed", patience, "the end")
+        assert time.monotonic() - began > FRESHNESS_SECONDS / 2  # nobody asked before it was stale
+        messages = callback.wait_for(eager, build.build_id)
+    types = [message["type"] for message in messages]
+    assert types.index("build.polling_started") < types.index("build.completed")
+    assert types[-1] == "build.polling_completed"
+    ends = [message for message in messages if message["type"] == "build.completed"]
+    assert [end["data"]["observed_by"] for end in ends] == ["poll"]
+    polled = platforms.polls(build)
+    assert polled >= 1
+
+    # The late push of the end changes nothing, and nobody polls any more.
+    assert platforms.push(eager, _lost)["status"] == "accepted"
+    assert len(eager.events(build.build_id)) == len(messages)
+    assert not eager.get(f"/api/builds/{build.build_id}/polling")["isPolling"]
+
+
+def test_a_build_whose_every_push_was_lost_is_discovered(eager, platforms):
+    build = platforms.begin("github")
+    with subscribed(eager) as callback:
+        until(lambda: eager.build(build.build_id), 10, "the discovery")
+        platforms.go_to(build.ends_at)
+        until(lambda: eager.state(build.build_id) == "completed", 10, "the end")
+        messages = callback.wait_for(eager, build.build_id)
+    assert {message["data"]["observed_by"] for message in messages} == {"poll"}
+    assert eager.build(build.build_id)["last_push_at"] is None
+
+
+def test_a_silent_script_fails_and_a_later_word_revives_it(eager):
+    run = f"silent-{time.time_ns()}"
+    build_id = f"script:{run}"
+    with subscribed(eager) as callback:
+        eager.report(run, "build_started")
+        until(lambda: eager.state(build_id) == "failed", HEARTBEAT_SECONDS + SWEEP_SECONDS, "the failure")
+        assert "no heartbeat" in eager.build(build_id)["error"]
+        eager.report(run, "heartbeat")
+        revived = eager.build(build_id)
+        assert (revived["state"], revived["error"], revived["ended_at"]) == ("in_progress", None, None)
+        eager.report(run, "build_completed")
+        assert eager.state(build_id) == "completed"
+        messages = callback.wait_for(eager, build_id)
+    assert [message["type"] for message in messages] == [
+        "build.in_progress", "build.failed", "build.in_progress", "build.completed",
+    ]  # fmt: skip
+
+
+def test_polling_is_started_and_stopped_by_request(calm, platforms):
+    build = platforms.begin("gitlab")
+    path = f"/api/builds/{build.build_id}/polling"
+    assert calm.ask("GET", path).status_code == 404
+    platforms.push(calm, platforms.pushes(build)[0])
+    idle = calm.get(path)
+    assert (idle["isPolling"], idle["reason"], idle["pollCount"]) == (False, "recent_push", 0)
+
+    started = calm.ask("POST", path)
+    assert (started.status_code, started.json()["isPolling"]) == (202, True)
+    refused = calm.ask("POST", path)
+    assert refused.status_code == 409
+    assert refused.headers["content-type"] == "application/problem+json"
+    until(lambda: calm.get(path)["pollCount"] >= 1, 10, "a poll")
+    assert platforms.polls(build) >= 1
+
+    stopped = calm.ask("DELETE", path)
+    assert (stopped.status_code, stopped.json()["isPolling"]) == (200, False)
+    assert calm.get(path)["reason"] == "stopped_by_hand"
+    assert calm.get(path)["nextPollTime"] is None
+
+
+def test_polling_a_build_that_does_not_exist_fails_it_at_once(calm):
+    build_id = "github:Octo-Demo:storefront:999999999999"
+    reply = calm.ask("POST", f"/api/builds/{build_id}/polling")
+    assert reply.status_code == 202
+    until(lambda: calm.state(build_id) == "failed", 10, "the failure")
+    assert "not found" in calm.build(build_id)["error"]
+    assert calm.ask("POST", f"/api/builds/{build_id}/polling").status_code == 409
+
+
+# ---- Redis goes away -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def with_redis(platforms):
+    """A BuildRelay whose Redis the test holds in its hands: `(hub, url, server)`."""
+    with own_redis() as (url, server), running({**platforms.environment(), "REDIS_URL": url}) as hub:
+        assert hub.pid("redis") is None
+        yield hub, url, server
+
+
+@pytest.mark.parametrize("way", ["frozen", "killed"])
+def test_without_redis_pushes_are_taken_and_delivered_after_its_return(with_redis, platforms, way):
+    hub, _url, server = with_redis
+    builds = [platforms.begin("github") for _ in range(5)]
+    with subscribed(hub) as callback:
+        if way == "frozen":
+            server.signal(signal.SIGSTOP)
+        else:
+            server.stop(signal.SIGKILL)
+        before = hub.output().count("deliver   |")
+        for build in builds:
+            for push in platforms.pushes(build):
+                assert platforms.push(hub, push)["status"] == "accepted"
+        assert not hub.is_ready()
+        if way == "frozen":
+            server.signal(signal.SIGCONT)
+        else:
+            # However long Redis is away, the workers look for it every second.
+            until(lambda: hub.output().count("deliver   |") >= before + 5, 12, "five tries of a worker")
+            server.start()
+        back = time.monotonic()
+        for build in builds:
+            callback.wait_for(hub, build.build_id, RESUME_SECONDS - (time.monotonic() - back))
+        until(hub.is_ready, RESUME_SECONDS, "/readyz")
+
+
+def test_flushing_redis_in_mid_stream_loses_nothing(with_redis, platforms):
+    hub, url, _server = with_redis
+    builds = [platforms.begin("github") for _ in range(20)]
+    pushes = sorted((push for build in builds for push in platforms.pushes(build)), key=lambda push: push.at)
+    with subscribed(hub) as callback, Redis.from_url(url) as redis:
+        for number, push in enumerate(pushes):
+            platforms.push(hub, push)
+            if number % 5 == 0:
+                redis.flushall()
+        redis.flushall()
+        flushed = time.monotonic()
+        for build in builds:
+            callback.wait_for(hub, build.build_id, RESUME_SECONDS - (time.monotonic() - flushed))
+            assert hub.state(build.build_id) == "completed"
+        until(hub.is_ready, RESUME_SECONDS, "/readyz")
+
+
+# ---- the store goes away ---------------------------------------------------------------------
+
+
+def test_without_its_store_it_accepts_nothing(platforms):
+    with own_postgres() as (url, server), running({**platforms.environment(), "DATABASE_URL": url}) as hub:
+        build = platforms.begin("github")
+        first, second, *_ = platforms.pushes(build)
+        base = platforms.servers["github"].url
+        with subscribed(hub) as callback:
+            assert platforms.push(hub, first)["status"] == "accepted"
+            callback.wait_for(hub, build.build_id)
+            server.stop(signal.SIGINT)
+            for _ in range(3):
+                refused = hub.push(second, base)
+                assert refused.status_code == 503
+                assert int(refused.headers["Retry-After"]) > 0
+                assert refused.headers["content-type"] == "application/problem+json"
+            assert not hub.is_ready()
+            server.start()
+            answer = hub.push_until_taken(second, base)
+            assert answer["status"] == "accepted"  # what was refused was not kept
+            assert hub.push(second, base).json()["status"] == "duplicate"
+            assert hub.push(first, base).json()["status"] == "duplicate"
+            until(hub.is_ready, 15, "/readyz")
+            callback.wait_for(hub, build.build_id)
+
+
+# ---- beginning and end -----------------------------------------------------------------------
+
+
+def test_a_stop_signal_ends_everything_in_time_even_with_a_delivery_under_way(platforms):
+    with running(platforms.environment()) as hub, Callback() as callback:
+        hub.subscribe(callback.url)
+        callback.hang = True
+        platforms.push(hub, platforms.pushes(platforms.begin("github"))[0])
+        until(lambda: callback.open_requests, 10, "a delivery under way")
+        hubs.stop(hub.process, signal.SIGTERM)
+
+
+def test_ctrl_c_ends_everything_and_the_next_start_goes_on(platforms):
+    """Two starts on one directory: secrets and builds stay."""
+    build = platforms.begin("github")
+    first, second, *_ = platforms.pushes(build)
+    with hubs.directory() as home:
+        with running(platforms.environment(), home) as hub:
+            assert platforms.push(hub, first)["status"] == "accepted"
+            secrets = hub.secrets
+            hubs.stop(hub.process, signal.SIGINT)
+        with running(platforms.environment(), home) as hub:
+            assert hub.secrets == secrets
+            assert platforms.push(hub, first)["status"] == "duplicate"
+            assert platforms.push(hub, second)["status"] == "accepted"
+
+
+def test_nothing_survives_a_killed_supervisor(platforms):
+    with running(platforms.environment()) as hub:
+        everyone = hubs.identified(hubs.family(hub.process.pid))
+        assert {each.name for each in hubs.family(hub.process.pid)} == {
+            "web", "deliver", "poll", "scheduler", "redis",
+        }  # fmt: skip
+        hub.process.kill()
+        hub.process.wait()
+        until(lambda: not hubs.living(everyone), 10, "the end of all children")
+
+
+def test_the_demo_finds_nothing_wrong():
+    command = [sys.executable, "-m", "webhook_app", "demo", "--builds", "25", "--loss", "0.3"]
+    with hubs.directory() as home:
+        command += ["--port", str(free_port()), "--data-dir", str(home)]
+        made = subprocess.run(
+            hubs.tied(command),
+            cwd=hubs.ROOT,
+            env=hubs.clean_environment({}),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert made.returncode == 0, made.stdout[-5000:] + made.stderr[-5000:]
+        assert "25 builds judged: 0 wrong, 0 subscriber faults" in made.stdout
+        assert not [each for each in hubs.processes() if str(home) in each.command]
+
+
+def procfile():
+    lines = (hubs.ROOT / "Procfile").read_text().splitlines()
+    return {name: shlex.split(command) for name, _, command in (line.partition(": ") for line in lines)}
+
+
+def test_the_processes_of_the_procfile_work_together(platforms, postgres_url):
+    made = procfile()
+    assert set(made) == {"release", "web", "worker", "scheduler"}
+    secrets = {
+        "ADMIN_TOKEN": "admin-of-the-test",
+        "GITHUB_WEBHOOK_SECRET": "github-secret",
+        "ENCRYPTION_KEYS": "x7d6q1sVd4hUOFNTUcXb0h8mTrmVjRZ6dZ9vM2l0n2E=",
+        "BUILD_EVENT_TOKEN": "script-token",
+    }
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        home = stack.enter_context(hubs.directory())
+        url = stack.enter_context(postgres.fresh_database(postgres_url))
+        redis_url, _server = stack.enter_context(own_redis())
+        env = hubs.clean_environment(
+            {
+                **platforms.environment(),
+                **secrets,
+                "DATABASE_URL": url.replace("postgresql+psycopg://", "postgres://"),
+                "REDIS_URL": redis_url,
+                "PORT": str(port),
+                "WEB_CONCURRENCY": "2",
+                "ALLOW_PRIVATE_CALLBACKS": "true",
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            }
+        )
+        log = home / "log"
+        with hubs.started(made["release"], log, env) as release:
+            assert release.wait(60) == 0
+        started = {
+            name: stack.enter_context(hubs.started(made[name], log, env))
+            for name in ("web", "worker", "scheduler")
+        }
+        hub = hubs.Hub(f"http://127.0.0.1:{port}", home, log, secrets)
+        stack.enter_context(hub.http)
+        hub.wait_ready()
+        build = platforms.begin("github")
+        with subscribed(hub) as callback:
+            for push in platforms.pushes(build):
+                platforms.push(hub, push)
+            callback.wait_for(hub, build.build_id)
+        assert hub.state(build.build_id) == "completed"
+        for process in started.values():
+            hubs.stop(process)
