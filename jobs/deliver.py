@@ -8,24 +8,27 @@ import logging
 import queue
 import random
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection
 
 from jobs.resources import Resources, resources
 from jobs.schedule import ring_at
-from webhook_app import VERSION, db, deliveries, models, outbound, queues, subscribers
-from webhook_app.deliveries import Claimed, RetryPolicy, Tried
+from webhook_app import VERSION, db, deliveries, endpoints, outbound, queues, subscribers
+from webhook_app.deliveries import Claim, Claimed, Tried
 from webhook_app.destinations import OutboundError
+from webhook_app.endpoints import Sentence
+from webhook_app.retries import RetryPolicy
 from webhook_app.times import utc_now
 
 log = logging.getLogger(__name__)
 
 USER_AGENT = f"BuildRelay/{VERSION}"
-IN_FLIGHT = 64
+IN_FLIGHT = 128
 LONGEST_DRAIN_SECONDS = 60.0
 SOON = timedelta(hours=1)
 
@@ -52,10 +55,10 @@ def _come_back(held: Resources) -> None:
 
 @dataclass(slots=True)
 class _Drain:
-    """One run: how many messages are with the threads, and what they brought back."""
+    """One run: how many messages of each subscriber are with the threads, and what they brought back."""
 
     held: Resources
-    in_flight: int = 0
+    busy: Counter[str] = field(default_factory=Counter)
     results: "queue.SimpleQueue[Tried]" = field(default_factory=queue.SimpleQueue)
     policy: RetryPolicy = field(init=False)
 
@@ -68,44 +71,41 @@ class _Drain:
         count = 0
         tried: list[Tried] = []
         while True:
-            room = IN_FLIGHT - self.in_flight if time.monotonic() < until else 0
-            claimed, rows, lost = self._turn(tried, room)
-            for subscriber in lost:
-                self._disable(subscriber)
-            for message in claimed:
-                self._send(message, rows[message.subscriber])
-            if not self.in_flight:
+            room = IN_FLIGHT - self.busy.total() if time.monotonic() < until else 0
+            claim, sentences = self._turn(tried, room)
+            for sentence in sentences:
+                self._carry_out(sentence)
+            for message in claim.messages:
+                self._send(message, claim.subscribers[message.subscriber])
+            if not self.busy.total():
                 return count
             tried = self._collect()
             count += len(tried)
 
-    def _turn(
-        self, tried: Sequence[Tried], room: int
-    ) -> tuple[list[Claimed], Mapping[str, Mapping[str, Any]], list[str]]:
+    def _turn(self, tried: Sequence[Tried], room: int) -> tuple[Claim, list[Sentence]]:
         """Settle and claim in one transaction."""
         timeout = self.held.settings.delivery_timeout_seconds
 
-        def unit(connection: Connection) -> Any:
+        def unit(connection: Connection) -> tuple[Claim, list[Sentence]]:
             now = utc_now()
-            lost = deliveries.settle(connection, tried, now, self.policy)
-            claimed = deliveries.claim(connection, now, room, timeout) if room else []
-            return claimed, _rows(connection, claimed), lost
+            deliveries.settle(connection, tried, now, self.policy)
+            sentences = endpoints.note(connection, tried, now)
+            claim = deliveries.claim(connection, now, room, self.busy, timeout) if room else Claim()
+            return claim, sentences
 
-        result: tuple[list[Claimed], Mapping[str, Mapping[str, Any]], list[str]] = db.in_transaction(
-            self.held.engine, unit
-        )
-        return result
+        return db.in_transaction(self.held.engine, unit)
 
     def _collect(self) -> list[Tried]:
         """Wait for one result, and take along what else is there."""
         tried = [self.results.get()]
         while not self.results.empty():
             tried.append(self.results.get())
-        self.in_flight -= len(tried)
+        for one in tried:
+            self.busy[one.message.subscriber] -= 1
         return tried
 
     def _send(self, message: Claimed, subscriber: Mapping[str, Any]) -> None:
-        self.in_flight += 1
+        self.busy[message.subscriber] += 1
         self.held.threads.submit(self._try_and_report, message, subscriber)
 
     def _try_and_report(self, message: Claimed, subscriber: Mapping[str, Any]) -> None:
@@ -119,31 +119,18 @@ class _Drain:
             )
         self.results.put(tried)
 
-    def _disable(self, subscriber: str) -> None:
-        keys = self.held.settings.encryption_keys
-        reason = "it failed for too long, or answered 410 Gone"
-        db.as_writer(
-            self.held.engine,
-            lambda write: deliveries.disable(write, subscriber, reason, keys, utc_now()),
-        )
-
-
-def _rows(connection: Connection, claimed: Sequence[Claimed]) -> dict[str, Mapping[str, Any]]:
-    ids = {message.subscriber for message in claimed}
-    if not ids:
-        return {}
-    found = connection.execute(select(models.subscribers).where(models.subscribers.c.id.in_(ids)))
-    return {row["id"]: dict(row) for row in found.mappings()}
+    def _carry_out(self, sentence: Sentence) -> None:
+        db.as_writer(self.held.engine, lambda write: endpoints.carry_out(write, sentence, utc_now()))
 
 
 def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) -> Tried:
     """One HTTP try: sign, send, and say how it went.  Errors of the way are results, not exceptions."""
     now, started = utc_now(), time.monotonic()
     keys = held.settings.encryption_keys
-    content = deliveries.body(message)
+    content_type, content = deliveries.body(message, subscriber["format"])
     secrets = subscribers.live_secrets(subscriber, keys, now)
     sent = subscribers.custom_headers(subscriber, keys) | deliveries.headers(
-        message, content, secrets, int(now.timestamp()), USER_AGENT
+        message, content_type, content, secrets, int(now.timestamp()), USER_AGENT
     )
     try:
         reply = outbound.send(
@@ -153,7 +140,7 @@ def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) ->
             content,
             timeout_seconds=held.settings.delivery_timeout_seconds,
             byte_cap=deliveries.RESPONSE_CAP_BYTES,
-            guard=not held.settings.allow_private_callbacks,
+            guard=not held.settings.allow_private_callbacks and subscriber["origin"] != "settings",
         )
     except OutboundError as error:
         return Tried(message, now, time.monotonic() - started, reason=error.reason, response=str(error))

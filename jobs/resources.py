@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from webhook_app import db, queues, settings
 from webhook_app.polling import Pace
 
-DELIVERY_THREADS = 32
+DELIVERY_THREADS = 128
 POLL_THREADS = 8
 
 

@@ -8,10 +8,11 @@ import pytest
 from cryptography.fernet import Fernet
 from sqlalchemy import select
 
-from tests.facts import PACE, at, github
-from webhook_app import builds, db, deliveries, models, signing, subscribers
-from webhook_app.deliveries import RetryPolicy, Tried
+from tests.facts import PACE, at, github, gitlab
+from webhook_app import builds, db, deliveries, endpoints, models, signing, subscribers
+from webhook_app.deliveries import Tried
 from webhook_app.lifecycle import State
+from webhook_app.retries import RetryPolicy
 
 Q, P, C = State.QUEUED, State.IN_PROGRESS, State.COMPLETED
 START = at(0)
@@ -30,17 +31,28 @@ def record(engine, *facts, now=START):
     db.as_writer(engine, lambda write: builds.record(write, facts, now, PACE))
 
 
-def claim(engine, now=START, most=100):
-    return db.in_transaction(engine, lambda connection: deliveries.claim(connection, now, most, 15))
+def claim(engine, now=START, room=200, busy=None):
+    return db.in_transaction(
+        engine, lambda connection: deliveries.claim(connection, now, room, busy or {}, 15)
+    ).messages
 
 
 def settle(engine, *tries, now=START):
-    return db.in_transaction(engine, lambda connection: deliveries.settle(connection, tries, now, POLICY))
+    """Settle, and carry out what follows for the subscribers; what was to be done."""
+
+    def unit(connection):
+        deliveries.settle(connection, tries, now, POLICY)
+        return endpoints.note(connection, tries, now)
+
+    sentences = db.in_transaction(engine, unit)
+    for sentence in sentences:
+        db.as_writer(engine, lambda write, sentence=sentence: endpoints.carry_out(write, sentence, now))
+    return [sentence.act for sentence in sentences]
 
 
-def went(message, status=200, **more):
+def went(message, status=200, begun=START, **more):
     reason = None if 200 <= status < 300 else f"http_{status}"
-    return Tried(message, at(0), 0.01, status, reason, "", **more)
+    return Tried(message, begun, 0.01, status, reason, "", **more)
 
 
 def rows(engine, table=models.messages):
@@ -78,6 +90,10 @@ def test_an_event_and_its_messages_are_one_transaction(engine):
         ({"branches": ["main"]}, True),
         ({"branches": ["release/*"]}, False),
         ({"sources": ["gitlab"]}, False),
+        ({"states": ["queued"]}, True),
+        ({"states": ["failed"]}, False),
+        ({"conclusions": ["success"]}, False),
+        ({"changes": ["broke"]}, False),
         ({"sources": ["git*"], "branches": ["m??n"], "repositories": ["OCTO/repo"]}, True),
     ],
 )
@@ -104,6 +120,29 @@ def test_a_builds_messages_are_claimed_one_after_the_other_and_builds_side_by_si
     assert claim(engine, at(1)) == []
     settle(engine, *map(went, first), now=at(1))
     assert [message.data["sequence"] for message in claim(engine, at(1))] == [2]
+
+
+def test_messages_that_wait_never_hide_their_heads(engine):
+    """A worker died with the heads, and nobody looked until their leases were over."""
+    subscribe(engine)
+    record(engine, *(github(Q, run=run) for run in range(1, 6)))
+    assert len(claim(engine)) == 5
+    record(engine, *(github(P, run=run) for run in range(1, 6)), now=at(1))
+    taken = []
+    for _ in range(5):
+        again = claim(engine, at(31), room=6)
+        assert len(again) <= 3
+        taken += [(message.data["number"], message.data["sequence"]) for message in again]
+    assert sorted(taken) == [(run, 1) for run in range(1, 6)]
+
+
+def test_messages_that_wait_never_hide_other_builds(engine):
+    subscribe(engine)
+    record(engine, *(github(Q, run=run) for run in range(1, 6)))
+    assert len(claim(engine)) == 5
+    record(engine, *(github(P, run=run) for run in range(1, 6)), now=at(1))
+    record(engine, github(Q, run=9), now=at(2))
+    assert [message.data["number"] for message in claim(engine, at(3), room=4)] == [9]
 
 
 def test_a_stuck_message_holds_only_its_own_build(engine):
@@ -163,42 +202,113 @@ def test_the_schedule_is_kept_and_then_the_message_is_dead_with_its_reason(engin
     assert [message.data["sequence"] for message in claim(engine, now)] == [2]
 
 
-@pytest.mark.parametrize(
-    ("jitter", "asked", "status", "wait"),
-    [
-        (0.0, None, 500, 4), (0.5, None, 500, 5), (1.0, None, 500, 6), (0.5, "120", 503, 120),
-        (0.5, "1", 500, 5), (0.5, None, 429, 60), (0.5, "7", 429, 7), (0.5, "nonsense", 500, 5),
-        (0.5, "Sun, 01 Nov 2026 12:01:40 GMT", 503, 100), (0.5, "999999999", 503, 86400),
-    ],
-)  # fmt: skip
-def test_waits_have_jitter_and_heed_the_endpoint(engine, jitter, asked, status, wait):
+def test_gone_disables_at_once_and_what_waited_is_dead(engine):
+    subscriber = subscribe(engine)
+    watcher = subscribe(engine, events=["subscriber.*"])
+    record(engine, github(Q), github(P))
+    (message,) = claim(engine)
+    assert settle(engine, went(message, 410)) == ["disable"]
+    by_state = {(row["subscriber"], row["state"]): row["reason"] for row in rows(engine)}
+    assert by_state == {(subscriber, "dead"): "subscriber_disabled", (watcher, "pending"): None}
+    record(engine, github(C))
+    assert len(rows(engine)) == 3
+    assert rows(engine, models.notices)[0]["kind"] == "subscriber.disabled"
+    (told,) = claim(engine)
+    assert (told.type, told.data["subscriber_id"]) == ("subscriber.disabled", subscriber)
+
+
+def hours(count):
+    return START + timedelta(hours=count)
+
+
+def test_a_failing_endpoint_is_warned_of_in_stages_probed_and_then_disabled(engine):
+    subscriber = subscribe(engine)
+    record(engine, *[github(Q, run=run) for run in range(40)])
+    messages = list(claim(engine))
+    assert settle(engine, *[went(messages.pop(), 500) for _ in range(25)], now=START) == []
+    acts = [settle(engine, went(messages.pop(), 500), now=hours(when)) for when in (59, 61, 62, 85, 110, 121)]
+    assert acts == [[], ["warn"], [], ["warn"], ["warn"], ["probe"]]
+    assert claim(engine, hours(121)) == []  # left alone before the probe
+    (probe,) = claim(engine, hours(122))
+    assert settle(engine, went(probe, 500, hours(122)), now=hours(122)) == ["disable"]
+    words = ("50 %", "70 %", "90 %", "one more try", "was disabled")
+    told = [row["text"] for row in rows(engine, models.notices)]
+    assert [word for text in told for word in words if word in text] == list(words)
+    with db.reading(engine) as connection:
+        assert subscribers.get(connection, subscriber)["state"] == "disabled"
+
+
+def test_what_was_on_its_way_before_the_pause_is_no_probe(engine):
+    subscriber = subscribe(engine)
+    record(engine, *[github(Q, run=run) for run in range(40)])
+    messages = list(claim(engine))
+    settle(engine, *[went(messages.pop(), 500) for _ in range(25)], now=START)
+    assert settle(engine, went(messages.pop(), 500), now=hours(121)) == ["probe"]
+    assert settle(engine, went(messages.pop(), 429, hours(121), retry_after="7200"), now=hours(121)) == []
+    assert claim(engine, hours(122)) == []
+    (probe,) = claim(engine, hours(124))
+    # The probe's own wish to be left alone does not save it.
+    assert settle(engine, went(probe, 503, hours(124), retry_after="7200"), now=hours(124)) == ["disable"]
+    with db.reading(engine) as connection:
+        assert subscribers.get(connection, subscriber)["disabled_reason"] == endpoints.TOO_LONG
+
+
+def test_a_fault_of_ours_is_not_counted_against_the_endpoint(engine):
     subscribe(engine)
     record(engine, github(Q))
     (message,) = claim(engine)
-    got = RetryPolicy(SCHEDULE, lambda: jitter).wait(went(message, status, retry_after=asked), at(0))
-    assert got == pytest.approx(wait)
+    settle(engine, replace(went(message, 500), status_code=None, reason="internal_SealError"))
+    assert rows(engine, models.subscribers)[0]["failing_since"] is None
+    assert rows(engine)[0]["reason"] == "internal_SealError"
 
 
-def test_gone_disables_at_once_and_what_waited_is_dead(engine):
+def test_a_head_behind_the_limit_is_sent_before_its_lane(engine):
+    """Paused for long, a lane may be due as a whole with its head last: it must not block itself."""
+    subscribe(engine, rate_limit_per_second=1)
+    record(engine, *[github(Q, run=run) for run in (1, 2)])
+    for message in (*claim(engine), *claim(engine, at(2))):
+        settle(engine, went(message, 500), now=at(3))
+    record(engine, github(P, run=1), github(P, run=2), now=at(4))
+    got = [message for seconds in range(60, 80) for message in deliver_all(engine, at(seconds))]
+    assert sorted(got) == ["1.1", "1.2", "2.1", "2.2"]
+    assert [name for name in got if name[0] == "1"] == ["1.1", "1.2"]
+
+
+def deliver_all(engine, now):
+    """Claim and deliver what is due; `BUILD.SEQUENCE` of each."""
+    messages = claim(engine, now)
+    settle(engine, *map(went, messages), now=now)
+    return [f"{message.data['number']}.{message.data['sequence']}" for message in messages]
+
+
+def test_what_is_rolled_back_is_not_remembered_about_subscribers(engine):
+    one = subscribe(engine)
+
+    def fail(write):
+        endpoints.disable(write, one, "for no reason", START)
+        builds.record(write, [github(Q, run=8)], START, PACE)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        db.as_writer(engine, fail)
+    two = subscribe(engine)
+    record(engine, github(Q))
+    assert {row["subscriber"] for row in rows(engine)} == {one, two}
+
+
+def test_a_probe_that_succeeds_heals(engine):
     subscriber = subscribe(engine)
-    record(engine, github(Q), github(P))
-    (message,) = claim(engine)
-    assert settle(engine, went(message, 410)) == [subscriber]
-    db.as_writer(engine, lambda write: deliveries.disable(write, subscriber, "gone", KEYS, at(1)))
-    assert states(engine) == ["dead", "dead"]
-    assert {row["reason"] for row in rows(engine)} == {"subscriber_disabled"}
-    record(engine, github(C))
-    assert len(rows(engine)) == 2
-    assert rows(engine, models.notices)[0]["kind"] == "subscriber.disabled"
-
-
-def test_long_failure_disables_by_time_and_count(engine):
-    subscriber = subscribe(engine)
-    record(engine, *[github(Q, run=run) for run in range(30)])
-    messages = claim(engine)
-    assert settle(engine, *[went(message, 500) for message in messages[:25]], now=START) == []
-    later = at(0) + timedelta(hours=121)
-    assert settle(engine, went(messages[25], 500), now=later) == [subscriber]
+    record(engine, *[github(Q, run=run) for run in range(40)])
+    messages = list(claim(engine))
+    settle(engine, *[went(messages.pop(), 500) for _ in range(25)], now=START)
+    assert settle(engine, went(messages.pop(), 500), now=hours(121)) == ["probe"]
+    (probe,) = claim(engine, hours(122))
+    assert settle(engine, went(probe), now=hours(122)) == []
+    with db.reading(engine) as connection:
+        row = subscribers.get(connection, subscriber)
+    assert (row["state"], row["failures"], row["on_probation"], row["failing_since"]) == (
+        "active", 0, False, None,
+    )  # fmt: skip
 
 
 def test_a_success_forgets_the_failures(engine):
@@ -207,8 +317,47 @@ def test_a_success_forgets_the_failures(engine):
     messages = claim(engine)
     settle(engine, *[went(message, 500) for message in messages[:25]], now=START)
     settle(engine, went(messages[25]), now=at(1))
-    later = at(0) + timedelta(hours=121)
-    assert settle(engine, went(messages[26], 500), now=later) == []
+    assert settle(engine, went(messages[26], 500), now=hours(121)) == []
+
+
+def test_an_endpoint_that_asks_for_it_is_left_alone(engine):
+    subscribe(engine)
+    record(engine, github(Q, run=1), github(Q, run=2))
+    one, two = claim(engine)
+    settle(engine, went(one, 429, retry_after="120"), went(two), now=at(0))
+    record(engine, github(Q, run=3), now=at(1))
+    assert claim(engine, at(119)) == []
+    with db.reading(engine) as connection:
+        assert deliveries.next_due(connection) == at(120)
+    assert len(claim(engine, at(121))) == 2
+
+
+def test_a_rate_limit_holds_over_all_claims(engine):
+    subscribe(engine, rate_limit_per_second=5)
+    record(engine, *[github(Q, run=run) for run in range(40)])
+    taken = [len(claim(engine, at(tenths / 10))) for tenths in range(31)]
+    assert sum(taken[:11]) <= 10
+    assert 15 <= sum(taken) <= 20
+    assert max(taken) <= 5
+
+
+def test_nobody_can_fill_all_the_room(engine):
+    many, few = subscribe(engine, sources=["github"]), subscribe(engine, sources=["gitlab"])
+    record(engine, *[github(Q, run=run) for run in range(300)])
+    record(engine, *[gitlab(Q, 0, {1: "queued"}, pipeline=number) for number in range(3)], now=at(1))
+    taken = claim(engine, at(2), room=128)
+    assert sum(message.subscriber == many for message in taken) == deliveries.MOST_IN_FLIGHT
+    assert sum(message.subscriber == few for message in taken) == 3
+    assert claim(engine, at(3), room=64, busy={many: 64}) == []
+    assert len(claim(engine, at(3), room=20, busy={many: 0})) == 10
+
+
+def test_a_failing_endpoint_gets_few_at_a_time(engine):
+    subscribe(engine)
+    record(engine, *[github(Q, run=run) for run in range(50)])
+    first = claim(engine, room=2)
+    settle(engine, *[went(message, 500) for message in first])
+    assert len(claim(engine)) == deliveries.CAUTION_IN_FLIGHT
 
 
 def test_a_request_is_signed_the_same_body_on_every_try(engine):
@@ -217,12 +366,14 @@ def test_a_request_is_signed_the_same_body_on_every_try(engine):
     (message,) = claim(engine)
     row = rows(engine, models.subscribers)[0]
     live = subscribers.live_secrets(row, KEYS, at(0))
-    content = deliveries.body(message)
-    sent = deliveries.headers(message, content, live, 1_800_000_000, "BuildRelay/test")
+    kind, content = deliveries.body(message)
+    sent = deliveries.headers(message, kind, content, live, 1_800_000_000, "BuildRelay/test")
     assert signing.verify_v1(sent, content, live, 1_800_000_000)
     again = replace(message, number=2)
-    assert deliveries.body(again) == content
-    assert deliveries.headers(again, content, live, 1_800_000_001, "x")["webhook-id"] == sent["webhook-id"]
+    assert deliveries.body(again) == (kind, content)
+    assert (
+        deliveries.headers(again, kind, content, live, 1_800_000_001, "x")["webhook-id"] == sent["webhook-id"]
+    )
     told = orjson.loads(content)
     assert (told["type"], told["data"]["build_id"], told["data"]["sequence"]) == (
         "build.completed", "github:Octo:Repo:1", 1,
@@ -256,9 +407,9 @@ def test_ed25519_shows_the_public_key_and_signs_with_the_private_one(engine):
     record(engine, github(Q))
     (message,) = claim(engine)
     row = rows(engine, models.subscribers)[0]
-    content = deliveries.body(message)
+    kind, content = deliveries.body(message)
     sent = deliveries.headers(
-        message, content, subscribers.live_secrets(row, KEYS, at(0)), 1_800_000_000, "x"
+        message, kind, content, subscribers.live_secrets(row, KEYS, at(0)), 1_800_000_000, "x"
     )
     assert shown.startswith("whpk_")
     assert signing.verify_v1a(sent, content, (shown,), 1_800_000_000)

@@ -145,6 +145,10 @@ class Write:
         self._given.add(table)
         return self.last[table]
 
+    def gave(self, table: str) -> bool:
+        """Did this transaction give out an id of `table`?"""
+        return table in self._given
+
     def finish(self) -> None:
         """Store the ids given out; called once, last."""
         if self._given:

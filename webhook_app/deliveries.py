@@ -7,32 +7,31 @@ after it was sent.
 Order: an ordered subscriber's messages of one build form a lane.  Only the first pending message of
 a lane is sent; the others wait with it (`due_at` of the first) and are woken when it is settled.
 No lane waits for another.
+
+Fairness: each subscriber has a queue of its own (the index `ix_messages_due`).  A claim goes from
+queue to queue and takes at most half of the room that is left from each, so nobody can fill it all.
 """
 
 import secrets as random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from email.utils import parsedate_to_datetime
 from typing import Any
 
-import orjson
-from sqlalchemy import Connection, and_, bindparam, func, insert, or_, select, tuple_, update
+from sqlalchemy import Connection, bindparam, func, insert, select, text, tuple_, update
 
-from webhook_app import models, signing, subscribers
+from webhook_app import formats, models, signing, subscribers
 from webhook_app.db import Write
-from webhook_app.times import iso
+from webhook_app.formats import Told
+from webhook_app.retries import RetryPolicy, slow_down
 
 Row = dict[str, Any]
 
 LEASE_MARGIN_SECONDS = 15.0
-JITTER = 0.2
 RESPONSE_CAP_BYTES = 16 * 1024
-SLOW_DOWN = {429, 502, 504}
-SLOW_DOWN_SECONDS = 60.0
-MOST_RETRY_AFTER_SECONDS = 86_400.0
-DISABLE_AFTER = timedelta(hours=120)
-DISABLE_AFTER_FAILURES = 20
+MOST_IN_FLIGHT = 64
+"""Messages of one subscriber that one worker has on the way; those of one that fails are fewer."""
+CAUTION_IN_FLIGHT = 4
 
 
 def plan(write: Write, events: Sequence[Mapping[str, Any]], now: datetime) -> int:
@@ -41,25 +40,43 @@ def plan(write: Write, events: Sequence[Mapping[str, Any]], now: datetime) -> in
         return 0
     wanting = subscribers.active(write)
     rows = [
-        {
-            "id": write.new_id("messages"),
-            "message_id": f"msg_{random.token_hex(12)}",
-            "subscriber": subscriber.id,
-            "event": event["id"],
-            "build": event["build"],
-            "sequence": event["sequence"],
-            "state": "pending",
-            "attempts": 0,
-            "due_at": now,
-            "created_at": now,
-        }
+        _message(write, event, subscriber.id, now)
         for event in events
         for subscriber in wanting
-        if subscriber.match(event["type"], event["data"])
+        if subscriber.match(event["type"], event["data"], event["change"])
     ]
     if rows:
         write.connection.execute(insert(models.messages), rows)
     return len(rows)
+
+
+def plan_one(write: Write, event: Mapping[str, Any], subscriber_id: str, now: datetime) -> str:
+    """Write a message of an event for one subscriber, whatever its filters; its message id."""
+    row = _message(write, event, subscriber_id, now)
+    write.connection.execute(insert(models.messages), row)
+    return str(row["message_id"])
+
+
+def plan_for(write: Write, events: Sequence[Mapping[str, Any]], subscriber_id: str, now: datetime) -> None:
+    """Write one message per event for one subscriber, whatever its filters."""
+    rows = [_message(write, event, subscriber_id, now) for event in events]
+    if rows:
+        write.connection.execute(insert(models.messages), rows)
+
+
+def _message(write: Write, event: Mapping[str, Any], subscriber_id: str, now: datetime) -> Row:
+    return {
+        "id": write.new_id("messages"),
+        "message_id": f"msg_{random.token_hex(12)}",
+        "subscriber": subscriber_id,
+        "event": event["id"],
+        "build": event.get("build"),
+        "sequence": event.get("sequence"),
+        "state": "pending",
+        "attempts": 0,
+        "due_at": now,
+        "created_at": now,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +95,7 @@ class Claimed:
     type: str
     timestamp: datetime
     data: Mapping[str, Any]
+    change: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +111,24 @@ class Tried:
     retry_after: str | None = None
 
 
-def body(message: Claimed) -> bytes:
-    """The request body, the same bytes on every try: it is made from the stored event alone."""
-    return orjson.dumps({"type": message.type, "timestamp": iso(message.timestamp), "data": message.data})
+def body(message: Claimed, format_: str = "standard") -> tuple[str, bytes]:
+    """Content type and body, the same bytes on every try: they are made from the stored event alone."""
+    told = Told(message.message_id, message.type, message.timestamp, message.data, message.change)
+    return formats.render(format_, told)
 
 
 def headers(
-    message: Claimed, content: bytes, secrets: Sequence[str], timestamp: int, user_agent: str
+    message: Claimed,
+    content_type: str,
+    content: bytes,
+    secrets: Sequence[str],
+    timestamp: int,
+    user_agent: str,
 ) -> dict[str, str]:
     """Standard Webhooks headers for one try, one signature per live secret."""
     sign = signing.sign_v1a if secrets and secrets[0].startswith("whsk_") else signing.sign_v1
     return {
-        "content-type": "application/json",
+        "content-type": content_type,
         "user-agent": user_agent,
         "webhook-id": message.message_id,
         "webhook-timestamp": str(timestamp),
@@ -118,44 +142,154 @@ def headers(
 # ---- claiming --------------------------------------------------------------------------------
 
 _m, _s, _e = models.messages.c, models.subscribers.c, models.events.c
+
+_WAITING = text(
+    """
+    WITH RECURSIVE waiting(subscriber) AS (
+        SELECT min(subscriber) FROM messages WHERE state = 'pending'
+        UNION ALL
+        SELECT (SELECT min(m.subscriber) FROM messages m
+                WHERE m.state = 'pending' AND m.subscriber > waiting.subscriber)
+        FROM waiting WHERE waiting.subscriber IS NOT NULL
+    )
+    SELECT waiting.subscriber AS subscriber,
+           (SELECT min(m.due_at) FROM messages m
+            WHERE m.state = 'pending' AND m.subscriber = waiting.subscriber) AS due_at
+    FROM waiting WHERE waiting.subscriber IS NOT NULL
+    """
+).columns(subscriber=_m.subscriber.type, due_at=_m.due_at.type)
+"""The subscribers that have pending messages, and when their first is due: one index step each."""
+
+_WAITING_TABLE = _WAITING.subquery("queues")
+_QUEUES = (
+    select(models.subscribers, _WAITING_TABLE.c.due_at.label("first_due_at"))
+    .join(_WAITING_TABLE, _WAITING_TABLE.c.subscriber == _s.id)
+    .where(_s.state == "active")
+    .order_by(_WAITING_TABLE.c.due_at)
+)
 _DUE = (
-    select(_m.id, _m.subscriber, _m.build, _m.sequence, _m.due_at, _s.ordered)
-    .join(models.subscribers, _m.subscriber == _s.id)
-    .where(_m.state == "pending", _m.due_at <= bindparam("now"), _s.state == "active")
+    select(_m.id, _m.subscriber, _m.build, _m.sequence)
+    .where(_m.state == "pending", _m.subscriber == bindparam("subscriber"), _m.due_at <= bindparam("now"))
     .order_by(_m.due_at, _m.id)
     .limit(bindparam("most"))
-    .with_for_update(of=models.messages, skip_locked=True)
+    .with_for_update(skip_locked=True)
 )
 _CONTENT = (
     select(
-        _m.id, _m.message_id, _m.subscriber, _m.build, _m.attempts, _s.ordered,
-        _e.type, _e.timestamp, _e.data,
+        _m.id, _m.message_id, _m.subscriber, _m.build, _m.attempts,
+        _e.type, _e.timestamp, _e.data, _e.change,
     )
     .join(models.events, _m.event == _e.id)
-    .join(models.subscribers, _m.subscriber == _s.id)
     .where(_m.id.in_(bindparam("ids", expanding=True)))
     .order_by(_m.id)
 )  # fmt: skip
 
 
-def claim(connection: Connection, now: datetime, most: int, timeout_seconds: float) -> list[Claimed]:
-    """Take up to `most` due messages for `timeout_seconds` plus a margin; at most one per lane.
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a claim took, and the rows of the subscribers it is for."""
 
-    Run in a write transaction; the caller sends after the commit.
+    messages: Sequence[Claimed] = ()
+    subscribers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def claim(
+    connection: Connection, now: datetime, room: int, busy: Mapping[str, int], timeout_seconds: float
+) -> Claim:
+    """Take up to `room` due messages for `timeout_seconds` plus a margin; at most one per lane.
+
+    `busy`: how many messages of each subscriber the caller has on the way.  Run in a write
+    transaction; the caller sends after the commit.
     """
-    due = connection.execute(_DUE, {"now": now, "most": most}).all()
-    if not due:
+    taken: list[int] = []
+    rows: dict[str, Mapping[str, Any]] = {}
+    for row in [dict(row) for row in connection.execute(_QUEUES).mappings()]:
+        free = room - len(taken)
+        if free <= 0:
+            break
+        most = _quota(row, now, free, busy.get(row["id"], 0))
+        if most <= 0:
+            continue
+        due = _take_due(connection, row, now, most)
+        if due:
+            taken += due
+            rows[row["id"]] = row
+    return Claim(_lease(connection, taken, rows, now, timeout_seconds), rows)
+
+
+def _quota(row: Mapping[str, Any], now: datetime, free: int, busy: int) -> int:
+    """How many messages this subscriber may get now: half of what is free, and what its state allows."""
+    if row["first_due_at"] > now or (row["slow_until"] is not None and row["slow_until"] > now):
+        return 0
+    if row["on_probation"]:
+        return 1 - busy
+    if row["failing_since"] is not None:
+        return CAUTION_IN_FLIGHT - busy
+    return min(MOST_IN_FLIGHT - busy, max(1, free // 2))
+
+
+def _take_due(connection: Connection, row: Mapping[str, Any], now: datetime, most: int) -> list[int]:
+    """Ids of due messages that are the first of their lanes, as many as the pace allows."""
+    pace = _Pace(row["rate_limit_per_second"], row["paced_until"], now)
+    if row["rate_limit_per_second"]:
+        pace = _locked_pace(connection, row, now)
+    most = min(most, pace.allowed)
+    if most <= 0:
         return []
-    lanes = {(row.subscriber, row.build) for row in due if row.ordered and row.build is not None}
-    heads = _heads(connection, lanes)
-    behind = [
-        row for row in due
-        if row.ordered and row.build is not None and heads.get((row.subscriber, row.build)) != row.sequence
-    ]  # fmt: skip
-    late = {row.id for row in behind}
-    free = [row.id for row in due if row.id not in late]
-    _wait_with_head(connection, behind, heads, now)
-    return _lease(connection, free, now, timeout_seconds)
+    taken = _due_heads(connection, row, now, most)
+    if taken and row["rate_limit_per_second"]:
+        pace.spend(connection, row["id"], len(taken))
+    return taken
+
+
+def _due_heads(connection: Connection, row: Mapping[str, Any], now: datetime, most: int) -> list[int]:
+    """Look until something may be sent or nothing is due; what must wait is put out of sight on the way."""
+    while True:
+        due = connection.execute(_DUE, {"subscriber": row["id"], "now": now, "most": most}).all()
+        if not due or not row["ordered"]:
+            return [one.id for one in due]
+        lanes = {(one.subscriber, one.build) for one in due if one.build is not None}
+        heads = _heads(connection, lanes)
+        behind = [
+            one for one in due
+            if one.build is not None and heads.get((one.subscriber, one.build)) != one.sequence
+        ]  # fmt: skip
+        late = {one.id for one in behind}
+        free = [one.id for one in due if one.id not in late]
+        ready, waiting = _settle_lanes(connection, behind, heads, now)
+        taken = list(dict.fromkeys(free + ready))[:most]
+        if taken or not waiting:
+            return taken
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """A rate limit as a bucket of one second: `until` is the time up to which messages are paid for."""
+
+    per_second: int | None
+    until: datetime | None
+    now: datetime
+
+    @property
+    def allowed(self) -> int:
+        if not self.per_second:
+            return MOST_IN_FLIGHT
+        ahead = (self._start() - self.now).total_seconds()
+        return max(0, int(self.per_second * (1.0 - ahead)))
+
+    def _start(self) -> datetime:
+        return max(self.until or self.now, self.now)
+
+    def spend(self, connection: Connection, subscriber_id: str, count: int) -> None:
+        assert self.per_second
+        paid = self._start() + timedelta(seconds=count / self.per_second)
+        connection.execute(update(models.subscribers).where(_s.id == subscriber_id).values(paced_until=paid))
+
+
+def _locked_pace(connection: Connection, row: Mapping[str, Any], now: datetime) -> _Pace:
+    """The pace as it stands now: locked, since every worker spends from the same bucket."""
+    until = connection.execute(select(_s.paced_until).where(_s.id == row["id"]).with_for_update()).scalar()
+    return _Pace(row["rate_limit_per_second"], until, now)
 
 
 def _heads(connection: Connection, lanes: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
@@ -171,26 +305,26 @@ def _heads(connection: Connection, lanes: Iterable[tuple[str, int]]) -> dict[tup
     return {(row.subscriber, row.build): row.first for row in rows}
 
 
-def _wait_with_head(
+def _settle_lanes(
     connection: Connection, behind: Sequence[Any], heads: Mapping[tuple[str, int], int], now: datetime
-) -> None:
-    """Let messages behind a head that is not due wait as long as it does, out of sight of the next claims.
+) -> tuple[list[int], int]:
+    """What becomes of messages that are due but not the first of their lanes.
 
-    The heads are locked, so a settlement that would wake the lane comes wholly before or after.
+    A head that is due itself is to be sent (its lease ran out, or a retry fell due, unseen).  Behind one
+    that is not due they wait as long as it does, out of sight of the next claims.  Returns the ids of
+    the due heads, and how many messages now wait.  The heads are locked, so a settlement that would
+    wake a lane comes wholly before or after; those that another worker holds are its business.
     """
     if not behind:
-        return
-    wanted = {(row.subscriber, row.build, heads[row.subscriber, row.build]) for row in behind}
+        return [], 0
+    lanes = {(row.subscriber, row.build) for row in behind} & heads.keys()
+    wanted = {(*lane, heads[lane]) for lane in lanes}
     rows = connection.execute(
-        select(_m.subscriber, _m.build, _m.due_at)
-        .where(
-            _m.state == "pending",
-            tuple_(_m.subscriber, _m.build, _m.sequence).in_(list(wanted)),
-            _m.due_at > now,
-        )
+        select(_m.id, _m.subscriber, _m.build, _m.due_at)
+        .where(_m.state == "pending", tuple_(_m.subscriber, _m.build, _m.sequence).in_(list(wanted)))
         .with_for_update(skip_locked=True)
-    )
-    until = {(row.subscriber, row.build): row.due_at for row in rows}
+    ).all()
+    until = {(row.subscriber, row.build): row.due_at for row in rows if row.due_at > now}
     waits = [
         {"the_id": row.id, "until": until[row.subscriber, row.build]}
         for row in behind
@@ -201,10 +335,15 @@ def _wait_with_head(
             update(models.messages).where(_m.id == bindparam("the_id")).values(due_at=bindparam("until")),
             waits,
         )
+    return [row.id for row in rows if row.due_at <= now], len(waits)
 
 
 def _lease(
-    connection: Connection, ids: Sequence[int], now: datetime, timeout_seconds: float
+    connection: Connection,
+    ids: Sequence[int],
+    rows: Mapping[str, Mapping[str, Any]],
+    now: datetime,
+    timeout_seconds: float,
 ) -> list[Claimed]:
     if not ids:
         return []
@@ -218,74 +357,54 @@ def _lease(
     return [
         Claimed(
             row.id, row.message_id, row.subscriber,
-            (row.subscriber, row.build) if row.ordered and row.build is not None else None,
-            row.attempts, token, row.type, row.timestamp, row.data,
+            _lane(row, rows),
+            row.attempts, token, row.type, row.timestamp, row.data, row.change,
         )
         for row in connection.execute(_CONTENT, {"ids": list(ids)})
     ]  # fmt: skip
 
 
+def _lane(row: Any, rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, int] | None:
+    ordered = row.build is not None and rows[row.subscriber]["ordered"]
+    return (row.subscriber, row.build) if ordered else None
+
+
+def next_due(connection: Connection) -> datetime | None:
+    """When there is something to do next for an active subscriber; None: nothing is pending."""
+    moments = [
+        max(moment for moment in (row["first_due_at"], row["slow_until"], row["paced_until"]) if moment)
+        for row in connection.execute(_QUEUES).mappings()
+    ]
+    return min(moments, default=None)
+
+
 # ---- settling --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
-    """When a failed message is tried again: waits in seconds before try 2, 3, …; `jitter()` gives 0..1."""
+def settle(connection: Connection, tries: Sequence[Tried], now: datetime, policy: RetryPolicy) -> None:
+    """Record tries and move their messages on: delivered, later, or dead with the reason.
 
-    schedule: Sequence[float]
-    jitter: Callable[[], float]
-
-    def wait(self, tried: Tried, now: datetime) -> float | None:
-        """Seconds until the next try, ±20 %, at least what the endpoint asked; None: give up."""
-        number = tried.message.number
-        if number > len(self.schedule):
-            return None
-        base = self.schedule[number - 1] * (1 - JITTER + 2 * JITTER * self.jitter())
-        asked = retry_after_seconds(tried.retry_after, now)
-        if tried.status_code in SLOW_DOWN and asked is None:
-            asked = SLOW_DOWN_SECONDS
-        return max(base, min(asked or 0.0, MOST_RETRY_AFTER_SECONDS))
-
-
-def retry_after_seconds(value: str | None, now: datetime) -> float | None:
-    """Read a Retry-After header, seconds or an HTTP date; None if it is missing or nonsense."""
-    if not value:
-        return None
-    if value.strip().isascii() and value.strip().isdigit():
-        return float(value.strip()[:9])
-    try:
-        then = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    if then.tzinfo is None:
-        return None
-    return max((then - now).total_seconds(), 0.0)
-
-
-def settle(connection: Connection, tries: Sequence[Tried], now: datetime, policy: RetryPolicy) -> list[str]:
-    """Record tries and move their messages on: delivered, later, or dead; the ids of subscribers to disable.
-
-    A try whose claim was lost to another worker still counts when it succeeded.
+    A try whose claim was lost to another worker still counts when it succeeded.  What the tries say
+    about their subscribers is `endpoints.note`.
     """
     if not tries:
-        return []
+        return
     connection.execute(insert(models.delivery_attempts), [_attempt_row(tried) for tried in tries])
     delivered = [tried for tried in tries if tried.reason is None]
-    failed = [tried for tried in tries if tried.reason is not None]
     if delivered:
         connection.execute(
             update(models.messages)
             .where(_m.id.in_([tried.message.id for tried in delivered]))
             .values(state="delivered", due_at=None, claim=None, reason=None, settled_at=now)
         )
-    dead = _put_back(connection, failed, now, policy)
+    dead = _put_back(connection, [tried for tried in tries if tried.reason is not None], now, policy)
     _wake_lanes(connection, [tried.message for tried in (*delivered, *dead)], now)
-    return _judge_subscribers(connection, delivered, failed, now)
 
 
 def _attempt_row(tried: Tried) -> Row:
     return {
         "message": tried.message.id,
+        "subscriber": tried.message.subscriber,
         "number": tried.message.number,
         "started_at": tried.started_at,
         "duration_ms": round(tried.duration_seconds * 1000),
@@ -312,7 +431,7 @@ def _put_back(
     connection: Connection, failed: Sequence[Tried], now: datetime, policy: RetryPolicy
 ) -> list[Tried]:
     """Put messages back for a later try, or bury them; those that are dead now."""
-    waits = [policy.wait(tried, now) for tried in failed]
+    waits = [policy.wait(tried.message.number, tried.status_code, tried.retry_after, now) for tried in failed]
     rows = [
         {
             "the_id": tried.message.id,
@@ -345,72 +464,10 @@ def _wake_lanes(connection: Connection, settled: Sequence[Claimed], now: datetim
         )
 
 
-def _judge_subscribers(
-    connection: Connection, delivered: Sequence[Tried], failed: Sequence[Tried], now: datetime
-) -> list[str]:
-    """Count failures per subscriber; who answered 410, or failed for too long, is to be disabled."""
-    well = {tried.message.subscriber for tried in delivered}
-    if well:
-        connection.execute(
-            update(models.subscribers)
-            .where(_s.id.in_(well), _s.failing_since.is_not(None))
-            .values(failing_since=None, failures=0)
-        )
-    ill = {tried.message.subscriber for tried in failed} - well
-    for subscriber in ill:
-        count = sum(tried.message.subscriber == subscriber for tried in failed)
-        connection.execute(
-            update(models.subscribers)
-            .where(_s.id == subscriber)
-            .values(failures=_s.failures + count, failing_since=func.coalesce(_s.failing_since, now))
-        )
-    gone = {tried.message.subscriber for tried in failed if tried.status_code == 410}
-    if not ill and not gone:
-        return []
-    lost = connection.execute(
-        select(_s.id).where(
-            _s.state == "active",
-            or_(
-                _s.id.in_(gone),
-                and_(
-                    _s.id.in_(ill),
-                    _s.failing_since <= now - DISABLE_AFTER,
-                    _s.failures >= DISABLE_AFTER_FAILURES,
-                ),
-            ),
-        )
-    )
-    return [row.id for row in lost]
-
-
-def disable(write: Write, subscriber_id: str, reason: str, keys: Sequence[str], now: datetime) -> None:
-    """Disable a subscriber; what it did not get is dead with that reason, until enable and replay."""
-    subscribers.change(write, subscriber_id, {"state": "disabled", "disabled_reason": reason}, keys, now)
-    write.connection.execute(
-        update(models.messages)
-        .where(_m.subscriber == subscriber_id, _m.state == "pending")
-        .values(state="dead", due_at=None, claim=None, reason="subscriber_disabled", settled_at=now)
-    )
-    write.connection.execute(
-        insert(models.notices),
-        {
-            "kind": "subscriber.disabled",
-            "subject": subscriber_id,
-            "text": f"Subscriber {subscriber_id} was disabled: {reason}.",
-            "created_at": now,
-        },
-    )
-
-
-def next_due(connection: Connection) -> datetime | None:
-    """When the next pending message of an active subscriber is due."""
-    return connection.execute(
-        select(_m.due_at)
-        .join(models.subscribers, _m.subscriber == _s.id)
-        .where(_m.state == "pending", _s.state == "active")
-        .order_by(_m.due_at)
-        .limit(1)
-    ).scalar()
+def slow_down_of(tried: Tried, now: datetime) -> datetime | None:
+    """Until when the endpoint of this try asked to be left alone."""
+    seconds = slow_down(tried.status_code, tried.retry_after, now) if tried.reason is not None else None
+    return None if seconds is None else now + timedelta(seconds=seconds)
 
 
 def retry(connection: Connection, message: int, now: datetime) -> None:
@@ -420,21 +477,3 @@ def retry(connection: Connection, message: int, now: datetime) -> None:
         .where(_m.id == message)
         .values(state="pending", due_at=now, claim=None, reason=None, settled_at=None)
     )
-
-
-def plan_one(write: Write, event: Mapping[str, Any], subscriber_id: str, now: datetime) -> str:
-    """Write one message of a stored event for one subscriber, whatever its filters; the message's id."""
-    row = {
-        "id": write.new_id("messages"),
-        "message_id": f"msg_{random.token_hex(12)}",
-        "subscriber": subscriber_id,
-        "event": event["id"],
-        "build": event["build"],
-        "sequence": event["sequence"],
-        "state": "pending",
-        "attempts": 0,
-        "due_at": now,
-        "created_at": now,
-    }
-    write.connection.execute(insert(models.messages), row)
-    return str(row["message_id"])

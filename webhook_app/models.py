@@ -128,6 +128,7 @@ builds = Table(
     Index("ix_builds_repository", "source", "repository", "id"),
     Index("ix_builds_source", "source", "id"),
     Index("ix_builds_created_at", "created_at"),
+    Index("ix_builds_line", "source", "repository", "workflow", "branch", "id"),
 )  # fmt: skip
 
 attempts = Table(
@@ -153,6 +154,7 @@ events = Table(
     Column("sequence", Integer),
     Column("type", Text, nullable=False),
     Column("data", JSON, nullable=False),
+    Column("change", Text),
     Column("observed_by", Text, nullable=False),
     Column("timestamp", Moment, nullable=False),
     UniqueConstraint("build", "sequence"),
@@ -200,6 +202,15 @@ subscribers = Table(
     Column("state", Text, nullable=False),
     Column("disabled_reason", Text),
     Column("failing_since", Moment),
+    Column("format", Text, nullable=False, server_default="standard"),
+    Column("states", JSON, nullable=False, server_default="[]"),
+    Column("conclusions", JSON, nullable=False, server_default="[]"),
+    Column("changes", JSON, nullable=False, server_default="[]"),
+    Column("origin", Text, nullable=False, server_default="api"),
+    Column("paced_until", Moment),
+    Column("slow_until", Moment),
+    Column("on_probation", Boolean, nullable=False, server_default=text("false")),
+    Column("warned_percent", Integer, nullable=False, server_default="0"),
     Column("failures", Integer, nullable=False),
     Column("created_at", Moment, nullable=False),
     Column("updated_at", Moment, nullable=False),
@@ -223,10 +234,12 @@ messages = Table(
     Column("created_at", Moment, nullable=False),
     Column("settled_at", Moment),
     UniqueConstraint("subscriber", "event"),
-    Index("ix_messages_due", "due_at", "id", postgresql_where=text("state = 'pending'"),
+    Index("ix_messages_due", "subscriber", "due_at", "id", postgresql_where=text("state = 'pending'"),
           sqlite_where=text("state = 'pending'")),
     Index("ix_messages_lane", "subscriber", "build", "sequence", postgresql_where=text("state = 'pending'"),
           sqlite_where=text("state = 'pending'")),
+    Index("ix_messages_dead", "subscriber", "id", postgresql_where=text("state = 'dead'"),
+          sqlite_where=text("state = 'dead'")),
     Index("ix_messages_event", "event"),
     comment="The outbox: one event for one subscriber.  state: pending, delivered, dead.",
 )  # fmt: skip
@@ -242,7 +255,9 @@ delivery_attempts = Table(
     Column("status_code", Integer),
     Column("reason", Text),
     Column("response", Text),
+    Column("subscriber", Text),
     Index("ix_delivery_attempts_message", "message"),
+    Index("ix_delivery_attempts_subscriber", "subscriber", "id"),
     comment="One HTTP try of a message.",
 )
 

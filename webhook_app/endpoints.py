@@ -1,0 +1,244 @@
+"""How endpoints fare: failures counted, admins warned in stages, a last probe, disabled, enabled.
+
+An endpoint is disabled when it failed for 120 h and at least 20 times without a success in between.
+Before that is final it is left alone for a while and gets one more message; a success there heals it.
+410 Gone disables at once.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Engine, func, insert, select, update
+
+from webhook_app import deliveries, models, retries, subscribers
+from webhook_app.db import Write, reading
+from webhook_app.deliveries import Tried
+
+_s, _m = models.subscribers.c, models.messages.c
+
+GONE = "the endpoint answered 410 Gone"
+TOO_LONG = "the endpoint failed for too long"
+ANSWER_SECONDS = 10.0
+"""How long whoever sends a test waits for its answer."""
+LOOK_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """What is to be done about a subscriber: `warn` at a percent, `probe`, or `disable` for a reason."""
+
+    subscriber: str
+    act: str
+    percent: int = 0
+    reason: str = ""
+
+
+def note(connection: Connection, tries: Sequence[Tried], now: datetime) -> list[Sentence]:
+    """Count what tries say about their subscribers, in the transaction that settles them; what follows."""
+    well = {tried.message.subscriber for tried in tries if tried.reason is None}
+    failed = [tried for tried in tries if tried.reason is not None and not _is_our_fault(tried)]
+    if well:
+        _heal(connection, well)
+    gone = {tried.message.subscriber for tried in failed if tried.status_code == 410}
+    last = {tried.message.subscriber: tried.started_at for tried in failed}
+    for tried in failed:
+        last[tried.message.subscriber] = max(last[tried.message.subscriber], tried.started_at)
+    ill = last.keys() - well
+    for subscriber in ill:
+        count = sum(tried.message.subscriber == subscriber for tried in failed)
+        _count_failures(connection, subscriber, count, now)
+    sentences = _sentences(connection, {id_: last[id_] for id_ in ill | gone}, gone, now)
+    for tried in failed:
+        until = deliveries.slow_down_of(tried, now)
+        if until is not None:
+            _slow_down(connection, tried.message.subscriber, until)
+    return sentences
+
+
+def _is_our_fault(tried: Tried) -> bool:
+    """Nothing was sent: a missing key or a fault of ours says nothing about the endpoint."""
+    return (tried.reason or "").startswith("internal_")
+
+
+def _heal(connection: Connection, ids: set[str]) -> None:
+    connection.execute(
+        update(models.subscribers)
+        .where(_s.id.in_(ids), _s.failing_since.is_not(None))
+        .values(failing_since=None, failures=0, on_probation=False, warned_percent=0)
+    )
+
+
+def _slow_down(connection: Connection, subscriber: str, until: datetime) -> None:
+    connection.execute(
+        update(models.subscribers)
+        .where(_s.id == subscriber, func.coalesce(_s.slow_until, until) <= until)
+        .values(slow_until=until)
+    )
+
+
+def _count_failures(connection: Connection, subscriber: str, count: int, now: datetime) -> None:
+    connection.execute(
+        update(models.subscribers)
+        .where(_s.id == subscriber)
+        .values(failures=_s.failures + count, failing_since=func.coalesce(_s.failing_since, now))
+    )
+
+
+def _sentences(
+    connection: Connection, failed_at: Mapping[str, datetime], gone: set[str], now: datetime
+) -> list[Sentence]:
+    """`failed_at`: when the last failed try of each subscriber had begun."""
+    if not failed_at:
+        return []
+    rows = connection.execute(
+        select(_s.id, _s.failing_since, _s.failures, _s.on_probation, _s.warned_percent, _s.slow_until).where(
+            _s.id.in_(failed_at), _s.state == "active"
+        )
+    )
+    found = [_sentence(dict(row), failed_at[row["id"]], row["id"] in gone, now) for row in rows.mappings()]
+    return [sentence for sentence in found if sentence is not None]
+
+
+def _sentence(row: Mapping[str, Any], failed_at: datetime, gone: bool, now: datetime) -> Sentence | None:
+    if gone:
+        return Sentence(row["id"], "disable", reason=GONE)
+    percent = retries.percent_to_disable(row["failing_since"], row["failures"], now)
+    if row["on_probation"] and row["slow_until"] is not None and failed_at < row["slow_until"]:
+        return None  # it was on its way before the pause: not the probe
+    if percent >= 100:
+        act = "disable" if row["on_probation"] else "probe"
+        return Sentence(row["id"], act, reason=TOO_LONG)
+    stage = retries.warning_due(percent, row["warned_percent"])
+    return Sentence(row["id"], "warn", percent=stage) if stage else None
+
+
+def carry_out(write: Write, sentence: Sentence, now: datetime) -> None:
+    """Do what a sentence says; harmless when another worker did it already."""
+    row = subscribers.get(write.connection, sentence.subscriber)
+    if row is None or row["state"] != "active":
+        return
+    if sentence.act == "disable":
+        disable(write, row["id"], sentence.reason, now)
+    elif sentence.act == "probe":
+        until = now + timedelta(seconds=retries.PROBE_SECONDS)
+        subscribers.change(write, row["id"], {"on_probation": True, "slow_until": until}, (), now)
+        _tell(write, row["id"], "subscriber.warning", "has one more try before it is disabled", now)
+    elif row["warned_percent"] < sentence.percent:
+        subscribers.change(write, row["id"], {"warned_percent": sentence.percent}, (), now)
+        _tell(write, row["id"], "subscriber.warning", f"is at {sentence.percent} % of being disabled", now)
+
+
+def disable(write: Write, subscriber_id: str, reason: str, now: datetime) -> None:
+    """Disable a subscriber; what it did not get is dead with that reason, until enable and replay."""
+    subscribers.change(write, subscriber_id, {"state": "disabled", "disabled_reason": reason}, (), now)
+    write.connection.execute(
+        update(models.messages)
+        .where(_m.subscriber == subscriber_id, _m.state == "pending")
+        .values(state="dead", due_at=None, claim=None, reason="subscriber_disabled", settled_at=now)
+    )
+    _tell(write, subscriber_id, "subscriber.disabled", f"was disabled: {reason}", now)
+
+
+def enable(write: Write, subscriber_id: str, now: datetime) -> bool:
+    """Let a subscriber get messages again, with a clean record; False if there is none."""
+    return subscribers.change(write, subscriber_id, subscribers.CLEAN_RECORD, (), now)
+
+
+def _tell(write: Write, subscriber_id: str, type_: str, what: str, now: datetime) -> None:
+    """A notice for admins, and an event for whoever subscribed to `subscriber.*`."""
+    text = f"Subscriber {subscriber_id} {what}."
+    write.connection.execute(
+        insert(models.notices),
+        {"kind": type_, "subject": subscriber_id, "text": text, "created_at": now},
+    )
+    deliveries.plan(write, [_add_event(write, subscriber_id, type_, text, now)], now)
+
+
+def _add_event(write: Write, subscriber_id: str, type_: str, text: str, now: datetime) -> dict[str, Any]:
+    event: dict[str, Any] = {
+        "id": write.new_id("events"),
+        "build": None,
+        "sequence": None,
+        "type": type_,
+        "change": None,
+        "observed_by": "report",
+        "timestamp": now,
+        "data": {"subscriber_id": subscriber_id, "message": text},
+    }
+    write.connection.execute(insert(models.events), event)
+    return event
+
+
+def plan_test(write: Write, subscriber_id: str, now: datetime) -> str:
+    """Write a `subscriber.test` event and its message for this subscriber, whatever its filters; its id."""
+    event = _add_event(write, subscriber_id, "subscriber.test", "This is a test, sent on request.", now)
+    return deliveries.plan_one(write, event, subscriber_id, now)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back to the first try of a message; all None while nothing did."""
+
+    state: str
+    status_code: int | None = None
+    reason: str | None = None
+    response: str | None = None
+
+
+def await_answer(engine: Engine, message_id: str, seconds: float) -> Answer:
+    """Wait for the first try of a message, up to so many seconds."""
+    until = time.monotonic() + seconds
+    while True:
+        answer = _answer(engine, message_id)
+        if answer is not None or time.monotonic() >= until:
+            return answer or Answer("pending")
+        time.sleep(LOOK_SECONDS)
+
+
+def _answer(engine: Engine, message_id: str) -> Answer | None:
+    columns = models.delivery_attempts.c
+    with reading(engine) as connection:
+        row = connection.execute(
+            select(_m.state, columns.status_code, columns.reason, columns.response)
+            .join(models.delivery_attempts, columns.message == _m.id)
+            .where(_m.message_id == message_id)
+            .order_by(columns.number, columns.id)
+            .limit(1)
+        ).one_or_none()
+    return None if row is None else Answer(*row)
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The last tries of a subscriber: how many, the share that succeeded, latencies in ms, the last error."""
+
+    tries: int
+    success_rate: float | None
+    p50_ms: int | None
+    p95_ms: int | None
+    last_error: str | None
+
+
+LAST_TRIES = 500
+
+
+def health(connection: Connection, subscriber_id: str) -> Health:
+    """How a subscriber's endpoint did in its last 500 tries."""
+    columns = models.delivery_attempts.c
+    rows = connection.execute(
+        select(columns.reason, columns.duration_ms)
+        .where(columns.subscriber == subscriber_id)
+        .order_by(columns.id.desc())
+        .limit(LAST_TRIES)
+    ).all()
+    if not rows:
+        return Health(0, None, None, None, None)
+    times = sorted(row.duration_ms for row in rows)
+    good = sum(row.reason is None for row in rows)
+    last_error = next((row.reason for row in rows if row.reason is not None), None)
+    return Health(
+        len(rows), good / len(rows), times[len(times) // 2], times[int(len(times) * 0.95)], last_error
+    )
