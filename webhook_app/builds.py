@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import bindparam, insert, or_, select, update
 
-from webhook_app import deliveries, models, platforms, polling, progress
+from webhook_app import deliveries, models, platforms, polling, progress, results
 from webhook_app.db import Write
 from webhook_app.lifecycle import (
     Act,
@@ -361,6 +361,7 @@ def _add_event(
             "build": row["id"],
             "sequence": row["sequence"],
             "type": type_,
+            "change": None,
             "observed_by": by,
             "timestamp": now,
             "data": _snapshot(row, previous_state, by) | ({"detail": detail} if detail else {}),
@@ -507,6 +508,7 @@ def _flush(write: Write, drafts: Sequence[_Draft], now: datetime) -> None:
     for event in events:
         event["id"] = event["data"]["event_id"] = write.new_id("events")
     if events:
+        results.note_changes(connection, events)
         connection.execute(insert(models.events), events)
 
 

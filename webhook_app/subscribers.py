@@ -5,16 +5,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, Engine, delete, insert, select, update
 
 from webhook_app import models, sealing, signing
-from webhook_app.db import Write
+from webhook_app.db import Write, as_writer
 from webhook_app.times import iso
 
 Row = Mapping[str, Any]
+
+STATIC_ID = "sub_dashboard"
+"""The subscriber that the settings make, if they name one."""
+
+CLEAN_RECORD: Row = {
+    "state": "active",
+    "disabled_reason": None,
+    "failing_since": None,
+    "failures": 0,
+    "on_probation": False,
+    "warned_percent": 0,
+    "slow_until": None,
+}
+"""The columns of a subscriber that nothing has gone wrong with."""
 
 DEFAULT_GRACE_SECONDS = 86_400
 MOST_GRACE_SECONDS = 7 * 86_400
@@ -29,9 +44,20 @@ class Filters:
     sources: tuple[str, ...]
     repositories: tuple[str, ...]
     branches: tuple[str, ...]
+    states: tuple[str, ...] = ()
+    conclusions: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
-    def match(self, type_: str, data: Row) -> bool:
+    def match(self, type_: str, data: Row, change: str | None = None) -> bool:
         """Does an event of this type, with this data, go to the subscriber?  Repositories ignore case."""
+        return (
+            (not self.states or data.get("state") in self.states)
+            and (not self.conclusions or data.get("conclusion") in self.conclusions)
+            and (not self.changes or change in self.changes)
+            and self._match_globs(type_, data)
+        )
+
+    def _match_globs(self, type_: str, data: Row) -> bool:
         return (
             _any_glob(self.events, type_)
             and _any_glob(self.sources, data.get("source"))
@@ -50,6 +76,14 @@ def _any_glob(globs: tuple[str, ...], value: str | None, fold: bool = False) -> 
     return any(fnmatchcase(value, glob) for glob in globs)
 
 
+_GLOBS = ("events", "sources", "repositories", "branches", "states", "conclusions", "changes")
+
+
+def filters(row: Row) -> Filters:
+    """The filters of a subscriber's row."""
+    return Filters(row["id"], **{name: tuple(row[name]) for name in _GLOBS})
+
+
 _cached: tuple[str, int, tuple[Filters, ...]] = ("", -1, ())
 
 
@@ -65,11 +99,9 @@ def active(write: Write) -> tuple[Filters, ...]:
         return known
     columns = models.subscribers.c
     rows = write.connection.execute(select(models.subscribers).where(columns.state == "active"))
-    found = tuple(
-        Filters(row.id, tuple(row.events), tuple(row.sources), tuple(row.repositories), tuple(row.branches))
-        for row in rows
-    )
-    _cached = (url, write.last["subscribers_revision"], found)
+    found = tuple(filters(dict(row)) for row in rows.mappings())
+    if not write.gave("subscribers_revision"):  # else it may yet be rolled back, and the number given again
+        _cached = (url, write.last["subscribers_revision"], found)
     return found
 
 
@@ -80,22 +112,19 @@ def create(write: Write, wanted: Mapping[str, Any], keys: Sequence[str], now: da
     """
     secret, shown = _new_secret(wanted["signing"])
     row = {
-        "id": f"sub_{random.token_hex(10)}",
+        "id": wanted.get("id") or f"sub_{random.token_hex(10)}",
         "url": wanted["url"],
-        "events": wanted.get("events") or [],
-        "sources": wanted.get("sources") or [],
-        "repositories": wanted.get("repositories") or [],
-        "branches": wanted.get("branches") or [],
+        **{name: list(wanted.get(name) or []) for name in _GLOBS},
+        "format": wanted.get("format") or "standard",
+        "origin": wanted.get("origin") or "api",
         "description": wanted.get("description"),
         "rate_limit_per_second": wanted.get("rate_limit_per_second"),
         "ordered": wanted.get("ordered", True),
         "headers": _seal(wanted.get("headers") or {}, keys),
         "signing": wanted["signing"],
         "secrets": _seal([{"secret": secret, "until": None}], keys),
-        "state": "active",
-        "disabled_reason": None,
-        "failing_since": None,
-        "failures": 0,
+        **CLEAN_RECORD,
+        "paced_until": None,
         "created_at": now,
         "updated_at": now,
     }
@@ -130,6 +159,33 @@ def change(
         .values(**sealed, updated_at=now)
     )
     return result.rowcount == 1
+
+
+def sync_static(write: Write, url: str, api_key: str, keys: Sequence[str], now: datetime) -> bool:
+    """Make, change or remove the one subscriber of the settings; False if it was as it should be.
+
+    It gets `build.*` with `Authorization: Bearer API_KEY`; an empty `url` removes it.  A new address or
+    key gives it a clean record.  Raises `sealing.SealError` without a usable key.
+    """
+    row = get(write.connection, STATIC_ID)
+    if not url:
+        return row is not None and remove(write, STATIC_ID)
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    wanted: dict[str, Any] = {"url": url, "headers": headers}
+    if row is None:
+        fixed = {"id": STATIC_ID, "origin": "settings", "events": ["build.*"], "signing": "hmac"}
+        create(write, wanted | fixed | {"description": "DASHBOARD_API_URL"}, keys, now)
+        return True
+    if row["url"] == url and _is_sealed_in(row, headers, keys):
+        return False
+    return change(write, STATIC_ID, {**CLEAN_RECORD, **wanted}, keys, now)
+
+
+def _is_sealed_in(row: Row, headers: Any, keys: Sequence[str]) -> bool:
+    try:
+        return bool(custom_headers(row, keys) == headers)
+    except sealing.SealError:
+        return False  # sealed with a key that is gone: what the settings say is sealed anew
 
 
 def remove(write: Write, subscriber_id: str) -> bool:
@@ -180,6 +236,53 @@ def custom_headers(row: Row, keys: Sequence[str]) -> dict[str, str]:
         return {}
     headers: dict[str, str] = orjson.loads(sealing.unseal(row["headers"], tuple(keys)))
     return headers
+
+
+def public_key(row: Row, keys: Sequence[str]) -> str | None:
+    """The `whpk_…` that verifies an Ed25519 subscriber's messages; None for HMAC.  Raises `SealError`."""
+    if row["signing"] != "ed25519":
+        return None
+    (newest, _), *_ = _secrets(row, keys)
+    return signing.public_key(newest)
+
+
+REKEY_PORTION = 200
+_SEALED = ("headers", "secrets")
+
+
+def rekey(engine: Engine, keys: Sequence[str]) -> tuple[int, list[str]]:
+    """Seal every secret and header with the newest key; how many, and the ids of those no key opens.
+
+    In portions, each its own transaction; what has the newest key already is left alone, so it can be
+    stopped and repeated at any time.  Raises `SealError` without any key.
+    """
+    count, closed, after = 0, list[str](), ""
+    while True:
+        resealed, lost, after = as_writer(engine, partial(_rekey_portion, tuple(keys), after))
+        count += resealed
+        closed += lost
+        if not after:
+            return count, closed
+
+
+def _rekey_portion(keys: tuple[str, ...], after: str, write: Write) -> tuple[int, list[str], str]:
+    columns = models.subscribers.c
+    statement = select(columns.id, columns.headers, columns.secrets).where(columns.id > after)
+    rows = write.connection.execute(statement.order_by(columns.id).limit(REKEY_PORTION)).mappings().all()
+    count, closed = 0, []
+    for row in rows:
+        old = [name for name in _SEALED if row[name] and not sealing.is_newest(row[name], keys)]
+        try:
+            values = {name: sealing.reseal(row[name], keys) for name in old}
+        except sealing.SealError:
+            closed.append(str(row["id"]))
+            continue
+        if values:
+            write.connection.execute(
+                update(models.subscribers).where(columns.id == row["id"]).values(**values)
+            )
+            count += len(values)
+    return count, closed, str(rows[-1]["id"]) if len(rows) == REKEY_PORTION else ""
 
 
 def get(connection: Connection, subscriber_id: str) -> Row | None:
