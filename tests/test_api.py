@@ -12,7 +12,7 @@ from cryptography.fernet import Fernet
 from sqlalchemy import event, insert, select, text, update
 
 from tests.facts import NOON, PACE, at, github, gitlab
-from webhook_app import builds, db, deliveries, models, queries, queues, settings, subscribers
+from webhook_app import builds, db, deliveries, endpoints, models, queries, queues, settings, subscribers
 from webhook_app.app import create_app
 from webhook_app.builds import PollFailed
 from webhook_app.lifecycle import Detail, Observation, ObservedBy, State
@@ -263,6 +263,7 @@ def test_what_is_no_json_is_told(local, body, kind, status):
         "/api/builds/x/events?lastEventId=x", "/api/builds/x/events?lastEventId=-1", "/api/events?after=-1",
         f"/api/events?after={2**63}", "/api/inbound?status=lost", "/api/tokens?cursor=AA",
         "/api/admin/build-status?heartbeatTimeout=0", "/api/subscribers?cursor=*",
+        "/api/deliveries?state=pending", "/api/deliveries?cursor=c3ViXzE", "/api/deliveries?cursor=OQ",
     ],
 )  # fmt: skip
 def test_a_question_that_makes_no_sense_is_422(local, path):
@@ -638,7 +639,9 @@ def test_a_source_that_is_switched_off_is_not_polled(make_api, migrated_sqlite, 
 SUBSCRIBER_FIELDS = {
     "id", "url", "events", "sources", "repositories", "branches", "description", "rate_limit_per_second",
     "ordered",
-    "headers", "signing", "state", "disabled_reason", "failing_since", "failures", "created_at", "updated_at",
+    "headers", "format", "states", "conclusions", "changes", "signing", "public_key", "origin", "state",
+    "disabled_reason", "failing_since", "failures", "warned_percent", "on_probation", "slow_until",
+    "created_at", "updated_at",
 }  # fmt: skip
 
 
@@ -660,7 +663,8 @@ def test_a_subscriber_is_registered_and_its_secrets_are_shown_once(api):
     for name in wanted.keys() - {"headers"}:
         assert made[name] == wanted[name]
     shown = api("GET", f"/api/subscribers/{made['id']}")
-    assert shown == {name: made[name] for name in SUBSCRIBER_FIELDS}
+    health = {"tries": 0, "success_rate": None, "p50_ms": None, "p95_ms": None, "last_error": None}
+    assert shown == {name: made[name] for name in SUBSCRIBER_FIELDS} | {"health": health}
     listed = json.dumps(api("GET", "/api/subscribers"))
     assert made["id"] in listed
     assert made["secret"] not in listed
@@ -691,7 +695,9 @@ def test_a_subscriber_with_nothing_but_a_url_gets_everything(api):
         ({"rate_limit_per_second": 0}, "rate_limit_per_second"), ({"rate_limit_per_second": "5"},
         "rate_limit_per_second"),
         ({"signing": "rsa"}, "signing"), ({"secret": "mine"}, "secret"), ({"state": "disabled"}, "state"),
-        ({"branches": ["x"] * 101}, "branches"),
+        ({"branches": ["x"] * 101}, "branches"), ({"format": "html"}, "format"), ({"states": ["done"]}, "states"),
+        ({"conclusions": "success"}, "conclusions"), ({"changes": ["worse"]}, "changes"),
+        ({"origin": "settings"}, "origin"), ({"id": "sub_dashboard"}, "id"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_subscriber_is_named(local, body, field):
@@ -721,7 +727,7 @@ def test_a_change_takes_what_is_named_and_leaves_the_rest(api):
         {"X-B": "***"},
     )
     assert (changed["branches"], changed["url"]) == (["main"], made["url"])
-    assert api("GET", path) == changed
+    assert {name: api("GET", path)[name] for name in SUBSCRIBER_FIELDS} == changed
     assert api("PATCH", path, json={})["events"] == ["build.failed"]
     api("PATCH", path, 422, json={"url": "https://10.0.0.1/"})
     api("PATCH", path, 422, json={"signing": "ed25519"})
@@ -802,9 +808,10 @@ def attempt(api, status, reason=None, now=None):
     policy = deliveries.RetryPolicy((60.0,), lambda: 0.5)
 
     def unit(connection):
-        claimed = deliveries.claim(connection, now, 10, 15)
+        claimed = deliveries.claim(connection, now, 30, {}, 15).messages
         tried = [deliveries.Tried(message, now, 0.25, status, reason, "the answer") for message in claimed]
         deliveries.settle(connection, tried, now, policy)
+        endpoints.note(connection, tried, now)
         return len(claimed)
 
     return db.in_transaction(api.engine, unit)
@@ -856,7 +863,7 @@ def test_deliveries_are_filtered_by_state_and_paged(api):
 def test_a_test_event_goes_to_this_subscriber_only(api):
     subscriber, other = subscribe(api, events=["build.failed"]), subscribe(api)
     answer = api("POST", f"/api/subscribers/{subscriber['id']}/test", 202)
-    assert list(answer) == ["delivery_id"]
+    assert list(answer) == ["delivery_id", "state", "status_code", "reason", "response"]
     assert bells(api) == {queues.DELIVER}
     shown = api("GET", f"/api/deliveries/{answer['delivery_id']}")
     assert (shown["type"], shown["build_id"], shown["state"]) == ("subscriber.test", None, "pending")
@@ -877,9 +884,7 @@ def test_a_disabled_subscriber_is_enabled_again(api):
     api.record(github(C), now=utc_now())
     (item,) = api("GET", f"{path}/deliveries")["items"]
     attempt(api, 500, "http_500")
-    db.as_writer(
-        api.engine, lambda write: deliveries.disable(write, subscriber["id"], "410 Gone", (KEY,), utc_now())
-    )
+    db.as_writer(api.engine, lambda write: endpoints.disable(write, subscriber["id"], "410 Gone", utc_now()))
     disabled = api("GET", path)
     assert (disabled["state"], disabled["disabled_reason"], disabled["failures"]) == (
         "disabled",
@@ -1184,6 +1189,8 @@ SOURCES = ["github", "gitlab"]
         (queries.deliveries("s"), "(subscriber=? AND event<?)"),
         (queries.deliveries("s", "pending"),
         "(subscriber=? AND event<?)"),
+        (queries.dead_letters(reason="http_500", before=("s", 9)), "USING INDEX ix_messages_dead"),
+        (queries.dead_letters("s", before=("s", 9)), "USING INDEX ix_messages_dead (subscriber=? AND id<?)"),
         (queries.subscribers("s"), "(id>?)"),
         (queries.notices(), "SEARCH notices USING INTEGER PRIMARY KEY (rowid<?)"),
     ],
@@ -1193,6 +1200,12 @@ def test_lists_follow_an_index_and_sort_nothing(local, statement, index):
     assert index in plan
     assert "TEMP B-TREE" not in plan
     assert not re.search(r"SCAN (?!\()", plan), plan
+
+
+def test_the_first_page_of_dead_letters_walks_their_own_small_index(local):
+    plan = plan_of(local.engine, queries.dead_letters())
+    assert "SCAN messages USING INDEX ix_messages_dead" in plan
+    assert "TEMP B-TREE" not in plan
 
 
 def test_builds_of_a_repository_follow_its_index(local):

@@ -38,6 +38,8 @@ def of(name):
         "GITHUB_REPOS": lambda v: v.sources["github"].repositories,
         "ENABLE_GH": lambda v: v.sources["github"].enabled,
         "GITLAB_TOKEN": lambda v: v.sources["gitlab"].source.token,
+        "DASHBOARD_API_URL": lambda v: v.dashboard_api_url,
+        "DASHBOARD_API_KEY": lambda v: v.dashboard_api_key,
         "GITLAB_URL": lambda v: v.sources["gitlab"].source.api_url,
         "GITLAB_PROJECTS": lambda v: v.sources["gitlab"].repositories,
         "ENABLE_GITLAB": lambda v: v.sources["gitlab"].enabled,
@@ -84,6 +86,8 @@ GOOD = {
     "GITHUB_REPOS": ("octo/one, Octo/two.js", ("octo/one", "Octo/two.js")),
     "ENABLE_GH": ("no", False),
     "GITLAB_TOKEN": ("glpat-x", "glpat-x"),
+    "DASHBOARD_API_URL": ("http://dashboard.internal/api", "http://dashboard.internal/api"),
+    "DASHBOARD_API_KEY": ("a key", "a key"),
     "GITLAB_URL": ("http://gitlab.internal:8080", "http://gitlab.internal:8080"),
     "GITLAB_PROJECTS": ("12, group/sub/project", ("12", "group/sub/project")),
     "ENABLE_GITLAB": ("0", False),
@@ -123,6 +127,7 @@ BAD = {
     "GITHUB_API_URL": ["ftp://x", "api.github.com", "https://", "https:///path", "https://[::1", "http://h:p"],
     "GITHUB_REPOS": ["octo", "octo/one,two", "https://github.com/octo/one", "octo/one two/three"],
     "ENABLE_GH": ["maybe", "2"],
+    "DASHBOARD_API_URL": ["dashboard"],
     "GITLAB_URL": ["gitlab.com"],
     "ENABLE_GITLAB": ["ja"],
     "JENKINS_URL": ["//ci"],
@@ -148,7 +153,7 @@ BAD = {
 }  # fmt: skip
 ANYTHING_GOES = {
     "ADMIN_TOKEN", "GITHUB_WEBHOOK_SECRET", "GITLAB_WEBHOOK_SECRET", "JENKINS_WEBHOOK_SECRET",
-    "BUILD_EVENT_TOKEN", "GITHUB_TOKEN", "GITLAB_TOKEN", "GITLAB_PROJECTS", "JENKINS_USERNAME",
+    "DASHBOARD_API_KEY", "BUILD_EVENT_TOKEN", "GITHUB_TOKEN", "GITLAB_TOKEN", "GITLAB_PROJECTS", "JENKINS_USERNAME",
     "JENKINS_API_TOKEN", "JENKINS_JOBS",
 }  # fmt: skip
 

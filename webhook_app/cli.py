@@ -5,13 +5,36 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from webhook_app import VERSION, db, destinations, migrations, settings, subscribers, supervisor, tokens, up
+from sqlalchemy import Connection, Engine
+
+from webhook_app import (
+    VERSION,
+    db,
+    deliveries,
+    destinations,
+    endpoints,
+    formats,
+    queries,
+    replays,
+    results,
+    settings,
+    subscribers,
+    supervisor,
+    tokens,
+    up,
+)
 from webhook_app.embedded import EmbeddedError
+from webhook_app.lifecycle import Conclusion, State
+from webhook_app.sealing import SealError
 from webhook_app.settings import Settings, SettingsError
 from webhook_app.times import iso, utc_now
+
+REDIS_SECONDS = 2.0
+"""A Redis that says nothing for so long is away: a command does not wait for it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = _parser().parse_args(arguments)
     try:
         code = chosen.run(chosen)
-    except (SettingsError, EmbeddedError) as error:
+    except (SettingsError, EmbeddedError, SealError) as error:
         print(f"buildrelay: {error}", file=sys.stderr)
         code = 2
     except db.StoreUnavailable as error:
@@ -36,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_processes(commands)
     _add_subscribers(commands)
+    _add_deliveries(commands)
     _add_tokens(commands)
+    _command(commands, "rekey", _rekey, "Seal every stored secret with the newest of ENCRYPTION_KEYS.")
     return parser
 
 
@@ -84,8 +109,7 @@ def _demo(chosen: argparse.Namespace) -> int:
 
 
 def _migrate(_chosen: argparse.Namespace) -> int:
-    values = _settings()
-    migrations.upgrade(db.connect(values.database_url, values.sqlite_synchronous))
+    up.prepare(_settings())
     print("The database has the present schema.")
     return 0
 
@@ -112,30 +136,64 @@ def _settings() -> Settings:
     return settings.load(_environment())
 
 
-# ---- subscribers and tokens ------------------------------------------------------------------
+# ---- subscribers -----------------------------------------------------------------------------
 
 
 def _add_subscribers(commands: Any) -> None:
-    group = commands.add_parser("subscribers", help="Who gets webhooks.").add_subparsers(
-        required=True, metavar="ACTION"
-    )
+    group = _group(commands, "subscribers", "Who gets webhooks.")
     _command(group, "list", _list_subscribers, "List the subscribers.")
-    add = _command(group, "add", _add_subscriber, "Register a callback URL; prints its secret, this once.")
-    add.add_argument("url")
-    for name in ("events", "sources", "repositories", "branches"):
-        add.add_argument(f"--{name}", action="append", default=[], help="a glob; may be given more than once")
-    add.add_argument("--description")
-    add.add_argument("--unordered", action="store_true", help="do not keep each build's messages in order")
-    add.add_argument("--signing", choices=["hmac", "ed25519"], default="hmac")
+    _add_arguments_of_add(
+        _command(group, "add", _add_subscriber, "Register a callback URL; prints its secret, this once.")
+    )
     for name, run, help_ in (
         ("remove", _remove_subscriber, "Delete a subscriber and its messages."),
         ("enable", _enable_subscriber, "Let a disabled subscriber get messages again."),
-        ("rotate-secret", _rotate_secret, "Give a new secret; the old one signs as well for a while."),
+        ("test", _test_subscriber, "Send a test message and show the answer."),
     ):
-        one = _command(group, name, run, help_)
-        one.add_argument("id")
-        if name == "rotate-secret":
-            one.add_argument("--grace-seconds", type=int, default=subscribers.DEFAULT_GRACE_SECONDS)
+        _command(group, name, run, help_).add_argument("id")
+    rotate = _command(
+        group, "rotate-secret", _rotate_secret, "Give a new secret; the old one signs as well for a while."
+    )
+    rotate.add_argument("id")
+    rotate.add_argument("--grace-seconds", type=int, default=subscribers.DEFAULT_GRACE_SECONDS)
+    replay = _command(group, "replay", _replay, "Send again what a subscriber missed in a range.")
+    replay.add_argument("id")
+    replay.add_argument("--since", type=_moment, required=True, help="a time like 2026-11-01T10:00:00Z")
+    replay.add_argument("--until", type=_moment, help="before this time (default: now)")
+    replay.add_argument("--only", choices=["missing", "all"], default="missing")
+    replay.add_argument("--dry-run", action="store_true", help="count only")
+
+
+def _group(commands: Any, name: str, help_: str) -> Any:
+    return commands.add_parser(name, help=help_).add_subparsers(required=True, metavar="ACTION")
+
+
+def _add_arguments_of_add(add: argparse.ArgumentParser) -> None:
+    add.add_argument("url")
+    for name in ("events", "sources", "repositories", "branches"):
+        add.add_argument(f"--{name}", action="append", default=[], help="a glob; may be given more than once")
+    for name, words, help_ in (
+        ("state", [state.value for state in State], "only builds in this state"),
+        ("conclusion", [conclusion.value for conclusion in Conclusion], "only builds that ended so"),
+        ("change", results.CHANGES, "only ends that changed the result so"),
+    ):
+        add.add_argument(
+            f"--{name}", action="append", default=[], choices=words, help=f"{help_}; may be repeated"
+        )
+    add.add_argument("--format", choices=formats.FORMATS, default="standard", help="the shape of the body")
+    add.add_argument("--description")
+    add.add_argument("--unordered", action="store_true", help="do not keep each build's messages in order")
+    add.add_argument("--signing", choices=["hmac", "ed25519"], default="hmac")
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise argparse.ArgumentTypeError("a time with its zone is needed, like 2026-11-01T10:00:00Z")
+    return moment
 
 
 def _list_subscribers(_chosen: argparse.Namespace) -> int:
@@ -163,6 +221,10 @@ def _add_subscriber(chosen: argparse.Namespace) -> int:
         "sources": chosen.sources,
         "repositories": chosen.repositories,
         "branches": chosen.branches,
+        "states": chosen.state,
+        "conclusions": chosen.conclusion,
+        "changes": chosen.change,
+        "format": chosen.format,
         "description": chosen.description,
         "ordered": not chosen.unordered,
         "signing": chosen.signing,
@@ -176,18 +238,73 @@ def _add_subscriber(chosen: argparse.Namespace) -> int:
 
 
 def _remove_subscriber(chosen: argparse.Namespace) -> int:
-    found = db.as_writer(_engine(_settings()), lambda write: subscribers.remove(write, chosen.id))
+    engine = _engine(_settings())
+    row = _subscriber(engine, chosen.id)
+    if row is not None and row["origin"] == "settings":
+        print(f"buildrelay: {chosen.id} is set by DASHBOARD_API_URL: unset that instead", file=sys.stderr)
+        return 2
+    found = db.as_writer(engine, lambda write: subscribers.remove(write, chosen.id))
     return _done(found, f"{chosen.id} is gone", chosen.id)
+
+
+def _subscriber(engine: Engine, id_: str) -> Mapping[str, Any] | None:
+    with db.reading(engine) as connection:
+        return subscribers.get(connection, id_)
 
 
 def _enable_subscriber(chosen: argparse.Namespace) -> int:
     values = _settings()
-    fresh = {"state": "active", "disabled_reason": None, "failing_since": None, "failures": 0}
-    found = db.as_writer(
-        _engine(values),
-        lambda write: subscribers.change(write, chosen.id, fresh, values.encryption_keys, utc_now()),
-    )
+    found = db.as_writer(_engine(values), lambda write: endpoints.enable(write, chosen.id, utc_now()))
+    _ring(values)
     return _done(found, f"{chosen.id} is active", chosen.id)
+
+
+def _ring(values: Settings) -> bool:
+    """Wake a worker; is there one?  If not, the next one to start finds the work."""
+    from webhook_app import queues  # RQ: not for those who only migrate
+
+    redis = queues.connect(values.redis_url, REDIS_SECONDS)
+    with redis:
+        return queues.Bell(redis).ring(queues.DELIVER) and queues.is_served(redis, queues.DELIVER)
+
+
+def _active(engine: Engine, id_: str) -> Mapping[str, Any] | None:
+    """The subscriber if messages may be sent to it; else it was said why not."""
+    row = _subscriber(engine, id_)
+    if row is None:
+        print(f"buildrelay: there is no {id_}", file=sys.stderr)
+    elif row["state"] != "active":
+        print(f"buildrelay: {id_} is disabled: enable it first", file=sys.stderr)
+        return None
+    return row
+
+
+def _test_subscriber(chosen: argparse.Namespace) -> int:
+    values = _settings()
+    engine = _engine(values)
+    if _active(engine, chosen.id) is None:
+        return 1
+    message_id = db.as_writer(engine, lambda write: endpoints.plan_test(write, chosen.id, utc_now()))
+    answer = endpoints.await_answer(engine, message_id, endpoints.ANSWER_SECONDS if _ring(values) else 0.0)
+    print(f"{message_id}  {answer.state}  {answer.status_code or '-'}  {answer.reason or '-'}")
+    if answer.response:
+        print(answer.response)
+    return 0 if answer.state == "delivered" else 1
+
+
+def _replay(chosen: argparse.Namespace) -> int:
+    values = _settings()
+    engine, now = _engine(values), utc_now()
+    row = _active(engine, chosen.id)
+    if row is None:
+        return 1
+    span = replays.Range(chosen.since, chosen.until or now, chosen.only == "missing")
+    if chosen.dry_run:
+        print(f"{replays.count(engine, row, span)} would be sent")
+        return 0
+    print(f"{replays.replay(engine, row, span, now)} are on their way")
+    _ring(values)
+    return 0
 
 
 def _rotate_secret(chosen: argparse.Namespace) -> int:
@@ -214,8 +331,84 @@ def _rotate_secret(chosen: argparse.Namespace) -> int:
     return 0
 
 
+# ---- deliveries ------------------------------------------------------------------------------
+
+
+def _add_deliveries(commands: Any) -> None:
+    group = _group(commands, "deliveries", "What was, or is to be, sent.")
+    list_ = _command(group, "list", _list_deliveries, "List the dead deliveries, or those of one subscriber.")
+    list_.add_argument("--state", choices=["pending", "delivered", "dead"], help="default: dead")
+    list_.add_argument("--subscriber", help="the id of one subscriber")
+    list_.add_argument("--most", type=int, default=50, help="how many (default: %(default)s)")
+    retry = _command(group, "retry", _retry_delivery, "Send one delivery again, under its id.")
+    retry.add_argument("id")
+    redrive = _command(group, "redrive", _redrive, "Send the dead deliveries of active subscribers again.")
+    redrive.add_argument("--subscriber", help="only those of this subscriber")
+    redrive.add_argument("--reason", help="only those that died of this reason")
+
+
+def _list_deliveries(chosen: argparse.Namespace) -> int:
+    state = chosen.state or "dead"
+    if chosen.subscriber is None and state != "dead":
+        print("buildrelay: --state: over all subscribers only dead ones are listed", file=sys.stderr)
+        return 2
+    statement = queries.dead_letters(most=chosen.most)
+    if chosen.subscriber is not None:
+        statement = queries.deliveries(chosen.subscriber, state, most=chosen.most)
+    with db.reading(_engine(_settings())) as connection:
+        for row in connection.execute(statement).mappings():
+            about = f"{row['type']}  {row['build_id'] or '-'}  {row['reason'] or '-'}"
+            print(f"{row['id']}  {row['subscriber_id']}  {row['state']:<9}  {about}")
+        if chosen.subscriber is None:
+            counts = replays.dead_letters(connection)
+            print(f"{sum(counts.values())} dead", *(f"{reason}={count}" for reason, count in counts.items()))
+    return 0
+
+
+def _retry_delivery(chosen: argparse.Namespace) -> int:
+    values = _settings()
+
+    def unit(connection: Connection) -> str | None:
+        row = queries.delivery(connection, chosen.id)
+        if row is None:
+            return None
+        if row["subscriber_state"] == "active":
+            deliveries.retry(connection, row["message"], utc_now())
+        return str(row["subscriber_state"])
+
+    state = db.in_transaction(_engine(values), unit)
+    if state == "disabled":
+        print("buildrelay: its subscriber is disabled: enable it first", file=sys.stderr)
+        return 1
+    _ring(values)
+    return _done(state is not None, f"{chosen.id} is on its way", chosen.id)
+
+
+def _redrive(chosen: argparse.Namespace) -> int:
+    values = _settings()
+    engine = _engine(values)
+    if chosen.subscriber is not None and _active(engine, chosen.subscriber) is None:
+        return 1
+    count = replays.redrive(engine, chosen.subscriber, chosen.reason, utc_now())
+    _ring(values)
+    print(f"{count} are on their way")
+    return 0
+
+
+# ---- keys and tokens -------------------------------------------------------------------------
+
+
+def _rekey(_chosen: argparse.Namespace) -> int:
+    values = _settings()
+    count, closed = subscribers.rekey(_engine(values), values.encryption_keys)
+    print(f"{count} sealed with the newest key")
+    for id_ in closed:
+        print(f"buildrelay: the secrets of {id_} open with none of ENCRYPTION_KEYS", file=sys.stderr)
+    return 1 if closed else 0
+
+
 def _add_tokens(commands: Any) -> None:
-    group = commands.add_parser("tokens", help="API tokens.").add_subparsers(required=True, metavar="ACTION")
+    group = _group(commands, "tokens", "API tokens.")
     _command(group, "list", _list_tokens, "List the API tokens.")
     add = _command(group, "add", _add_token, "Make an API token; prints it, this once.")
     add.add_argument("name")
@@ -245,7 +438,7 @@ def _remove_token(chosen: argparse.Namespace) -> int:
     return _done(found, f"{chosen.id} is revoked", chosen.id)
 
 
-def _engine(values: Settings) -> Any:
+def _engine(values: Settings) -> Engine:
     return db.connect(values.database_url, values.sqlite_synchronous)
 
 

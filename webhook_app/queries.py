@@ -17,6 +17,7 @@ from sqlalchemy import (
     func,
     or_,
     select,
+    tuple_,
     union_all,
     update,
 )
@@ -278,6 +279,28 @@ def deliveries(
     if state is not None:
         conditions.append(_m.state + "" == state)  # never along the index of what is pending: it would sort
     return _DELIVERIES.where(*conditions).order_by(_m.event.desc()).limit(most)
+
+
+def dead_letters(
+    subscriber: str | None = None,
+    reason: str | None = None,
+    before: tuple[str, int] | None = None,
+    most: int = 50,
+) -> Select[Any]:
+    """The statement for dead messages, by subscriber downwards, the newest first: the index has that order.
+
+    `before`: subscriber and row id (`message`) of the last one shown.
+    """
+    # Written into the statement: only so can the planner see that the partial index fits.
+    dead = _m.state == bindparam("dead", "dead", literal_execute=True)
+    conditions: list[ColumnElement[bool]] = [dead]
+    if subscriber is not None:
+        conditions += [_m.subscriber == subscriber, _m.id < (before[1] if before else LARGEST_ID)]
+    elif before is not None:
+        conditions.append(tuple_(_m.subscriber, _m.id) < before)
+    if reason is not None:
+        conditions.append(_m.reason == reason)
+    return _DELIVERIES.where(*conditions).order_by(_m.subscriber.desc(), _m.id.desc()).limit(most)
 
 
 def delivery(connection: Connection, message_id: str) -> Row | None:

@@ -11,7 +11,7 @@ from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
-from rq import Queue
+from rq import Queue, Worker
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,14 @@ def enqueue_once(redis: Redis, bell: str) -> bool:
         return False
     queue.enqueue(JOBS[bell], job_timeout=JOB_TIMEOUT_SECONDS, result_ttl=0, failure_ttl=86_400)
     return True
+
+
+def is_served(redis: Redis, bell: str) -> bool:
+    """Does a living worker serve this bell?  False too when Redis does not answer."""
+    try:
+        return any(bell in worker.queue_names() for worker in Worker.all(connection=redis))
+    except RedisError:
+        return False
 
 
 def answer(redis: Redis, bell: str) -> None:

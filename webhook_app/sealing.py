@@ -51,6 +51,15 @@ def reseal(token: str, keys: tuple[str, ...]) -> str:
         raise _no_key_fits(keys) from None
 
 
+def is_newest(token: str, keys: tuple[str, ...]) -> bool:
+    """Was `token` sealed with the newest of `keys`?  Raises `SealError` if there is no usable key."""
+    try:
+        _fernet(keys[:1]).decrypt(token)
+    except (InvalidToken, ValueError):
+        return False
+    return True
+
+
 def forget() -> None:
     """Drop every remembered secret and key, as after a rotation."""
     unseal.cache_clear()

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import yaml
 from cryptography.fernet import Fernet
 
-from webhook_app import embedded
+from webhook_app import destinations, embedded
 from webhook_app.platforms import Source
 from webhook_app.polling import Pace
 
@@ -67,6 +67,8 @@ class Settings:
     heartbeat_timeout_seconds: float = 90.0
     allow_private_callbacks: bool = False
     public_progress: bool = False
+    dashboard_api_url: str = ""
+    dashboard_api_key: str = field(default="", repr=False)
     delivery_retry_schedule: tuple[float, ...] = ()
     delivery_timeout_seconds: float = 15.0
     retention_days: int = 90
@@ -184,6 +186,24 @@ def _url(*schemes: str) -> Callable[[str], str]:
     return read
 
 
+def _callback(text: str) -> str:
+    """The operator's own target: http and private addresses are allowed."""
+    if text:
+        try:
+            destinations.check_callback_url(text, allow_private=True)
+        except destinations.OutboundError as error:
+            raise ValueError(f"a callback URL (not so: {error})") from None
+    return text
+
+
+def _header_text(text: str) -> str:
+    try:
+        destinations.check_header("Authorization", text)
+    except destinations.OutboundError:
+        raise ValueError("text that fits into a header") from None
+    return text
+
+
 def _fernet_keys(text: str) -> tuple[str, ...]:
     keys = _words(text)
     for key in keys:
@@ -269,6 +289,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("HEARTBEAT_TIMEOUT", "90", _number(1, 86400, "seconds"), "seconds without heartbeat, then a script build is failed"),
     Variable("ALLOW_PRIVATE_CALLBACKS", "false", _flag, "allow callbacks to loopback and private addresses"),
     Variable("PUBLIC_PROGRESS", "false", _flag, "the two progress endpoints need no token"),
+    Variable("DASHBOARD_API_URL", "", _callback, "a subscriber that `migrate` and `up` make: gets `build.*`"),
+    Variable("DASHBOARD_API_KEY", "", _header_text, "sent to it as `Authorization: Bearer …`", secret=True),
     Variable(
         "DELIVERY_RETRY_SCHEDULE", "5,300,1800,7200,18000,36000,50400,72000,86400", _seconds_list,
         "seconds before each retry, comma separated",
@@ -324,6 +346,8 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         heartbeat_timeout_seconds=values["HEARTBEAT_TIMEOUT"],
         allow_private_callbacks=values["ALLOW_PRIVATE_CALLBACKS"],
         public_progress=values["PUBLIC_PROGRESS"],
+        dashboard_api_url=values["DASHBOARD_API_URL"],
+        dashboard_api_key=values["DASHBOARD_API_KEY"],
         delivery_retry_schedule=values["DELIVERY_RETRY_SCHEDULE"],
         delivery_timeout_seconds=values["DELIVERY_TIMEOUT"],
         retention_days=values["RETENTION_DAYS"],

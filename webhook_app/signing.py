@@ -141,6 +141,11 @@ def new_ed25519_pair(seed: bytes) -> tuple[str, str]:
     return PRIVATE_PREFIX + b64encode(seed + public).decode(), PUBLIC_PREFIX + b64encode(public).decode()
 
 
+def public_key(secret_key: str) -> str:
+    """The `whpk_…` of a `whsk_…` key; ValueError for anything else."""
+    return PUBLIC_PREFIX + b64encode(_private_key(secret_key).public_key().public_bytes_raw()).decode()
+
+
 def _verify(
     headers: Mapping[str, str],
     body: bytes,

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from cryptography.fernet import Fernet
 
-from webhook_app import db, embedded, migrations, settings, supervisor
+from webhook_app import db, embedded, migrations, settings, subscribers, supervisor
 from webhook_app.settings import Settings
 from webhook_app.supervisor import Child
+from webhook_app.times import utc_now
 
 SECRETS_FILE = "secrets.env"
 
@@ -113,7 +114,7 @@ def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] |
     if port is not None:
         env["PORT"] = str(port)
     values = settings.load(env)
-    migrations.upgrade(db.connect(values.database_url, values.sqlite_synchronous))
+    prepare(values)
     url = f"http://{_bracketed(host)}:{values.port}"
     env["BUILDRELAY_BIND"] = f"{_bracketed(host)}:{values.port}"
     private = "ALLOW_PRIVATE_CALLBACKS" not in given and values.allow_private_callbacks
@@ -122,6 +123,22 @@ def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] |
         on_ready=lambda: print(banner(url, values, first=first, private=private), flush=True),
         pid_dir=data_dir / "run",
     )
+
+
+def prepare(values: Settings) -> None:
+    """Bring the store to the present schema, and the subscriber of the settings to what they say.
+
+    Raises `StoreUnavailable`, and `SealError` if there is nothing to seal that subscriber's key with.
+    """
+    engine = db.connect(values.database_url, values.sqlite_synchronous)
+    migrations.upgrade(engine)
+    db.as_writer(
+        engine,
+        lambda write: subscribers.sync_static(
+            write, values.dashboard_api_url, values.dashboard_api_key, values.encryption_keys, utc_now()
+        ),
+    )
+    engine.dispose()
 
 
 def _bracketed(host: str) -> str:

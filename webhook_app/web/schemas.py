@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from marshmallow import RAISE, Schema, ValidationError, fields
+from marshmallow import RAISE, Schema, ValidationError, fields, validates_schema
 from marshmallow.validate import Length, OneOf, Range
 
-from webhook_app import subscribers, tokens
+from webhook_app import formats, results, subscribers, tokens
 from webhook_app.lifecycle import Conclusion, ObservedBy, State
 from webhook_app.queries import LARGEST_ID
 from webhook_app.times import iso
@@ -101,6 +101,16 @@ class IdCursor(Cursor):
         return int(key)
 
 
+class PairCursor(Cursor):
+    """A cursor over a text id and a whole number."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        name, _, number = super()._deserialize(value, attr, data, **kwargs).rpartition(" ")
+        if not name or not number.isdigit() or len(number) > 19 or int(number) > LARGEST_ID:
+            raise ValidationError(NO_CURSOR)
+        return name, int(number)
+
+
 def cursor(key: object) -> str:
     """The cursor that goes on after the row with this key."""
     return base64.urlsafe_b64encode(str(key).encode("ascii")).rstrip(b"=").decode("ascii")
@@ -111,6 +121,12 @@ def _globs() -> fields.List[Any]:
         Text(validate=Length(1, 255)),
         validate=Length(max=MOST_GLOBS),
         metadata={"description": "Globs; an empty list means all."},
+    )
+
+
+def _words(words: tuple[str, ...], about: str) -> fields.List[Any]:
+    return fields.List(
+        Text(validate=OneOf(words)), validate=Length(max=len(words)), metadata={"description": about}
     )
 
 
@@ -198,6 +214,20 @@ class DeliveriesQuery(PageQuery):
     state = Text(validate=OneOf(("pending", "delivered", "dead")))
 
 
+class DeadLettersQuery(Strict):
+    """Filters of `GET /api/deliveries`, the dead-letter list."""
+
+    state = Text(
+        load_default="dead",
+        validate=OneOf(("dead",)),
+        metadata={"description": "Only dead ones are listed over all subscribers."},
+    )
+    reason = Text(metadata={"description": "As a delivery shows it: `http_500`, `timeout`, …"})
+    subscriber = Text(metadata={"description": "The id of a subscriber."})
+    cursor = PairCursor(metadata={"description": "`next_cursor` of the page before."})
+    limit = _limit()
+
+
 class BuildStatusQuery(Strict):
     """How long a silent build counts as running."""
 
@@ -221,6 +251,12 @@ class SubscriberChange(Strict):
     headers = fields.Dict(
         keys=Text(), values=Text(), metadata={"description": "Sent with each request; never shown again."}
     )
+    format = Text(validate=OneOf(formats.FORMATS), metadata={"description": "The shape of the body."})
+    states = _words(STATES, "States; an empty list means all.")
+    conclusions = _words(CONCLUSIONS, "Conclusions; an empty list means all, also none.")
+    changes = _words(
+        results.CHANGES, "Only ends that changed the result of their workflow and branch so; empty means all."
+    )
 
 
 class NewSubscriber(SubscriberChange):
@@ -241,6 +277,31 @@ class Rotation(Strict):
         load_default=subscribers.DEFAULT_GRACE_SECONDS,
         validate=Range(0, subscribers.MOST_GRACE_SECONDS),
     )
+
+
+class Replay(Strict):
+    """Which events are sent again."""
+
+    since = Moment(required=True, metadata={"description": "Events recorded at this time or later."})
+    until = Moment(metadata={"description": "Events recorded before this time; without it, all until now."})
+    only = Text(  # type: ignore[assignment]  # a field here, an attribute of each schema there
+        load_default="missing",
+        validate=OneOf(("missing", "all")),
+        metadata={"description": "`missing`: not those that were delivered."},
+    )
+    dry_run = Truth(load_default=False, metadata={"description": "Count only."})
+
+    @validates_schema
+    def _in_order(self, data: Mapping[str, Any], **_: Any) -> None:
+        if "until" in data and data["until"] <= data["since"]:
+            raise ValidationError("This is not after `since`.", "until")
+
+
+class Redrive(Strict):
+    """Which dead deliveries are sent again; without anything, all."""
+
+    subscriber_id = Text()
+    reason = Text()
 
 
 class NewToken(Strict):
@@ -369,13 +430,38 @@ class Subscriber(Schema):
     headers = _out(
         fields.Dict, null=True, about="Names with masked values; null if no key in ENCRYPTION_KEYS fits."
     )
+    format = _word(formats.FORMATS)
+    states = _out(fields.List, Text())
+    conclusions = _out(fields.List, Text())
+    changes = _out(fields.List, Text())
     signing = _word(("hmac", "ed25519"))
+    public_key = _out(Text, null=True, about="`whpk_…`, for `ed25519`: what verifies the messages.")
+    origin = _word(("api", "settings"))
     state = _word(("active", "disabled"))
     disabled_reason = _out(Text, null=True)
     failing_since = _out(Moment, null=True)
     failures = _out(fields.Integer)
+    warned_percent = _out(fields.Integer, about="The stage that was told on the way to be disabled.")
+    on_probation = _out(fields.Boolean, about="One more failure disables it.")
+    slow_until = _out(Moment, null=True, about="Left alone until then.")
     created_at = _out(Moment)
     updated_at = _out(Moment)
+
+
+class Health(Schema):
+    """The last 500 tries of a subscriber."""
+
+    tries = _out(fields.Integer)
+    success_rate = _out(fields.Float, null=True, about="0 to 1.")
+    p50_ms = _out(fields.Integer, null=True)
+    p95_ms = _out(fields.Integer, null=True)
+    last_error = _out(Text, null=True)
+
+
+class SubscriberWithHealth(Subscriber):
+    """A registered callback URL, and how it fares."""
+
+    health = _out(fields.Nested, Health)
 
 
 class CreatedSubscriber(Subscriber):
@@ -391,10 +477,20 @@ class NewSecret(Schema):
     previous_expires_at = _out(Moment, null=True)
 
 
-class Accepted(Schema):
-    """A delivery that was set on its way."""
+class Tested(Schema):
+    """A test message, and the answer to its first try; nulls: none came in time."""
 
     delivery_id = _out(Text, about="Also the `webhook-id` of its requests.")
+    state = _word(("pending", "delivered", "dead"))
+    status_code = _out(fields.Integer, null=True)
+    reason = _out(Text, null=True, about="Null after a try: a 2xx.")
+    response = _out(Text, null=True, about="The beginning of what came back.")
+
+
+class Counted(Schema):
+    """How many deliveries."""
+
+    count = _out(fields.Integer)
 
 
 class Delivery(Schema):

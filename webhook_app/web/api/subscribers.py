@@ -1,15 +1,17 @@
 """Subscribers and their deliveries."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from flask import Response
-from sqlalchemy import Connection, insert
+from sqlalchemy import Connection
 
-from webhook_app import db, deliveries, destinations, models, queries, queues, subscribers
+from webhook_app import db, deliveries, destinations, endpoints, queries, queues, replays, subscribers
 from webhook_app.destinations import OutboundError
 from webhook_app.queries import Row
+from webhook_app.replays import Range
 from webhook_app.sealing import SealError
 from webhook_app.times import utc_now
 from webhook_app.web import schemas
@@ -35,11 +37,13 @@ def _keys() -> tuple[str, ...]:
 
 def _shown(row: Row) -> dict[str, Any]:
     """A subscriber without its secrets; of its headers only the names."""
+    shown = {**row, "headers": None, "public_key": None}
     try:
-        headers = dict.fromkeys(subscribers.custom_headers(row, _keys()), MASK)
+        shown["headers"] = dict.fromkeys(subscribers.custom_headers(row, _keys()), MASK)
+        shown["public_key"] = subscribers.public_key(row, _keys())
     except SealError:
-        return {**row, "headers": None}
-    return {**row, "headers": headers}
+        pass  # null says so
+    return shown
 
 
 def _need(connection: Connection, subscriber_id: str) -> Row:
@@ -89,38 +93,53 @@ def create_subscriber(wanted: dict[str, Any]) -> Any:
     return _shown(row) | {"secret": secret}, 201, {"Location": f"/api/subscribers/{row['id']}"}
 
 
-@operation(blueprint, "GET", "/subscribers/<string:subscriber_id>", schemas.Subscriber, errors=[404])
+@operation(
+    blueprint, "GET", "/subscribers/<string:subscriber_id>", schemas.SubscriberWithHealth, errors=[404]
+)
 def get_subscriber(subscriber_id: str) -> Any:
-    """Get one subscriber."""
+    """Get one subscriber, and how its endpoint did in its last 500 tries."""
     with db.reading(state().engine) as connection:
-        return _shown(_need(connection, subscriber_id))
+        row = _need(connection, subscriber_id)
+        health = endpoints.health(connection, subscriber_id)
+    return _shown(row) | {"health": health}
 
 
 @operation(
     blueprint, "PATCH", "/subscribers/<string:subscriber_id>", schemas.Subscriber,
-    scope="write", body=schemas.SubscriberChange, errors=[404],
+    scope="write", body=schemas.SubscriberChange, errors=[404, 409],
 )  # fmt: skip
 def change_subscriber(wanted: dict[str, Any], subscriber_id: str) -> Any:
     """Change what is named; `headers` are replaced as a whole."""
     _check(wanted)
-    return _shown(_changed(subscriber_id, wanted))
 
-
-def _changed(subscriber_id: str, values: Mapping[str, Any]) -> Row:
     def unit(write: db.Write) -> Row:
-        subscribers.change(write, subscriber_id, values, _keys(), utc_now())
+        row = _need(write.connection, subscriber_id)
+        if wanted.keys() & {"url", "headers"}:
+            _need_own(row)
+        subscribers.change(write, subscriber_id, wanted, _keys(), utc_now())
         return _need(write.connection, subscriber_id)
 
-    return db.as_writer(state().engine, unit)
+    return _shown(db.as_writer(state().engine, unit))
+
+
+def _need_own(row: Row) -> None:
+    """409 for what the settings say: the next start would undo it."""
+    if row["origin"] == "settings":
+        abort(409, "DASHBOARD_API_URL and DASHBOARD_API_KEY set this subscriber: change them instead")
 
 
 @operation(
-    blueprint, "DELETE", "/subscribers/<string:subscriber_id>", None, scope="write", status=204, errors=[404]
-)
+    blueprint, "DELETE", "/subscribers/<string:subscriber_id>", None,
+    scope="write", status=204, errors=[404, 409],
+)  # fmt: skip
 def delete_subscriber(subscriber_id: str) -> Any:
     """Remove a subscriber, and with it its deliveries."""
-    if not db.as_writer(state().engine, lambda write: subscribers.remove(write, subscriber_id)):
-        abort(404, "there is no such subscriber")
+
+    def unit(write: db.Write) -> None:
+        _need_own(_need(write.connection, subscriber_id))
+        subscribers.remove(write, subscriber_id)
+
+    db.as_writer(state().engine, unit)
 
 
 @operation(
@@ -128,9 +147,16 @@ def delete_subscriber(subscriber_id: str) -> Any:
     scope="write", errors=[404],
 )  # fmt: skip
 def enable_subscriber(subscriber_id: str) -> Any:
-    """Let a disabled subscriber get events again, and forget its failures."""
-    fresh = {"state": "active", "disabled_reason": None, "failing_since": None, "failures": 0}
-    row = _changed(subscriber_id, fresh)
+    """Let a disabled subscriber get events again, and forget its failures.
+
+    What it missed meanwhile is sent by a replay.
+    """
+
+    def unit(write: db.Write) -> Row:
+        endpoints.enable(write, subscriber_id, utc_now())
+        return _need(write.connection, subscriber_id)
+
+    row = db.as_writer(state().engine, unit)
     state().bell.ring(queues.DELIVER)
     return _shown(row)
 
@@ -151,29 +177,45 @@ def rotate_secret(wanted: dict[str, Any], subscriber_id: str) -> Any:
 
 
 @operation(
-    blueprint, "POST", "/subscribers/<string:subscriber_id>/test", schemas.Accepted,
+    blueprint, "POST", "/subscribers/<string:subscriber_id>/test", schemas.Tested,
     scope="write", status=202, errors=[404, 409],
 )  # fmt: skip
 def send_test_event(subscriber_id: str) -> Any:
-    """Send an event of type `subscriber.test` to this subscriber, whatever its filters."""
-    delivery_id = db.as_writer(state().engine, lambda write: _plan_test(write, subscriber_id, utc_now()))
+    """Send an event of type `subscriber.test` to this subscriber, whatever its filters, and show the answer.
+
+    Waits for it up to 10 s; where no worker runs, not at all.
+    """
+
+    def unit(write: db.Write) -> str:
+        _need_active(_need(write.connection, subscriber_id)["state"])
+        return endpoints.plan_test(write, subscriber_id, utc_now())
+
+    held = state()
+    delivery_id = db.as_writer(held.engine, unit)
+    heard = held.bell.ring(queues.DELIVER) and queues.is_served(held.redis, queues.DELIVER)
+    answer = endpoints.await_answer(held.engine, delivery_id, endpoints.ANSWER_SECONDS if heard else 0.0)
+    return {"delivery_id": delivery_id} | asdict(answer)
+
+
+@operation(
+    blueprint, "POST", "/subscribers/<string:subscriber_id>/replay", schemas.Counted,
+    scope="write", status=202, body=schemas.Replay, errors=[404, 409], shaped={200: schemas.Counted},
+)  # fmt: skip
+def replay_events(wanted: dict[str, Any], subscriber_id: str) -> Any:
+    """Send again what the subscriber missed in a range, or all of it; each delivery keeps its id.
+
+    Its filters hold, as they are now.  A dry run (200) counts only.
+    """
+    now = utc_now()
+    span = Range(wanted["since"], wanted.get("until", now), wanted["only"] == "missing")
+    with db.reading(state().engine) as connection:
+        row = _need(connection, subscriber_id)
+    _need_active(row["state"])
+    if wanted["dry_run"]:
+        return {"count": replays.count(state().engine, row, span)}, 200
+    count = replays.replay(state().engine, row, span, now)
     state().bell.ring(queues.DELIVER)
-    return {"delivery_id": delivery_id}
-
-
-def _plan_test(write: db.Write, subscriber_id: str, now: datetime) -> str:
-    _need_active(_need(write.connection, subscriber_id)["state"])
-    event = {
-        "id": write.new_id("events"),
-        "build": None,
-        "sequence": None,
-        "type": "subscriber.test",
-        "observed_by": "report",
-        "timestamp": now,
-        "data": {"subscriber_id": subscriber_id, "message": "This is a test, sent on request."},
-    }
-    write.connection.execute(insert(models.events), event)
-    return deliveries.plan_one(write, event, subscriber_id, now)
+    return {"count": count}
 
 
 def _need_active(subscriber_state: str) -> None:
@@ -196,6 +238,33 @@ def list_deliveries(asked: dict[str, Any], subscriber_id: str) -> Any:
         _need(connection, subscriber_id)
         rows = connection.execute(statement).mappings().all()
     return page(rows, limit, lambda row: row["event_id"])
+
+
+@operation(blueprint, "GET", "/deliveries", schemas.DeliveryPage, query=schemas.DeadLettersQuery)
+def list_dead_letters(asked: dict[str, Any]) -> Any:
+    """List the dead deliveries with their reasons, by subscriber, the newest first."""
+    limit = asked["limit"]
+    statement = queries.dead_letters(
+        asked.get("subscriber"), asked.get("reason"), asked.get("cursor"), limit + 1
+    )
+    with db.reading(state().engine) as connection:
+        rows = connection.execute(statement).mappings().all()
+    return page(rows, limit, lambda row: f"{row['subscriber_id']} {row['message']}")
+
+
+@operation(
+    blueprint, "POST", "/deliveries/redrive", schemas.Counted,
+    scope="write", status=202, body=schemas.Redrive, body_needed=False, errors=[404, 409],
+)  # fmt: skip
+def redrive_deliveries(wanted: dict[str, Any]) -> Any:
+    """Send dead deliveries of active subscribers again: of one, for one reason, or all."""
+    subscriber_id = wanted.get("subscriber_id")
+    if subscriber_id is not None:
+        with db.reading(state().engine) as connection:
+            _need_active(_need(connection, subscriber_id)["state"])
+    count = replays.redrive(state().engine, subscriber_id, wanted.get("reason"), utc_now())
+    state().bell.ring(queues.DELIVER)
+    return {"count": count}
 
 
 def _need_delivery(connection: Connection, delivery_id: str) -> Row:

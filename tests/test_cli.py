@@ -1,0 +1,249 @@
+"""The commands about subscribers, deliveries and keys, on a SQLite file."""
+
+import re
+
+import pytest
+from cryptography.fernet import Fernet
+from sqlalchemy import select
+
+from tests.facts import PACE, at, github
+from webhook_app import builds, cli, db, deliveries, endpoints, models, sealing, subscribers
+from webhook_app.deliveries import Tried
+from webhook_app.lifecycle import State
+from webhook_app.retries import RetryPolicy
+from webhook_app.times import utc_now
+
+OLD, NEW = (Fernet.generate_key().decode() for _ in range(2))
+SINCE = "2026-11-01T00:00:00Z"
+
+
+class Box:
+    """A store and the commands over it."""
+
+    def __init__(self, engine, capsys):
+        self.engine = engine
+        self.capsys = capsys
+
+    def __call__(self, *arguments, code=0):
+        """Run a command; the lines it printed, or what it complained of."""
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        out, err = self.capsys.readouterr()
+        assert ended.value.code == code, (arguments, out, err)
+        return out.splitlines() if code == 0 else err.strip()
+
+    def add(self, *more):
+        id_, secret = self("subscribers", "add", "https://example.com/hook", *more)
+        return id_, secret.removeprefix("secret: ")
+
+    def row(self, id_):
+        with db.reading(self.engine) as connection:
+            return subscribers.get(connection, id_)
+
+    def record(self, *facts, now=None):
+        db.as_writer(self.engine, lambda write: builds.record(write, facts, now or utc_now(), PACE))
+
+    def messages(self):
+        with db.reading(self.engine) as connection:
+            return connection.execute(select(models.messages).order_by(models.messages.c.id)).mappings().all()
+
+    def bury(self):
+        """Fail what is due, for good; the ids of the messages."""
+
+        def unit(connection):
+            now = utc_now()
+            taken = deliveries.claim(connection, now, 50, {}, 15).messages
+            tried = [Tried(one, now, 0.1, 500, "http_500") for one in taken]
+            deliveries.settle(connection, tried, now, RetryPolicy((), lambda: 0.5))
+            return [one.message_id for one in taken]
+
+        return db.in_transaction(self.engine, unit)
+
+
+@pytest.fixture
+def box(tmp_path, monkeypatch, capsys, migrated_sqlite):
+    """A box whose Redis is away: commands say what they did all the same."""
+    path = tmp_path / "buildrelay.db"
+    path.write_bytes(migrated_sqlite.read_bytes())
+    for name in ("DASHBOARD_API_URL", "DASHBOARD_API_KEY", "BUILDRELAY_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("BUILDRELAY_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{path}")
+    monkeypatch.setenv("REDIS_URL", f"unix://{tmp_path}/no.sock")
+    monkeypatch.setenv("ENCRYPTION_KEYS", OLD)
+    engine = db.connect(f"sqlite:///{path}")
+    yield Box(engine, capsys)
+    engine.dispose()
+    sealing.forget()
+
+
+def test_a_subscriber_is_added_with_format_and_filters(box):
+    id_, secret = box.add(
+        "--events", "build.*", "--branches", "main", "--format", "slack", "--state", "failed", "--state", "completed",
+        "--conclusion", "failure", "--change", "broke", "--change", "fixed", "--unordered",
+    )  # fmt: skip
+    row = box.row(id_)
+    assert (row["format"], row["states"], row["conclusions"], row["changes"], row["ordered"]) == (
+        "slack", ["failed", "completed"], ["failure"], ["broke", "fixed"], False,
+    )  # fmt: skip
+    assert secret.startswith("whsec_")
+    (line,) = box("subscribers", "list")
+    assert line.startswith(id_)
+    assert "build.*" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--format", "html"), ("--state", "done"), ("--conclusion", "bad"), ("--change", "worse"),
+    ],
+)  # fmt: skip
+def test_words_that_do_not_exist_are_refused(box, arguments):
+    assert "invalid choice" in box("subscribers", "add", "https://example.com/", *arguments, code=2)
+    assert "https" in box("subscribers", "add", "http://example.com/", code=2)
+    assert box("subscribers", "list") == []
+
+
+def test_a_replay_is_counted_and_made(box):
+    for state in (State.QUEUED, State.IN_PROGRESS):
+        box.record(github(state), now=at(0))
+    id_, _ = box.add()
+    assert box("subscribers", "replay", id_, "--since", SINCE, "--dry-run") == ["2 would be sent"]
+    assert box.messages() == []
+    assert box("subscribers", "replay", id_, "--since", SINCE, "--until", "2026-11-01T00:00:01Z") == [
+        "0 are on their way"
+    ]
+    assert box("subscribers", "replay", id_, "--since", SINCE, "--only", "missing") == ["2 are on their way"]
+    assert [row["sequence"] for row in box.messages()] == [1, 2]
+    assert "zone" in box("subscribers", "replay", id_, "--since", "yesterday", code=2)
+    assert "there is no" in box("subscribers", "replay", "sub_none", "--since", SINCE, code=1)
+
+
+def test_a_disabled_subscriber_is_enabled_with_a_clean_record(box):
+    id_, _ = box.add()
+    db.as_writer(box.engine, lambda write: endpoints.disable(write, id_, "in this test", utc_now()))
+    for command in (("subscribers", "replay", id_, "--since", SINCE), ("subscribers", "test", id_)):
+        assert "enable it first" in box(*command, code=1)
+    spoilt = {"on_probation": True, "warned_percent": 90, "slow_until": at(0)}
+    db.as_writer(box.engine, lambda write: subscribers.change(write, id_, spoilt, (), at(0)))
+    assert box("subscribers", "enable", id_) == [f"{id_} is active"]
+    row = box.row(id_)
+    assert {name: row[name] for name in subscribers.CLEAN_RECORD} == subscribers.CLEAN_RECORD
+    assert "there is no sub_none" in box("subscribers", "enable", "sub_none", code=1)
+
+
+def test_a_test_without_a_worker_says_that_it_waits(box):
+    id_, _ = box.add("--events", "nothing")
+    box("subscribers", "test", id_, code=1)
+    (message,) = box.messages()
+    assert (message["state"], message["subscriber"]) == ("pending", id_)
+    assert "there is no" in box("subscribers", "test", "sub_none", code=1)
+
+
+def test_a_test_shows_the_answer(box, monkeypatch):
+    id_, _ = box.add()
+    answer = endpoints.Answer("delivered", 200, None, "thank you")
+    monkeypatch.setattr(endpoints, "await_answer", lambda *_: answer)
+    line, response = box("subscribers", "test", id_)
+    assert re.fullmatch(r"msg_\w+  delivered  200  -", line)
+    assert response == "thank you"
+
+
+def test_dead_deliveries_are_listed_retried_and_redriven(box):
+    one, _ = box.add("--unordered")
+    two, _ = box.add("--unordered")
+    box.record(github(State.COMPLETED, run=1), github(State.COMPLETED, run=2))
+    assert len(box.bury()) == 4
+    *lines, total = box("deliveries", "list")
+    assert total == "4 dead http_500=4"
+    assert all("dead" in line and "build.completed" in line and "http_500" in line for line in lines)
+    mine = box("deliveries", "list", "--subscriber", one, "--state", "dead")
+    assert len(mine) == 2
+    assert all(one in line for line in mine)
+    assert box("deliveries", "list", "--subscriber", one, "--state", "pending") == []
+    message_id = mine[0].split()[0]
+    assert box("deliveries", "retry", message_id) == [f"{message_id} is on its way"]
+    assert [row["message_id"] for row in box.messages() if row["state"] == "pending"] == [message_id]
+    assert box("deliveries", "redrive", "--reason", "timeout") == ["0 are on their way"]
+    assert box("deliveries", "redrive", "--subscriber", one) == ["1 are on their way"]
+    assert box("deliveries", "redrive") == ["2 are on their way"]
+    assert box("deliveries", "list") == ["0 dead"]
+    assert {row["subscriber"] for row in box.messages() if row["state"] == "pending"} == {one, two}
+
+
+def test_what_can_not_be_sent_again_is_said(box):
+    id_, _ = box.add()
+    box.record(github(State.COMPLETED))
+    (message_id,) = box.bury()
+    db.as_writer(box.engine, lambda write: endpoints.disable(write, id_, "in this test", utc_now()))
+    assert "disabled" in box("deliveries", "retry", message_id, code=1)
+    assert "disabled" in box("deliveries", "redrive", "--subscriber", id_, code=1)
+    assert "there is no msg_none" in box("deliveries", "retry", "msg_none", code=1)
+    assert "only dead ones" in box("deliveries", "list", "--state", "pending", code=2)
+
+
+# ---- keys ------------------------------------------------------------------------------------
+
+
+def test_rekey_seals_all_with_the_newest_key_and_then_nothing(box, monkeypatch):
+    monkeypatch.setattr(subscribers, "REKEY_PORTION", 2)
+    made = dict(box.add() for _ in range(5))
+    box.add("--signing", "ed25519")
+    assert box("rekey") == ["0 sealed with the newest key"]
+    monkeypatch.setenv("ENCRYPTION_KEYS", f"{NEW},{OLD}")
+    assert box("rekey") == ["12 sealed with the newest key"]
+    assert box("rekey") == ["0 sealed with the newest key"]
+    sealing.forget()
+    for id_, secret in made.items():
+        row = box.row(id_)
+        assert subscribers.live_secrets(row, (NEW,), utc_now()) == (secret,)
+        assert subscribers.custom_headers(row, (NEW,)) == {}
+
+
+def test_rekey_names_what_no_key_opens_and_does_the_rest(box, monkeypatch):
+    lost, _ = box.add()
+    monkeypatch.setenv("ENCRYPTION_KEYS", NEW)
+    kept, secret = box.add()
+    newest = Fernet.generate_key().decode()
+    monkeypatch.setenv("ENCRYPTION_KEYS", f"{newest},{NEW}")
+    assert lost in box("rekey", code=1)
+    assert subscribers.live_secrets(box.row(kept), (newest,), utc_now()) == (secret,)
+    assert subscribers.live_secrets(box.row(lost), (OLD,), utc_now())
+
+
+def test_without_a_key_nothing_is_stored_and_one_line_says_so(box, monkeypatch):
+    monkeypatch.setenv("ENCRYPTION_KEYS", "")
+    told = box("subscribers", "add", "https://example.com/", code=2)
+    assert told.startswith("buildrelay: ENCRYPTION_KEYS is empty")
+    assert box("subscribers", "list") == []
+
+
+# ---- the subscriber of the settings ----------------------------------------------------------
+
+
+def test_migrate_makes_the_subscriber_of_the_settings(box, monkeypatch):
+    monkeypatch.setenv("DASHBOARD_API_URL", "http://dashboard.internal:8080/hook/")
+    monkeypatch.setenv("DASHBOARD_API_KEY", "very-secret")
+    for _ in range(2):
+        box("migrate")
+    row = box.row("sub_dashboard")
+    assert (row["url"], row["origin"]) == ("http://dashboard.internal:8080/hook/", "settings")
+    assert subscribers.custom_headers(row, (OLD,)) == {"Authorization": "Bearer very-secret"}
+    assert "DASHBOARD_API_URL" in box("subscribers", "remove", "sub_dashboard", code=2)
+    monkeypatch.delenv("DASHBOARD_API_URL")
+    box("migrate")
+    assert box("subscribers", "list") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DASHBOARD_API_URL", "ftp://dashboard.example/"), ("DASHBOARD_API_URL", "https://user:pw@example.com/"),
+        ("DASHBOARD_API_URL", "https://169.254.169.254/"), ("DASHBOARD_API_KEY", "two\nlines"),
+    ],
+)  # fmt: skip
+def test_a_target_that_can_not_be_used_stops_the_start(box, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    told = box("migrate", code=2)
+    assert told.startswith(f"buildrelay: {name}=")
+    assert "lines" not in told
