@@ -129,6 +129,13 @@ def test_a_manual_job_that_was_played_opens_an_attempt():
     assert (got.act, got.attempt) == (Act.REOPEN, 2)
 
 
+def test_a_manual_job_proves_nothing_when_it_was_played_before_an_end_that_a_poll_told():
+    """Its push came late: the poll, which shows no jobs, had told of the same end before."""
+    polled = replace(DONE, jobs_complete=False)
+    assert verdict(polled, gitlab(C, 100, {10: "completed", 11: "completed"})).act is Act.ENRICH
+    assert verdict(polled, gitlab(P, 100, {10: "completed", 11: "in_progress"})).act is Act.ASK
+
+
 def test_a_poll_decides_by_the_platforms_clock():
     assert verdict(DONE, gitlab(P, 102, None, by="poll")).act is Act.REOPEN
     assert verdict(DONE, gitlab(P, 100.5, None, by="poll")).act is Act.ASK

@@ -297,14 +297,16 @@ def _poll_after_the_end(recorded: Recorded, seen: Observation, state: State) -> 
 
 
 def _job_evidence(recorded: Recorded, seen: Observation) -> bool:
-    """Does a job show a re-run: a new id after the end, or a manual job that was played?"""
-    if not recorded.jobs:
+    """Does a job show a re-run: a new id after the end, or a manual job that was played?
+
+    Only where the jobs are those of the end: one that a poll told may lie after jobs we saw waiting.
+    """
+    if not recorded.jobs or not recorded.jobs_complete:
         return False
     largest = max(recorded.jobs)
     awake = (JobStatus.QUEUED, JobStatus.IN_PROGRESS, JobStatus.COMPLETED)
     return any(
-        (job.id > largest and recorded.jobs_complete)
-        or (recorded.jobs.get(job.id) is JobStatus.MANUAL and job.status in awake)
+        job.id > largest or (recorded.jobs.get(job.id) is JobStatus.MANUAL and job.status in awake)
         for job in seen.jobs
     )
 
