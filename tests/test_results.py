@@ -1,19 +1,26 @@
 """What an end changed: over builds, attempts, branches, and corrections; on both databases."""
 
 import pytest
+from cryptography.fernet import Fernet
 from sqlalchemy import select
 
 from tests.facts import PACE, at, github, gitlab
-from webhook_app import builds, db, models, results
+from webhook_app import builds, db, models, results, subscribers
 from webhook_app.lifecycle import Conclusion, State
 
 Q, P, C, F = State.QUEUED, State.IN_PROGRESS, State.COMPLETED, State.FAILED
 X, T = State.CANCELLED, State.TIMEOUT
+KEYS = (Fernet.generate_key().decode(),)
 
 
 @pytest.fixture
 def told(engine):
-    """`told(*observations)`: the changes of the ends that these made, in order."""
+    """`told(*observations)`: the changes of the ends that these made, in order.
+
+    Somebody wants to know them, else they are not looked for.
+    """
+    wanted = {"url": "https://example.com/hook", "signing": "hmac", "changes": ["broke"]}
+    db.as_writer(engine, lambda write: subscribers.create(write, wanted, KEYS, at(0)))
 
     def record(*facts):
         with db.reading(engine) as connection:
@@ -111,3 +118,11 @@ def test_an_older_build_that_ends_later_is_compared_with_older_ones(told):
     assert told(github(F, run=3)) == ["broke"]
     assert told(github(C, run=2)) == [None]
     assert told(github(F, run=4)) == ["still_failing"]
+
+
+def test_nobody_who_wants_it_nothing_is_looked_for(engine):
+    db.as_writer(
+        engine, lambda write: builds.record(write, [github(F, run=1), github(F, run=2)], at(0), PACE)
+    )
+    with db.reading(engine) as connection:
+        assert connection.execute(select(models.events.c.change)).scalars().all() == [None, None]

@@ -23,10 +23,10 @@ def create_app(values: Settings | None = None) -> Flask:
     values = values or settings.load()
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = hooks.MOST_BYTES
-    app.extensions["buildrelay"] = _state(values)
+    app.extensions["buildrelay"] = state = _state(values)
     problems.register(app)
-    app.register_blueprint(hooks.blueprint)
     register_api(app)
+    app.wsgi_app = hooks.in_front_of(app.wsgi_app, state)  # type: ignore[method-assign,assignment]
     return app
 
 

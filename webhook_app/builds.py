@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import bindparam, insert, or_, select, update
+from sqlalchemy import bindparam, insert, select, update
 
-from webhook_app import deliveries, models, platforms, polling, progress, results
+from webhook_app import deliveries, models, platforms, polling, progress, results, subscribers
 from webhook_app.db import Write
 from webhook_app.lifecycle import (
     Act,
@@ -108,13 +108,17 @@ class _Drafts:
 def _load(write: Write, facts: Sequence[Fact]) -> _Drafts:
     keys = {fact.key for fact in facts if fact.key}
     groups = {fact.group for fact in facts if isinstance(fact, Observation) and not fact.key and fact.group}
-    wanted = [models.builds.c.key.in_(keys)] if keys else []
+    rows: list[Any] = []
+    if keys:
+        rows += write.connection.execute(_BY_KEY, {"keys": list(keys)})
     if groups:
-        wanted.append(models.builds.c.group_key.in_(groups))
-    if not wanted:
-        return _Drafts(())
-    rows = write.connection.execute(select(models.builds).where(or_(*wanted))).mappings()
-    return _Drafts(dict(row) for row in rows)
+        rows += write.connection.execute(_BY_GROUP, {"groups": list(groups)})
+    return _Drafts(dict(zip(_COLUMNS, row, strict=True)) for row in rows)
+
+
+_COLUMNS = [column.name for column in models.builds.c]
+_BY_KEY = select(models.builds).where(models.builds.c.key.in_(bindparam("keys", expanding=True)))
+_BY_GROUP = select(models.builds).where(models.builds.c.group_key.in_(bindparam("groups", expanding=True)))
 
 
 def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace) -> Outcome:
@@ -508,7 +512,8 @@ def _flush(write: Write, drafts: Sequence[_Draft], now: datetime) -> None:
     for event in events:
         event["id"] = event["data"]["event_id"] = write.new_id("events")
     if events:
-        results.note_changes(connection, events)
+        if any(subscriber.wants_change for subscriber in subscribers.active(write)):
+            results.note_changes(connection, events)
         connection.execute(insert(models.events), events)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import orjson
-from sqlalchemy import Connection, Engine, create_engine, event, select, update
+from sqlalchemy import Connection, Engine, bindparam, create_engine, event, select, update
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
@@ -33,6 +33,12 @@ UNAVAILABLE = (OperationalError, InterfaceError, ProgrammingError, PoolTimeout)
 """Away, locked, or (ProgrammingError) without our tables: nothing can be stored."""
 
 
+CROWD = 4
+PATIENCE_SECONDS = 0.001
+MOST_PATIENCE_SECONDS = 0.01
+"""Group commit: from this size on a group waits for company, this long for the next, and so long in all."""
+
+
 class StoreUnavailable(Exception):
     """The database does not answer or can't be written; nothing of the unit was stored."""
 
@@ -48,6 +54,7 @@ def connect(url: str, synchronous: str = "FULL", pool_size: int = 16) -> Engine:
             json_serializer=_dump,
             json_deserializer=orjson.loads,
             poolclass=QueuePool,
+            pool_use_lifo=True,
             pool_size=pool_size,
             max_overflow=pool_size,
             connect_args={"timeout": 30, "check_same_thread": False},
@@ -80,6 +87,7 @@ def _prepare_sqlite(engine: Engine, synchronous: str) -> None:
             f"synchronous={synchronous}",
             "foreign_keys=ON",
             "cache_size=-16000",
+            "wal_autocheckpoint=4000",
         ):
             connection.execute(f"PRAGMA {pragma}")
 
@@ -152,10 +160,15 @@ class Write:
     def finish(self) -> None:
         """Store the ids given out; called once, last."""
         if self._given:
-            values = {name: self.last[name] for name in self._given}
-            self.connection.execute(update(models.counters).where(models.counters.c.id == 1).values(values))
+            self.connection.execute(_GIVEN, {f"new_{name}": last for name, last in self.last.items()})
 
 
+_c = models.counters.c
+_GIVEN = (
+    update(models.counters)
+    .where(_c.id == 1)
+    .values({column.name: bindparam(f"new_{column.name}") for column in _c if column.name != "id"})
+)
 _LOCK_COUNTERS = select(models.counters).where(models.counters.c.id == 1).with_for_update()
 
 
@@ -175,9 +188,9 @@ def as_writer(engine: Engine, unit: Callable[[Write], Result]) -> Result:
 class GroupCommit(Generic[Argument, Result]):
     """Run what several threads bring at the same time as one unit: one transaction, one sync.
 
-    The first thread to come runs at once, without waiting for company; what arrives meanwhile
-    goes together in the next run.  A unit that fails with company is repeated alone for each,
-    so that one bad argument costs the others nothing.
+    The first thread to come runs at once; what arrives meanwhile goes together in the next run.  Only
+    under load, when groups were large, a leader waits a few milliseconds for those that keep coming.
+    A unit that fails with company is repeated alone for each, so a bad argument costs only itself.
     """
 
     def __init__(self, run: Callable[[Sequence[Argument]], Sequence[Result]], most: int = 64) -> None:
@@ -186,6 +199,8 @@ class GroupCommit(Generic[Argument, Result]):
         self._mutex = threading.Lock()
         self._waiting: list[_Seat[Argument, Result]] = []
         self._led = False
+        self._company = threading.Condition(self._mutex)
+        self._expected = 1
 
     def __call__(self, argument: Argument) -> Result:
         """The result for `argument` once its transaction is committed; raises what the unit raised."""
@@ -194,6 +209,8 @@ class GroupCommit(Generic[Argument, Result]):
             self._waiting.append(seat)
             leads = not self._led
             self._led = True
+            if len(self._waiting) >= self._expected:
+                self._company.notify()
         if not leads:
             seat.call.acquire()  # until it is done, or it is this thread's turn to lead
         if not seat.done:
@@ -205,8 +222,10 @@ class GroupCommit(Generic[Argument, Result]):
     def _lead(self) -> None:
         """Run one group, the leader's own seat first in it, and hand the lead on."""
         with self._mutex:
+            self._await_company()
             seats = self._waiting[: self._most]
             del self._waiting[: self._most]
+            self._expected = len(seats)
         try:
             self._serve(seats)
         finally:
@@ -216,6 +235,19 @@ class GroupCommit(Generic[Argument, Result]):
                     self._waiting[0].call.release()
             for seat in seats[1:]:
                 seat.call.release()
+
+    def _await_company(self) -> None:
+        """Under load, let those come who came last time, as long as they keep coming.
+
+        After a large group its members are about to bring their next arguments; a leader that runs at
+        once would run alone, and then with all of them, by turns.  A lone one never waits.
+        """
+        if self._expected < CROWD:
+            return
+        seen, until = 0, time.monotonic() + MOST_PATIENCE_SECONDS
+        while seen < len(self._waiting) < self._expected and time.monotonic() < until:
+            seen = len(self._waiting)
+            self._company.wait(PATIENCE_SECONDS)
 
     def _serve(self, seats: "list[_Seat[Argument, Result]]") -> None:
         try:

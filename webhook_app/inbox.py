@@ -78,24 +78,27 @@ def _take(write: Write, arrivals: Sequence[Arrival], now: datetime, pace: Pace) 
     known = _known(write, arrivals)
     receipts: dict[int, Receipt] = {}
     fresh: list[tuple[int, Arrival, int]] = []  # place, arrival, row id
-    rows: list[dict[str, Any]] = []
+    again: set[int] = set()  # row ids that exist: they were unreadable, this is their second chance
     for place, arrival in enumerate(arrivals):
         key = arrival.delivery_key
         seen = known.get(key) if key else None
         if seen is not None and seen[1] != "unreadable":
             receipts[place] = Receipt("duplicate", seen[0], seen[2])
             continue
-        if seen is None:
-            row_id = write.new_id("inbound")
-            rows.append(_row(row_id, arrival, now))
-        else:
-            row_id = seen[0]  # was unreadable: this is its second chance
+        row_id = write.new_id("inbound") if seen is None else seen[0]
+        if seen is not None:
+            again.add(row_id)
         if key:
             known[key] = (row_id, "applied", None)
         fresh.append((place, arrival, row_id))
+    taken, results = _apply(write, fresh, now, pace)
+    rows = [
+        _row(row_id, arrival, now) | results[row_id] for _, arrival, row_id in fresh if row_id not in again
+    ]
     if rows:
         write.connection.execute(insert(models.inbound), rows)
-    receipts |= _apply(write, fresh, now, pace)
+    _settle(write, {row_id: result for row_id, result in results.items() if row_id in again})
+    receipts |= taken
     return [receipts[place] for place in range(len(arrivals))]
 
 
@@ -125,29 +128,34 @@ def _row(row_id: int, arrival: Arrival, now: datetime) -> dict[str, Any]:
         "delivery_id": arrival.envelope.delivery_id,
         "headers": {name: value for name, value in arrival.headers.items() if name in KEPT_HEADERS},
         "body": zlib.compress(arrival.body, COMPRESSION),
-        "status": "applied",
         "received_at": now,
     }
 
 
 def _apply(
     write: Write, fresh: Sequence[tuple[int, Arrival, int]], now: datetime, pace: Pace
-) -> dict[int, Receipt]:
-    """Record what the deliveries say; update their rows with what became of them."""
+) -> tuple[dict[int, Receipt], dict[int, dict[str, Any]]]:
+    """Record what deliveries say: receipts by place, and by row id what their rows are to say of it."""
     facts = [fact for _, arrival, _ in fresh if arrival.webhook for fact in arrival.webhook.observations]
     outcomes = iter(builds.record(write, facts, now, pace))
     receipts: dict[int, Receipt] = {}
-    results: list[dict[str, Any]] = []
+    results: dict[int, dict[str, Any]] = {}
     for place, arrival, row_id in fresh:
         mine = [next(outcomes) for _ in arrival.webhook.observations] if arrival.webhook else []
         receipt = _receipt(arrival, row_id, mine)
         receipts[place] = receipt
         build = next((outcome.build for outcome in mine if outcome.build is not None), None)
         status = "applied" if receipt.status == "accepted" else receipt.status
-        results.append({"the_id": row_id, "status": status, "reason": receipt.reason, "build": build})
+        results[row_id] = {"status": status, "reason": receipt.reason, "build": build}
+    return receipts, results
+
+
+def _settle(write: Write, results: Mapping[int, Mapping[str, Any]]) -> None:
+    """Say in rows that exist what became of them."""
     if results:
-        write.connection.execute(_SETTLE, results)
-    return receipts
+        write.connection.execute(
+            _SETTLE, [{"the_id": row_id, **result} for row_id, result in results.items()]
+        )
 
 
 _SETTLE = (
@@ -196,6 +204,8 @@ def reprocess(
                 "unreadable", inbound_id, reason=f"source {row['source']!r} is no longer configured"
             )
         arrival = read(source, row["headers"], body)
-        return _apply(write, [(0, arrival, inbound_id)], now, pace)[0]
+        receipts, results = _apply(write, [(0, arrival, inbound_id)], now, pace)
+        _settle(write, results)
+        return receipts[0]
 
     return as_writer(engine, again)

@@ -1,9 +1,12 @@
-"""What an end changed for its workflow and branch: it broke, is fixed, or still fails."""
+"""What an end changed for its workflow and branch: it broke, is fixed, or still fails.
+
+It is noted with the event while some subscriber asks for it, by filter or by a format for people.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, or_, select
+from sqlalchemy import Connection, bindparam, or_, select
 
 from webhook_app import models
 
@@ -13,6 +16,24 @@ CHANGES = (BROKE, FIXED, STILL_FAILING)
 _BAD = ("failed", "timeout")
 _ENDS = ("build.completed", "build.failed", "build.timeout")
 _b, _e = models.builds.c, models.events.c
+_OWN = (
+    select(_e.data)
+    .where(_e.build == bindparam("the_build"), _e.sequence < bindparam("before"), _e.type.in_(_ENDS))
+    .order_by(_e.sequence.desc())
+)
+_LINE = (
+    select(_b.state, _b.conclusion)
+    .where(
+        _b.source == bindparam("the_source"),
+        _b.repository.is_not_distinct_from(bindparam("the_repository")),
+        _b.workflow.is_not_distinct_from(bindparam("the_workflow")),
+        _b.branch.is_not_distinct_from(bindparam("the_branch")),
+        _b.id < bindparam("before"),
+        or_(_b.state.in_(_BAD), _b.conclusion == "success"),
+    )
+    .order_by(_b.id.desc())
+    .limit(1)
+)
 
 
 def note_changes(connection: Connection, events: Sequence[dict[str, Any]]) -> None:
@@ -49,28 +70,13 @@ def _result_before(connection: Connection, event: Mapping[str, Any]) -> bool | N
 
     The build's own comes first: an earlier attempt, or an end of ours that the platform has corrected.
     """
-    own = connection.execute(
-        select(_e.data)
-        .where(_e.build == event["build"], _e.sequence < event["sequence"], _e.type.in_(_ENDS))
-        .order_by(_e.sequence.desc())
-    ).scalars()
+    own = connection.execute(_OWN, {"the_build": event["build"], "before": event["sequence"]}).scalars()
     known = next((result for result in map(_result, own) if result is not None), None)
     return _result_of_line(connection, event) if known is None else known
 
 
 def _result_of_line(connection: Connection, event: Mapping[str, Any]) -> bool | None:
     data = event["data"]
-    earlier = connection.execute(
-        select(_b.state, _b.conclusion)
-        .where(
-            _b.source == data["source"],
-            _b.repository == data["repository"],
-            _b.workflow == data["workflow"],
-            _b.branch == data["branch"],
-            _b.id < event["build"],
-            or_(_b.state.in_(_BAD), _b.conclusion == "success"),
-        )
-        .order_by(_b.id.desc())
-        .limit(1)
-    ).one_or_none()
+    line = {f"the_{name}": data[name] for name in ("source", "repository", "workflow", "branch")}
+    earlier = connection.execute(_LINE, {**line, "before": event["build"]}).one_or_none()
     return None if earlier is None else _result(dict(earlier._mapping))

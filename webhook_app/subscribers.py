@@ -48,6 +48,13 @@ class Filters:
     conclusions: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
 
+    format: str = "standard"
+
+    @property
+    def wants_change(self) -> bool:
+        """Must be known what an end changed, to filter by it or to write it for people?"""
+        return bool(self.changes) or self.format in ("slack", "teams")
+
     def match(self, type_: str, data: Row, change: str | None = None) -> bool:
         """Does an event of this type, with this data, go to the subscriber?  Repositories ignore case."""
         return (
@@ -81,7 +88,7 @@ _GLOBS = ("events", "sources", "repositories", "branches", "states", "conclusion
 
 def filters(row: Row) -> Filters:
     """The filters of a subscriber's row."""
-    return Filters(row["id"], **{name: tuple(row[name]) for name in _GLOBS})
+    return Filters(row["id"], **{name: tuple(row[name]) for name in _GLOBS}, format=row["format"])
 
 
 _cached: tuple[str, int, tuple[Filters, ...]] = ("", -1, ())

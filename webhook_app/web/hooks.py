@@ -1,64 +1,151 @@
-"""Reception: `POST /webhooks/SOURCE` and its older names.  Verified, durable, applied, then answered."""
+"""Reception: `POST /webhooks/SOURCE` and its older names.  Verified, durable, applied, then answered.
+
+This is plain WSGI in front of Flask: routing, contexts and request objects would cost each push more
+than verifying and parsing it does (`bench/` has the figures).  Everything else goes on to Flask.
+"""
 
 import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import orjson
-from flask import Blueprint, Response, request
+from flask import Response
 from gunicorn.http.errors import ParseException
 
 from webhook_app import inbox, platforms
+from webhook_app.db import StoreUnavailable
 from webhook_app.platforms import BadSignature, NotJson
 from webhook_app.settings import SourceSettings
-from webhook_app.web.problems import problem
-from webhook_app.web.state import state
+from webhook_app.web.problems import fault, problem, store_unavailable
+from webhook_app.web.state import State
 
-blueprint = Blueprint("hooks", __name__)
+Environ = dict[str, Any]
+StartResponse = Callable[..., Any]
+WSGI = Callable[[Environ, StartResponse], Iterable[bytes]]
+Answer = tuple[int, Mapping[str, object]]
+
+PREFIX = "/webhooks/"
+OTHER_NAMES = {
+    "/api/webhook/github-actions": "github",
+    "/api/webhook/jenkins": "jenkins",
+    "/api/internal/build-events": "script",
+}
+"""Older addresses, and that of build scripts."""
 
 MOST_BYTES = 25 * 1024 * 1024
 """GitHub's and GitLab's own cap."""
 
+_STATUS = {200: "200 OK", 202: "202 ACCEPTED"}
 
-@blueprint.post("/webhooks/<source>")
-def receive(source: str) -> Response:
+
+def in_front_of(flask: WSGI, held: State) -> WSGI:
+    """A WSGI application that takes deliveries and leaves the rest to `flask`."""
+
+    def door(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        source = _source(environ["PATH_INFO"])
+        if source is None:
+            return flask(environ, start_response)
+        answer = _answer(held, source, environ)
+        if isinstance(answer, Response):
+            return answer(environ, start_response)
+        status, content = answer
+        body = orjson.dumps(content)
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        start_response(_STATUS[status], headers)
+        return [body]
+
+    return door
+
+
+def _source(path: str) -> str | None:
+    """The source a path names; None if it is none of ours."""
+    if path.startswith(PREFIX):
+        return path[len(PREFIX) :]
+    return OTHER_NAMES.get(path)
+
+
+def _answer(held: State, source: str, environ: Environ) -> Response | Answer:
+    """The answer to one delivery; no input and no fault escapes as an exception."""
+    try:
+        return _receive(held, source, environ)
+    except StoreUnavailable as error:
+        return store_unavailable(error)
+    except Exception as error:  # noqa: BLE001  the last handler, as Flask has one
+        return fault(error)
+
+
+def _receive(held: State, source: str, environ: Environ) -> Response | Answer:
     """Take one delivery for a source; the answers are spec section 6."""
-    settings = state().settings.sources.get(source)
+    settings = held.settings.sources.get(source)
     if settings is None:
         return problem(404, "no such source")
-    refused = _refuse_form()
+    platform = platforms.find()[settings.source.platform]
+    refused = _refuse(environ, platform.CONTENT_TYPES)
     if refused is not None:
         return refused
-    platform = platforms.find()[settings.source.platform]
-    if request.mimetype not in platform.CONTENT_TYPES:
-        return problem(415, f"send {' or '.join(platform.CONTENT_TYPES)}")
     try:
-        body = request.get_data(cache=False)
+        body = _read_body(environ)
     except (OSError, ParseException) as error:  # a sender that hangs up, or whose chunks are broken
         return problem(400, f"the body can't be read: {error}")
-    headers = {name.lower(): value for name, value in request.headers.items()}
+    if len(body) > MOST_BYTES:
+        return _too_large()
+    headers = _headers(environ)
     try:
         platform.verify(headers, body, settings.webhook_secrets, time.time())
     except BadSignature:
         return problem(401, "the signature or token is missing, wrong or too old")
-    return _take(settings, headers, body)
+    return _take(held, settings, headers, body)
 
 
-def _refuse_form() -> Response | None:
-    """Refuse what can't be read as it stands: too large, or compressed."""
-    if (request.content_length or 0) > MOST_BYTES:
-        return problem(413, f"a delivery has at most {MOST_BYTES} bytes")
-    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+def _refuse(environ: Environ, content_types: tuple[str, ...]) -> Response | None:
+    """Refuse what can't be taken as it stands: another method or type, too large, or compressed."""
+    if environ["REQUEST_METHOD"] != "POST":
+        return problem(405, "deliveries are posted", {"Allow": "POST"})
+    if (_length(environ) or 0) > MOST_BYTES:
+        return _too_large()
+    if environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
         return problem(415, "send the body without content encoding")
+    if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() not in content_types:
+        return problem(415, f"send {' or '.join(content_types)}")
     return None
 
 
-def _take(settings: SourceSettings, headers: dict[str, str], body: bytes) -> Response:
-    held = state()
+def _too_large() -> Response:
+    return problem(413, f"a delivery has at most {MOST_BYTES} bytes")
+
+
+def _length(environ: Environ) -> int | None:
+    text = environ.get("CONTENT_LENGTH") or ""
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _read_body(environ: Environ) -> bytes:
+    """The raw body, at most one byte more than allowed; a chunked one has no length and ends by itself."""
+    length = _length(environ)
+    if length is None and not environ.get("wsgi.input_terminated"):
+        return b""
+    body: bytes = environ["wsgi.input"].read(MOST_BYTES + 1 if length is None else length)
+    return body
+
+
+def _headers(environ: Environ) -> dict[str, str]:
+    """Header names in lower case, as the platform modules want them."""
+    found = {
+        name[5:].replace("_", "-").lower(): value
+        for name, value in environ.items()
+        if name.startswith("HTTP_")
+    }
+    found["content-type"] = environ.get("CONTENT_TYPE", "")
+    return found
+
+
+def _take(held: State, settings: SourceSettings, headers: dict[str, str], body: bytes) -> Response | Answer:
     try:
         arrival = inbox.read(settings.source, headers, body)
     except NotJson as error:
         return problem(400, f"the body is not the JSON it says it is: {error}")
     if arrival.webhook is not None and arrival.webhook.pong:
-        return _json(200, {"status": "pong"})
+        return 200, {"status": "pong"}
     receipt = held.take(arrival)
     answer: dict[str, object] = {"status": receipt.status}
     if receipt.status in ("accepted", "duplicate"):
@@ -66,26 +153,4 @@ def _take(settings: SourceSettings, headers: dict[str, str], body: bytes) -> Res
     if receipt.reason:
         answer["reason"] = receipt.reason
     answer["delivery_id"] = arrival.envelope.delivery_id or str(receipt.delivery_id)
-    return _json(202, answer)
-
-
-def _json(status: int, content: dict[str, object]) -> Response:
-    return Response(orjson.dumps(content), status, content_type="application/json")
-
-
-@blueprint.post("/api/webhook/github-actions")
-def receive_github() -> Response:
-    """The older name of `/webhooks/github`."""
-    return receive("github")
-
-
-@blueprint.post("/api/webhook/jenkins")
-def receive_jenkins() -> Response:
-    """The older name of `/webhooks/jenkins`."""
-    return receive("jenkins")
-
-
-@blueprint.post("/api/internal/build-events")
-def receive_report() -> Response:
-    """Build scripts report here."""
-    return receive("script")
+    return 202, answer
