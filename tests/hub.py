@@ -177,16 +177,6 @@ class Hub:
         assert reply.status_code == 200, f"GET {path}: {reply.status_code} {reply.text[:500]}"
         return reply.json()
 
-    def items(self, path: str) -> list[dict[str, Any]]:
-        """All pages of a list."""
-        found, cursor = [], ""
-        while True:
-            page = self.get(f"{path}{'&' if '?' in path else '?'}limit=200{cursor}")
-            found += page["items"]
-            if page["next_cursor"] is None:
-                return found
-            cursor = f"&cursor={page['next_cursor']}"
-
     def build(self, build_id: str) -> dict[str, Any] | None:
         """A build, or None while nobody has spoken of it."""
         reply = self.ask("GET", f"/api/builds/{build_id}")

@@ -32,6 +32,8 @@ RESPONSE_CAP_BYTES = 16 * 1024
 MOST_IN_FLIGHT = 64
 """Messages of one subscriber that one worker has on the way; those of one that fails are fewer."""
 CAUTION_IN_FLIGHT = 4
+MOST_SEEN = 500
+"""So many due messages are looked at together once the first few all had to wait."""
 
 
 def plan(write: Write, events: Sequence[Mapping[str, Any]], now: datetime) -> int:
@@ -244,8 +246,9 @@ def _take_due(connection: Connection, row: Mapping[str, Any], now: datetime, mos
 
 def _due_heads(connection: Connection, row: Mapping[str, Any], now: datetime, most: int) -> list[int]:
     """Look until something may be sent or nothing is due; what must wait is put out of sight on the way."""
+    seen = most
     while True:
-        due = connection.execute(_DUE, {"subscriber": row["id"], "now": now, "most": most}).all()
+        due = connection.execute(_DUE, {"subscriber": row["id"], "now": now, "most": seen}).all()
         if not due or not row["ordered"]:
             return [one.id for one in due]
         lanes = {(one.subscriber, one.build) for one in due if one.build is not None}
@@ -260,6 +263,7 @@ def _due_heads(connection: Connection, row: Mapping[str, Any], now: datetime, mo
         taken = list(dict.fromkeys(free + ready))[:most]
         if taken or not waiting:
             return taken
+        seen = MOST_SEEN  # all of these wait; there may be thousands
 
 
 @dataclass(frozen=True, slots=True)
