@@ -99,7 +99,7 @@ def _bodies(engine: Engine) -> list[bytes]:
     with db.reading(engine) as connection:
         rows = connection.execute(pending).all()
     return [
-        deliveries.body(deliveries.Claimed(0, "", "", None, 1, "", row.type, row.timestamp, row.data))
+        deliveries.body(deliveries.Claimed(0, "", "", None, 1, "", row.type, row.timestamp, row.data))[1]
         for row in rows
     ]
 
