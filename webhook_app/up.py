@@ -83,7 +83,7 @@ def environment(data_dir: Path, host: str, environ: Mapping[str, str]) -> dict[s
         "PYTHONUNBUFFERED": "1",
     }
     made.setdefault("REDIS_URL", embedded.redis_url(data_dir))
-    if not made.get("DATABASE_URL"):
+    if made.get("DATABASE_URL", "sqlite:").startswith("sqlite:"):
         made.setdefault("WEB_CONCURRENCY", "1")  # SQLite has one writer; one process commits in groups
     made.setdefault("LOG_LEVEL", "warning")
     if is_loopback(host):
