@@ -143,12 +143,6 @@ class _Api:
         reply = self.http.get(f"{self.base}/api/builds/{build_id}", timeout=10)
         return reply.json() if reply.status_code == 200 else None
 
-    def sources(self) -> list[dict[str, Any]]:
-        reply = self.http.get(f"{self.base}/api/sources", timeout=10)
-        reply.raise_for_status()
-        items: list[dict[str, Any]] = reply.json()["items"]
-        return items
-
 
 def _live(world: World, sender: Sender) -> int:
     """Go on with new builds until Ctrl-C."""
