@@ -32,6 +32,8 @@ bench: $(VENV)/test-installed $(VENV)/project-installed
 	$(BIN)/python -m bench $(ARGS)
 
 # The stamps are files in .venv: an install is repeated only when the file it comes from changed.
+# --no-deps: the lock is complete.  Without it an older pip takes `coverage[toml]` for something else than the
+# pinned `coverage`, finds a newer release, and refuses it for having no hash.
 $(VENV)/made:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo 'Python 3.11 or newer is needed. Install it, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
@@ -43,12 +45,12 @@ $(VENV)/made:
 
 $(VENV)/runtime-installed: requirements.txt $(VENV)/made
 	@echo 'Installing the packages of $<'
-	@$(PIP) install --require-hashes -r $<
+	@$(PIP) install --require-hashes --no-deps -r $<
 	@touch $@
 
 $(VENV)/test-installed: requirements-test.txt $(VENV)/made
 	@echo 'Installing the packages of $<'
-	@$(PIP) install --require-hashes -r $<
+	@$(PIP) install --require-hashes --no-deps -r $<
 	@touch $@ $(VENV)/runtime-installed
 
 # Setuptools comes from the lock, so nothing is fetched here.
