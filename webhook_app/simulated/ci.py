@@ -7,15 +7,26 @@ a test wants to know ("how often was this build polled?") follows from the paths
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from email.utils import formatdate
 from typing import Self, TypeVar
 
-from webhook_app.simulated.facts import Build, Moment, Repository
+from webhook_app.simulated.facts import Build, Job, Moment, Repository
 from webhook_app.simulated.httpd import Request, Response, Server
-from webhook_app.simulated.world import REPOSITORIES, World
+from webhook_app.simulated.world import World
 
 T = TypeVar("T")
+
+_DIGITS = "0123456789abcdefABCDEF0123456789abcd"
+LOGGED_SECRETS = {
+    "github": f"ghp_{_DIGITS}",
+    "gitlab": f"glpat-{_DIGITS[:20]}",
+    "jenkins": f"AKIA{_DIGITS[:16].upper()}",
+}
+"""What each platform's jobs carelessly write into their logs: it must be shown nowhere."""
+_FILLING = "." * 998
 
 
 @dataclass(slots=True)
@@ -29,24 +40,38 @@ class ApiServer:
     """The REST API of one simulated platform; a context manager.
 
     `list_lag_seconds`: lists show the builds as they were that long ago; reads of one build never lag.
+    `port` None: no socket at all, only `answer(request)`.
+
+    Tests may set: `latency_seconds` of each answer (real time), `date_skew_seconds` of the `Date` header,
+    `extra_log_lines` of every log, and `log_bytes` that every log has at least.
     """
 
     platform = ""
 
-    def __init__(self, world: World, *, list_lag_seconds: float = 0.0, port: int = 0) -> None:
+    def __init__(self, world: World, *, list_lag_seconds: float = 0.0, port: int | None = 0) -> None:
         self.world = world
         self.list_lag_seconds = list_lag_seconds
+        self.latency_seconds = 0.0
+        self.date_skew_seconds = 0.0
+        self.extra_log_lines: tuple[str, ...] = ()
+        self.log_bytes = 0
         self.requests: Counter[str] = Counter()
         self.statuses: Counter[int] = Counter()
+        self.in_flight: Counter[str] = Counter()
+        self.most_in_flight = 0
         self._faults: list[_Fault] = []
         self._deleted: set[str] = set()
+        self._hidden: set[Repository] = set()
         self._lock = threading.Lock()
-        self._server = Server(self._handle, port)
-        self.url = self._server.url
+        self._closing = threading.Event()
+        self._server = None if port is None else Server(self._serve, port)
+        self.url = self._server.url if self._server else f"http://{self.platform}.simulated.test"
 
     def close(self) -> None:
         """Stop serving at once."""
-        self._server.close()
+        self._closing.set()
+        if self._server:
+            self._server.close()
 
     def __enter__(self) -> Self:
         return self
@@ -70,6 +95,10 @@ class ApiServer:
         """The build is deleted on the platform: unknown from now on."""
         self._deleted.add(build_id)
 
+    def hide(self, repository: Repository, hidden: bool = True) -> None:
+        """The account may not see this repository (or it may again): it doesn't exist for it."""
+        (self._hidden.add if hidden else self._hidden.discard)(repository)
+
     # What tests ask -----------------------------------------------------------------------------
 
     def count(self, path_contains: str = "") -> int:
@@ -90,14 +119,51 @@ class ApiServer:
         """The path under which this build is read, without a trailing slash."""
         raise NotImplementedError
 
-    # What platforms use -------------------------------------------------------------------------
+    # Answering ----------------------------------------------------------------------------------
+
+    def answer(self, request: Request) -> Response:
+        """The answer to a request, counted as if it had come by a socket; a delay isn't waited."""
+        with self._flight(request):
+            return self._handle(request)
+
+    def _serve(self, request: Request) -> Response:
+        """The same for the socket: it is in flight until its delay is over."""
+        with self._flight(request):
+            response = self._handle(request)
+            delay = response.delay_seconds or self.latency_seconds
+            if delay and self._closing.wait(delay):
+                return replace(response, delay_seconds=0.0, drop=True)
+            return replace(response, delay_seconds=0.0)
+
+    @contextmanager
+    def _flight(self, request: Request) -> Iterator[None]:
+        account = self._account(request)
+        with self._lock:
+            self.in_flight[account] += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight[account])
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.in_flight[account] -= 1
 
     def _handle(self, request: Request) -> Response:
-        response = self._next_fault(request.path) or self._answer(request)
+        """An injected fault keeps the date of the real clock, unless it brings its own."""
+        response = self._next_fault(request.path) or self._dated(self._answer(request))
         with self._lock:
             self.requests[request.path] += 1
             self.statuses[response.status] += 1
         return response
+
+    def _dated(self, response: Response) -> Response:
+        date = formatdate(self.world.now() + self.date_skew_seconds, usegmt=True)
+        return replace(response, headers={"Date": date, **response.headers})
+
+    def _account(self, request: Request) -> str:
+        """Whose request it is: the token, however it is sent."""
+        return request.headers.get("private-token") or bearer(request)
+
+    # What platforms use -------------------------------------------------------------------------
 
     def _next_fault(self, path: str) -> Response | None:
         with self._lock:
@@ -111,28 +177,68 @@ class ApiServer:
     def _answer(self, request: Request) -> Response:
         raise NotImplementedError
 
+    def _begun(self, repository: Repository, at: float) -> list[Build]:
+        """The builds that a repository had begun at `at`, newest first, without those deleted since."""
+        begun = self.world.begun(repository, at)
+        return [build for build in begun if build.build_id not in self._deleted] if self._deleted else begun
+
     def _visible(self, repository: Repository) -> list[tuple[Build, Moment]]:
         """A repository's builds as its list shows them, newest first."""
         at = self.world.now() - self.list_lag_seconds
-        shown = [
-            (build, moment)
-            for build in self.world.of(repository)
-            if build.build_id not in self._deleted and (moment := build.moment_at(at))
-        ]
-        return shown[::-1]
+        return as_they_were(self._begun(repository, at), at)
 
     def _find(
         self, repository: Repository, number: str, attribute: str = "run_id"
     ) -> tuple[Build, Moment] | None:
         """One build by its `run_id` or `number`, if it has begun and was not deleted."""
-        for build in self.world.of(repository):
-            if str(getattr(build, attribute)) == number and build.build_id not in self._deleted:
-                moment = build.moment_at(self.world.now())
-                return (build, moment) if moment else None
-        return None
+        look = self.world.run if attribute == "run_id" else self.world.numbered
+        return self._now(look(repository, int(number)) if number.isdigit() else None)
+
+    def _find_job(self, repository: Repository, job_id: str) -> tuple[Build, Moment, Job] | None:
+        """A job as it is now, of whatever attempt, if its build was not deleted."""
+        pair = self._now(self.world.with_job(self.platform, int(job_id)) if job_id.isdigit() else None)
+        if pair is None or pair[0].repository != repository:
+            return None
+        build, now = pair
+        told = (m for m in reversed(build.moments) if m.at <= now.at)
+        return next(
+            (
+                (build, moment, one)
+                for moment in told
+                for one in (*moment.jobs, *moment.retired)
+                if str(one.id) == job_id
+            ),
+            None,
+        )
+
+    def _now(self, build: Build | None) -> tuple[Build, Moment] | None:
+        if build is None or build.build_id in self._deleted:
+            return None
+        moment = build.moment_at(self.world.now())
+        return (build, moment) if moment else None
 
     def _repositories(self) -> tuple[Repository, ...]:
-        return REPOSITORIES[self.platform] if self.platform in self.world.platforms else ()
+        """Those that the account may see."""
+        if self.platform not in self.world.platforms:
+            return ()
+        places = self.world.places[self.platform]
+        return tuple(place for place in places if place not in self._hidden)
+
+    def _log(self, build: Build, job_name: str, failed: bool) -> list[str]:
+        """The lines of a job's log, the wanted ones and the filling included."""
+        lines = log_lines(build, job_name, failed)
+        filling = max(self.log_bytes - sum(map(len, lines)), 0) // len(_FILLING)
+        return [lines[0], *self.extra_log_lines, *[_FILLING] * (filling + bool(self.log_bytes)), *lines[1:]]
+
+
+def as_they_were(builds: Iterable[Build], at: float) -> list[tuple[Build, Moment]]:
+    """Each build that had begun by `at`, with the moment that held then."""
+    return [(build, moment) for build in builds if (moment := build.moment_at(at))]
+
+
+def bearer(request: Request) -> str:
+    """The token of `Authorization: Bearer TOKEN` (or `token TOKEN`); empty without one."""
+    return request.headers.get("authorization", "").partition(" ")[2].strip()
 
 
 def version_tag(owner: str, place: str, shown: Iterable[tuple[Build, Moment]]) -> str:
@@ -166,6 +272,7 @@ def log_lines(build: Build, job_name: str, failed: bool) -> list[str]:
     lines = [
         f"Preparing {build.repository.full_name} at {build.commit[:12]}",
         f"Job {job_name}, branch {build.branch}",
+        f"DEPLOY_TOKEN={LOGGED_SECRETS[build.platform]}",
     ]
     lines += [f"Compiling module {n} of 12" for n in range(1, 13)]
     if failed:

@@ -12,7 +12,7 @@ from email.utils import formatdate
 from urllib.parse import unquote
 
 from webhook_app.simulated import gitlab_bodies as bodies
-from webhook_app.simulated.ci import ApiServer, log_lines, matches, page_of, version_tag
+from webhook_app.simulated.ci import ApiServer, matches, page_of, version_tag
 from webhook_app.simulated.facts import Build, Job, Moment, Repository
 from webhook_app.simulated.httpd import Request, Response, json_response, page
 from webhook_app.simulated.world import World
@@ -192,7 +192,7 @@ class GitLabServer(ApiServer):
         build, _, one = found
         if one.started_at is None:
             return Response(200, b"", {"Content-Type": "text/plain"})
-        lines = log_lines(build, one.name, one.status == "failed")
+        lines = self._log(build, one.name, one.status == "failed")
         return Response(200, bodies.log_text(lines, one.started_at), {"Content-Type": "text/plain"})
 
     def _web_page(self, path: str) -> Response | None:

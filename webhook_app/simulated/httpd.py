@@ -5,7 +5,6 @@ demo that shares two cores with the program it shows cannot afford that.  It als
 misbehave: to hang, and to drop a connection without a word.
 """
 
-import json
 import socket
 import socketserver
 import sys
@@ -17,6 +16,8 @@ from http import HTTPStatus
 from io import BufferedIOBase
 from typing import Any, Self
 from urllib.parse import parse_qs
+
+import orjson
 
 HANG_SECONDS = 3600.0
 """Longer than any client waits; closing the server ends it at once."""
@@ -53,8 +54,9 @@ class Response:
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON answer, compact as the platforms send it."""
-    body = json.dumps(content, separators=(",", ":")).encode()
-    return Response(status, body, {"Content-Type": "application/json; charset=utf-8", **(headers or {})})
+    return Response(
+        status, orjson.dumps(content), {"Content-Type": "application/json; charset=utf-8", **(headers or {})}
+    )
 
 
 def page(title: str, text: str) -> Response:
@@ -186,8 +188,8 @@ def _read_request(stream: BufferedIOBase, answer: BufferedIOBase) -> Request | N
 def _encode(response: Response, method: str) -> bytes:
     status = response.status
     reason = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else "Unknown"
-    lines = [f"HTTP/1.1 {status} {reason}", f"Date: {formatdate(usegmt=True)}"]
-    lines += [f"{name}: {value}" for name, value in response.headers.items()]
+    headers = {"Date": formatdate(usegmt=True), **response.headers}
+    lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in headers.items())]
     if status not in (204, 304):
         lines.append(f"Content-Length: {len(response.body)}")
     head = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")

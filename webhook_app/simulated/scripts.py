@@ -522,3 +522,55 @@ def write(
     script = Script(rng, at, speed, first_job_id)
     _WRITERS[platform][kind](script)
     return tuple(script.moments)
+
+
+# For benchmarks ----------------------------------------------------------------------------------
+
+_NO_CHANCE = Random(0)  # noqa: S311 - never asked
+_STEADY: Mapping[str, tuple[str, str, tuple[str, str | None], tuple[str, str | None]]] = {
+    "github": ("queued", "in_progress", ("completed", "success"), ("completed", "failure")),
+    "gitlab": ("pending", "running", ("success", None), ("failed", None)),
+    "jenkins": ("building", "building", ("finalized", "SUCCESS"), ("finalized", "FAILURE")),
+}
+"""By platform: the words for waiting, running, a good and a bad end."""
+_STAGES = {"building": "IN_PROGRESS", "SUCCESS": "SUCCESS", "FAILURE": "FAILED"}
+"""A Jenkins stage has words of its own."""
+
+
+def write_steady(
+    platform: str, at: float, seconds: float, changes: int, good: bool, job_id: int
+) -> tuple[Moment, ...]:
+    """A build with one job that changes `changes` times (≥ 3): it waits a little, runs, and ends.
+
+    Cheap, since benchmarks want it ten thousand times; a change while it runs is one more finished step.
+    """
+    waiting, running, *ends = _STEADY[platform]
+    status, conclusion = ends[0] if good else ends[1]
+    script = Script(_NO_CHANCE, at, 1.0, job_id)
+    script.add_job("build", "build", _STAGES.get(waiting, waiting))
+    script.note(waiting, None, _steady_events(platform, "begin", waiting))
+    for step in range(changes - 2):
+        script.at = at + seconds * (0.02 + 0.98 * step / (changes - 2))
+        script.started = True
+        began = script.moments[1].at if step else script.at
+        steps = _steady_steps(step, changes - 2, began)
+        script.change(0, status=_STAGES.get(running, running), started_at=began, steps=steps)
+        script.note(running, None, _steady_events(platform, "run" if step == 0 else "", running))
+    script.at = at + seconds
+    ended = _STAGES.get(str(conclusion), status)
+    script.change(0, status=ended, conclusion=conclusion, finished_at=script.at)
+    script.note(status, conclusion, _steady_events(platform, "end", status))
+    return tuple(script.moments)
+
+
+def _steady_steps(done: int, steps: int, at: float) -> tuple[Step, ...]:
+    finished = [Step(n + 1, f"Step {n + 1}", "completed", "success", at, at) for n in range(done)]
+    return (*finished, *(Step(n + 1, f"Step {n + 1}", "queued") for n in range(done, steps)))
+
+
+def _steady_events(platform: str, when: str, status: str) -> list[Event]:
+    if not when or platform == "jenkins":
+        return [_phase(name) for name in {"begin": ("STARTED",), "end": ("FINALIZED",)}.get(when, ())]
+    if platform == "gitlab":
+        return [Event("Pipeline Hook", status)]
+    return [_run_event({"begin": "requested", "run": "in_progress", "end": "completed"}[when])]

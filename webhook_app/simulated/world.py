@@ -6,6 +6,7 @@ tests may pass their own and step it.
 """
 
 import time
+from bisect import bisect_right, insort
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 
@@ -62,6 +63,7 @@ class World:
     `builds`: how many.  `speed`: 10 makes a build of 60 s take 6 s.  `spread_seconds`: over which the
     builds begin (also divided by the speed).  `every_kind`: each kind of build comes at least once,
     as far as `builds` allows.  `kinds`: only these, by platform.  `now`: the clock, POSIX seconds.
+    `places`: where the builds run, by platform.
     """
 
     def __init__(
@@ -75,15 +77,22 @@ class World:
         kinds: Mapping[str, Sequence[str]] | None = None,
         every_kind: bool = False,
         now: Callable[[], float] = time.time,
+        places: Mapping[str, Sequence[Repository]] = REPOSITORIES,
     ) -> None:
         self.seed = seed
         self.speed = speed
         self.platforms = tuple(platforms)
         self.now = now
         self.start_at = now()
+        self.ends_at = self.start_at
+        """When the last script is over (builds may wait for a person even then)."""
+        self.places = places
         self._kinds = kinds or {}
         self._builds: dict[str, Build] = {}
         self._by_repository: dict[Repository, list[Build]] = {}
+        self._by_run: dict[tuple[Repository, int], Build] = {}
+        self._by_number: dict[tuple[Repository, int], Build] = {}
+        self._by_job: dict[tuple[str, int], Build] = {}
         self.extend(builds, spread_seconds=spread_seconds, every_kind=every_kind)
 
     @property
@@ -108,12 +117,23 @@ class World:
 
     def _plan(self, index: int, platform: str, kind: str, at: float) -> Build:
         rng = seeded(self.seed, "build", index)
-        repository = rng.choice(REPOSITORIES[platform])
-        siblings = self._by_repository.setdefault(repository, [])
-        build = _make_build(self.seed, index, repository, len(siblings) + 1, kind, rng, at, self.speed)
-        siblings.append(build)
-        self._builds[build.build_id] = build
+        repository = rng.choice(self.places[platform])
+        number = len(self._by_repository.get(repository, ())) + 1
+        build = _make_build(self.seed, index, repository, number, kind, rng, at, self.speed)
+        self.add(build)
         return build
+
+    def add(self, build: Build) -> None:
+        """Take in a build that somebody else wrote; its ids must be new."""
+        place = build.repository
+        insort(self._by_repository.setdefault(place, []), build, key=_begin)
+        self._builds[build.build_id] = build
+        self._by_run[place, build.run_id] = build
+        self._by_number[place, build.number] = build
+        for moment in build.moments:
+            for job in moment.jobs:
+                self._by_job[place.platform, job.id] = build
+        self.ends_at = max(self.ends_at, build.ends_at)
 
     def build(self, build_id: str) -> Build | None:
         """One build by its id in BuildRelay."""
@@ -123,11 +143,28 @@ class World:
         """The builds of a repository, oldest first, those that have not begun included."""
         return tuple(self._by_repository.get(repository, ()))
 
+    def begun(self, repository: Repository, at: float) -> list[Build]:
+        """The builds of a repository that had begun at `at`, newest first, whatever became of them since."""
+        siblings = self._by_repository.get(repository, [])
+        return siblings[: bisect_right(siblings, at, key=_begin)][::-1]
+
+    def run(self, repository: Repository, run_id: int) -> Build | None:
+        """One build by its `run_id`."""
+        return self._by_run.get((repository, run_id))
+
+    def numbered(self, repository: Repository, number: int) -> Build | None:
+        """One build by its number."""
+        return self._by_number.get((repository, number))
+
+    def with_job(self, platform: str, job_id: int) -> Build | None:
+        """The build that has this job at some time; only GitHub's and GitLab's job ids are unique."""
+        return self._by_job.get((platform, job_id))
+
     def repositories(self, platform: str) -> tuple[str, ...]:
         """As BuildRelay's settings want them: `owner/name`, GitLab's project id, Jenkins' `folder/job`."""
         if platform not in self.platforms:
             return ()
-        places = REPOSITORIES[platform]
+        places = self.places[platform]
         return tuple(str(place.id) if platform == "gitlab" else place.full_name for place in places)
 
     def moment(self, build_id: str, at: float | None = None) -> Moment | None:
@@ -140,14 +177,64 @@ class World:
         moment = self.moment(build_id, at)
         return truth_of(self._builds[build_id].platform, moment) if moment else None
 
-    @property
-    def ends_at(self) -> float:
-        """When the last script is over (builds may wait for a person even then)."""
-        return max((build.ends_at for build in self._builds.values()), default=self.start_at)
-
     def settled(self) -> bool:
         """Are all scripts over?"""
         return self.now() >= self.ends_at
+
+
+def _begin(build: Build) -> float:
+    return build.begins_at
+
+
+def busy_world(
+    now: Callable[[], float],
+    *,
+    active: int,
+    repositories: int,
+    build_seconds: float = 1800.0,
+    changes: int = 3,
+    span_seconds: float = 3600.0,
+    jitter: float = 0.1,
+    platform: str = "github",
+    seed: int = 1,
+) -> World:
+    """A world for benchmarks in which about `active` builds run at every moment from now on.
+
+    They are spread evenly over the repositories and over time, those that run already included; each
+    takes `build_seconds`, give or take the share `jitter`, and changes `changes` (≥ 3) times, its begin and
+    its end included.  New ones begin until `span_seconds` are over.
+    """
+    places = [
+        Repository(platform, 710_000_000 + n, f"load-{n % 10}", f"repo-{n}") for n in range(repositories)
+    ]
+    world = World(seed, 0, platforms=[platform], now=now, places={platform: places})
+    rng, gap = seeded(seed, "busy", active), build_seconds / active
+    first = now() - build_seconds
+    for index in range(int(active * (1 + span_seconds / build_seconds))):
+        seconds = build_seconds * rng.uniform(1 - jitter, 1 + jitter)
+        at = first + (index + rng.random()) * gap
+        world.add(_steady_build(world, index, places[index % repositories], at, seconds, changes, rng))
+    return world
+
+
+def _steady_build(
+    world: World, index: int, repository: Repository, at: float, seconds: float, changes: int, rng: Random
+) -> Build:
+    run_id, job_id = _ids(repository.platform, world.seed, index)
+    number = index // len(world.places[repository.platform]) + 1
+    good = rng.random() < 0.8
+    return Build(
+        build_id=_build_id(repository, run_id, number),
+        kind="success" if good else "failure",
+        repository=repository,
+        run_id=run_id,
+        number=number,
+        workflow=rng.choice(_WORKFLOWS),
+        branch=rng.choice(_BRANCHES),
+        commit=f"{rng.getrandbits(160):040x}",
+        title=rng.choice(_TITLES),
+        moments=scripts.write_steady(repository.platform, at, seconds, changes, good, job_id),
+    )
 
 
 def _pick_kinds(
@@ -178,13 +265,7 @@ def _make_build(
     at: float,
     speed: float,
 ) -> Build:
-    serial = seed % 1000 * 100_000 + index
-    run_id = {"github": 17_000_000_000, "gitlab": 2_100_000_000, "jenkins": 5_000}[
-        repository.platform
-    ] + serial
-    job_id = {"github": 48_000_000_000, "gitlab": 9_100_000_000, "jenkins": 0}[
-        repository.platform
-    ] + serial * 100
+    run_id, job_id = _ids(repository.platform, seed, index)
     return Build(
         build_id=_build_id(repository, run_id, number),
         kind=kind,
@@ -197,6 +278,14 @@ def _make_build(
         title=rng.choice(_TITLES),
         moments=scripts.write(repository.platform, kind, rng, at, speed, job_id),
     )
+
+
+def _ids(platform: str, seed: int, index: int) -> tuple[int, int]:
+    """The run id of a build, and the id of its first job."""
+    serial = seed % 1000 * 100_000 + index
+    runs = {"github": 17_000_000_000, "gitlab": 2_100_000_000, "jenkins": 5_000}
+    jobs = {"github": 48_000_000_000, "gitlab": 9_100_000_000, "jenkins": 0}
+    return runs[platform] + serial, jobs[platform] + serial * 100
 
 
 def _build_id(repository: Repository, run_id: int, number: int) -> str:
