@@ -10,7 +10,7 @@ from random import Random
 import orjson
 
 from webhook_app.simulated import github_bodies
-from webhook_app.simulated.sender import github_headers
+from webhook_app.simulated.targets import github_headers
 from webhook_app.simulated.world import World
 
 SECRET = "bench-webhook-secret"

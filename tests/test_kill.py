@@ -133,7 +133,7 @@ def test_nothing_is_lost_while_everything_is_killed(store, capsys):
     with ExitStack() as stack:
         world = a_world()
         servers = {
-            "github": stack.enter_context(GitHubServer(world, limit=10_000_000)),
+            "github": stack.enter_context(GitHubServer(world, limit=10_000_000, points=10_000_000)),
             "gitlab": stack.enter_context(GitLabServer(world)),
             "jenkins": stack.enter_context(JenkinsServer(world)),
         }

@@ -5,11 +5,12 @@ import from the program is `webhook_app.signing`, since signatures need one defi
 
 * `facts`       what a build is at a moment, and its truth in BuildRelay's words
 * `scripts`     how a build of a given kind goes, moment by moment
-* `world`       a deterministic set of builds under one clock; `World.truth(build_id)`
+* `world`       a deterministic set of builds under one clock, and the truth about each; `busy_world`
 * `httpd`       the small HTTP/1.1 server below all others
-* `ci`          what the three API servers share: counts, faults, budget
-* `github`, `gitlab`, `jenkins`   bodies of webhooks and REST answers, and the API servers
+* `ci`          what the three API servers share: counts, faults, `answer(request)` without a socket
+* `github`, `gitlab`, `jenkins`   the API servers; their parts (`github_files`, …) and `…_bodies` beside them
 * `sender`      pushes signed webhooks, and loses, doubles and reorders a share of them
+* `targets`     the webhooks that platforms send to; `blobs`: signed links to their stores
 * `subscriber`  receives BuildRelay's webhooks and checks every one
 * `judge`       holds BuildRelay's builds and the subscriber's record against the truth
 """

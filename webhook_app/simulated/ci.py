@@ -40,7 +40,8 @@ class ApiServer:
     """The REST API of one simulated platform; a context manager.
 
     `list_lag_seconds`: lists show the builds as they were that long ago; reads of one build never lag.
-    `port` None: no socket at all, only `answer(request)`.
+    `port` None: no socket at all, only `answer(request)`.  `blob_url`: the address of the store that redirects
+    lead to, another one so that clients must mind their tokens.
 
     Tests may set: `latency_seconds` of each answer (real time), `date_skew_seconds` of the `Date` header,
     `extra_log_lines` of every log, and `log_bytes` that every log has at least.
@@ -66,12 +67,14 @@ class ApiServer:
         self._closing = threading.Event()
         self._server = None if port is None else Server(self._serve, port)
         self.url = self._server.url if self._server else f"http://{self.platform}.simulated.test"
+        self._store = None if port is None else Server(self._serve)
+        self.blob_url = self._store.url if self._store else "http://blobs.simulated.test"
 
     def close(self) -> None:
         """Stop serving at once."""
         self._closing.set()
-        if self._server:
-            self._server.close()
+        for server in filter(None, (self._server, self._store)):
+            server.close()
 
     def __enter__(self) -> Self:
         return self

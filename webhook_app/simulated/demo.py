@@ -49,7 +49,7 @@ def run(port: int, builds: int | None, loss: float, seed: int, data_dir: Path | 
         directory = data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="buildrelay-")))
         world = World(seed, 0, speed=SPEED)
         servers = {
-            "github": stack.enter_context(GitHubServer(world, limit=100_000)),
+            "github": stack.enter_context(GitHubServer(world, limit=100_000, points=100_000)),
             "gitlab": stack.enter_context(GitLabServer(world)),
             "jenkins": stack.enter_context(JenkinsServer(world)),
         }

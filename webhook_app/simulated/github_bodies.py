@@ -6,6 +6,7 @@ documentation.  `base` is the address of the simulated server, used for API and 
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from webhook_app.simulated.facts import Build, Event, Job, Moment, Repository, Step
@@ -45,6 +46,7 @@ def iso(at: float | None) -> str | None:
     return None if at is None else datetime.fromtimestamp(int(at), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+@lru_cache(1024)
 def user(base: str, login: str, kind: str = "User") -> dict[str, Any]:
     """A user or organization as it is embedded everywhere."""
     number = sum(map(ord, login)) * 1009
@@ -67,6 +69,7 @@ def _organization(base: str, login: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@lru_cache(4096)
 def minimal_repository(base: str, repository: Repository) -> dict[str, Any]:
     """The repository as a run embeds it, twice."""
     url = f"{base}/repos/{repository.full_name}"
@@ -194,19 +197,19 @@ def _workflow(build: Build, base: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ping(repository: Repository, base: str, url: str) -> dict[str, Any]:
+def ping(repository: Repository, base: str, url: str, hook_id: int = HOOK_ID) -> dict[str, Any]:
     """The body of the `ping` that follows the making of a webhook; `url` is where it points."""
     return {
-        "zen": "Keep it logically awesome.", "hook_id": HOOK_ID, "hook": hook(repository, base, url),
+        "zen": "Keep it logically awesome.", "hook_id": hook_id, "hook": hook(repository, base, url, hook_id),
         "repository": full_repository(base, repository), "sender": user(base, "mona-demo"),
     }  # fmt: skip
 
 
-def hook(repository: Repository, base: str, url: str) -> dict[str, Any]:
+def hook(repository: Repository, base: str, url: str, hook_id: int = HOOK_ID) -> dict[str, Any]:
     """The webhook itself, as `GET …/hooks` shows it."""
-    api = f"{base}/repos/{repository.full_name}/hooks/{HOOK_ID}"
+    api = f"{base}/repos/{repository.full_name}/hooks/{hook_id}"
     return {
-        "type": "Repository", "id": HOOK_ID, "name": "web", "active": True, "events": ["workflow_job",
+        "type": "Repository", "id": hook_id, "name": "web", "active": True, "events": ["workflow_job",
         "workflow_run"],
         "config": {"content_type": "json", "insecure_ssl": "0", "secret": "********", "url": url},
         "updated_at": "2026-10-30T08:00:00Z", "created_at": "2026-10-30T08:00:00Z", "url": api,
@@ -215,22 +218,73 @@ def hook(repository: Repository, base: str, url: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def artifacts(build: Build, moment: Moment, size: int, base: str) -> list[dict[str, Any]]:
-    """One ZIP, once the run is a success."""
-    if moment.conclusion != "success":
-        return []
-    number = build.run_id * 10 + 1
+def delivery(
+    number: int, guid: str, at: float, status: int | None, seconds: float, event: tuple[str, str | None],
+    repository_id: int, redelivery: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """A delivery as the list shows it; `status` None: nobody answered."""
+    failed = f"Invalid HTTP Response: {status}" if status else "failed to connect to host"
+    return {
+        "id": number, "guid": guid, "delivered_at": iso(at), "redelivery": redelivery,
+        "duration": round(seconds, 3), "status": "OK" if status and 200 <= status < 300 else failed,
+        "status_code": status or 0, "event": event[0], "action": event[1], "installation_id": None,
+        "repository_id": repository_id, "throttled_at": None,
+    }  # fmt: skip
+
+
+def artifact(
+    build: Build, number: int, name: str, at: float, base: str,
+    *, size: int, digest: str, expires_at: float, expired: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """An artifact; `digest`: SHA-256 of its ZIP in hex."""
     url = f"{base}/repos/{build.repository.full_name}/actions/artifacts/{number}"
-    return [{
-        "id": number, "node_id": f"A_{number}", "name": "dist", "size_in_bytes": size, "url": url,
-        "archive_download_url": f"{url}/zip", "expired": False, "created_at": iso(moment.at),
-        "expires_at": iso(moment.at + 90 * 86_400), "updated_at": iso(moment.at), "digest": None,
+    return {
+        "id": number, "node_id": f"A_{number}", "name": name, "size_in_bytes": size, "url": url,
+        "archive_download_url": f"{url}/zip", "expired": expired, "created_at": iso(at),
+        "expires_at": iso(expires_at), "updated_at": iso(at), "digest": f"sha256:{digest}",
         "workflow_run": {
             "id": build.run_id, "repository_id": build.repository.id,
             "head_repository_id": build.repository.id,
             "head_branch": build.branch, "head_sha": build.commit,
         },
-    }]  # fmt: skip
+    }  # fmt: skip
+
+
+def check_run(build: Build, moment: Moment, one: Job, base: str) -> dict[str, Any]:
+    """A job as a check run: the same id."""
+    api = f"{base}/repos/{build.repository.full_name}"
+    return {
+        "id": one.id, "name": one.name, "node_id": f"CR_kwDO{one.id}", "head_sha": build.commit,
+        "external_id": str(one.id), "url": f"{api}/check-runs/{one.id}",
+        "html_url": f"{base}/{build.repository.full_name}/actions/runs/{build.run_id}/job/{one.id}",
+        "details_url": f"{base}/{build.repository.full_name}/actions/runs/{build.run_id}/job/{one.id}",
+        "status": one.status, "conclusion": one.conclusion, "started_at": iso(one.started_at),
+        "completed_at": iso(one.finished_at), "check_suite": {"id": build.run_id + 20_000_000_000},
+        "output": {
+            "title": None, "summary": None, "text": None,
+            "annotations_count": len(annotations(build, one, base)),
+            "annotations_url": f"{api}/check-runs/{one.id}/annotations",
+        },
+        "app": {"id": 15368, "slug": "github-actions", "name": "GitHub Actions"}, "pull_requests": [],
+    }  # fmt: skip
+
+
+def annotations(build: Build, one: Job, base: str) -> list[dict[str, Any]]:
+    """What a failed job marked: the test that failed, and how the process ended."""
+    if one.conclusion != "failure":
+        return []
+    marks = (
+        ("tests/test_cart.py", 41, "AssertionError: 19.04 != 19.05", "test_tax_is_rounded"),
+        (".github", 23, "Process completed with exit code 1.", ""),
+    )
+    return [
+        {
+            "path": path, "start_line": line, "end_line": line, "start_column": None, "end_column": None,
+            "annotation_level": "failure", "title": title, "message": message, "raw_details": "",
+            "blob_href": f"{base}/{build.repository.full_name}/blob/{build.commit}/{path}",
+        }
+        for path, line, message, title in marks
+    ]  # fmt: skip
 
 
 def log_text(lines: Sequence[str], at: float) -> bytes:

@@ -21,7 +21,8 @@ import urllib3
 from webhook_app.signing import github_signature, sign_v1
 from webhook_app.simulated import github_bodies, gitlab_bodies, jenkins_bodies
 from webhook_app.simulated.facts import Build, Event, Moment, Repository, seeded
-from webhook_app.simulated.world import REPOSITORIES, World
+from webhook_app.simulated.targets import Answer, Hooks, Target, github_delivery, github_headers, post
+from webhook_app.simulated.world import World
 
 PATHS = {"github": "/webhooks/github", "gitlab": "/webhooks/gitlab", "jenkins": "/webhooks/jenkins"}
 TIMEOUTS_SECONDS = {"github": 10.0, "gitlab": 10.0, "jenkins": 30.0}
@@ -58,12 +59,17 @@ class Push:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What became of a push: `status` None is a lost push or one without an answer; `seconds` it took."""
+    """What became of a push: `status` None is a lost push or one without an answer; `seconds` it took.
+
+    `target` None: no hook wanted it.  `answer`: the first bytes that came back.
+    """
 
     push: Push
     status: int | None
     at: float
     seconds: float
+    target: Target | None = None
+    answer: bytes = b""
 
     @property
     def accepted(self) -> bool:
@@ -103,10 +109,23 @@ def _plan_build(build: Build, seed: int, loss: float, double: float, reorder: fl
     return planned[::-1]
 
 
-def encode(push: Push, base: str, secrets: Secrets, timestamp: int) -> tuple[dict[str, str], bytes]:
-    """Headers and body of a push, signed; `base` is the platform's own address, `timestamp` Unix seconds."""
+def encode(
+    push: Push, base: str, secrets: Secrets, timestamp: int, target: Target | None = None
+) -> tuple[dict[str, str], bytes]:
+    """Headers and body of a push, signed; `base` is the platform's own address, `timestamp` Unix seconds.
+
+    `target`: the hook it is for, whose secret counts then.
+    """
+    if target:
+        secrets = replace(secrets, **{push.build.platform: target.secret})
+    if target and target.as_form:
+        body = _json(github_bodies.webhook(push.build, push.moment, push.event, base))
+        return github_delivery(target, push.event.name, push.delivery_id, push.build.repository, body)
     maker = {"github": _github, "gitlab": _gitlab, "jenkins": _jenkins}[push.build.platform]
-    return maker(push, base, secrets, timestamp)
+    headers, body = maker(push, base, secrets, timestamp)
+    if target and push.build.platform == "github":
+        headers["X-GitHub-Hook-ID"] = str(target.hook_id)
+    return headers, body
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
@@ -117,23 +136,6 @@ def _github(push: Push, base: str, secrets: Secrets, _timestamp: int) -> tuple[d
     body = _json(github_bodies.webhook(push.build, push.moment, push.event, base))
     headers = github_headers(push.event.name, push.delivery_id, push.build.repository, secrets.github, body)
     return headers, body
-
-
-def github_headers(
-    event: str, delivery_id: str, repository: Repository, secret: str, body: bytes
-) -> dict[str, str]:
-    """The headers of one GitHub delivery."""
-    return {
-        "Accept": "*/*",
-        "Content-Type": "application/json",
-        "User-Agent": "GitHub-Hookshot/5a1e9c3",
-        "X-GitHub-Delivery": delivery_id,
-        "X-GitHub-Event": event,
-        "X-GitHub-Hook-ID": str(github_bodies.HOOK_ID),
-        "X-GitHub-Hook-Installation-Target-ID": str(repository.id),
-        "X-GitHub-Hook-Installation-Target-Type": "repository",
-        "X-Hub-Signature-256": github_signature(secret, body),
-    }
 
 
 def _gitlab(push: Push, base: str, secrets: Secrets, timestamp: int) -> tuple[dict[str, str], bytes]:
@@ -151,7 +153,7 @@ def _gitlab(push: Push, base: str, secrets: Secrets, timestamp: int) -> tuple[di
     }
     if secrets.gitlab.startswith("whsec_"):
         headers["webhook-signature"] = sign_v1(secrets.gitlab, push.delivery_id, timestamp, body)
-    else:
+    elif secrets.gitlab:
         headers["X-Gitlab-Token"] = secrets.gitlab
     return headers, body
 
@@ -173,6 +175,7 @@ class Sender:
     `base_url`: BuildRelay's web address.  `api_urls`: the address of each platform's simulated API, put
     into the bodies.  The pushes of one build go out one after the other, those of different builds side
     by side in `lanes` threads.  Without `start`, call `send_due` to send what is due by the world's clock.
+    `hooks`: platforms that send only where a hook is registered with them, under that hook's secret.
     """
 
     def __init__(
@@ -187,6 +190,7 @@ class Sender:
         reorder: float = 0.0,
         retry_until_accepted: bool = False,
         paths: Mapping[str, str] = PATHS,
+        hooks: Mapping[str, Hooks] | None = None,
         lanes: int = 4,
     ) -> None:
         self.world = world
@@ -201,6 +205,7 @@ class Sender:
             **(api_urls or {}),
         }
         self._paths = paths
+        self._hooks = hooks or {}
         self._http = urllib3.PoolManager(num_pools=2, maxsize=lanes, retries=False)
         self._lanes: list[list[tuple[float, int, Push]]] = [[] for _ in range(lanes)]
         self._planned = 0
@@ -273,49 +278,54 @@ class Sender:
             until = lane[0][0] - self.world.now() if lane else 0.1
         return min(max(until, 0.001), 0.1)
 
-    def _process(self, push: Push) -> None:
-        begun = time.monotonic()
-        status = None if push.lost else self._deliver(push)
-        sent = Sent(push, status, self.world.now(), time.monotonic() - begun)
+    def _process(self, push: Push, target: Target | None = None) -> Sent:
+        begun, target = time.monotonic(), target or self._target(push)
+        told = Answer(None, b"", 0.0) if push.lost or target is None else self._deliver(push, target)
+        sent = Sent(push, told.status, self.world.now(), time.monotonic() - begun, target, told.body)
         with self._lock:
             self.results.append(sent)
+        return sent
 
-    def _deliver(self, push: Push) -> int | None:
-        """The status of the answer, None without one; with `retry_until_accepted` only the last counts."""
+    def _target(self, push: Push) -> Target | None:
+        platform = push.build.platform
+        if platform in self._hooks:
+            return self._hooks[platform].target(push.build.repository, push.event.name)
+        url = self.base_url + self._paths[platform]
+        return Target(url, str(getattr(self.secrets, platform)), github_bodies.HOOK_ID)
+
+    def _deliver(self, push: Push, target: Target) -> Answer:
+        """The answer; with `retry_until_accepted` only the last counts."""
         pause = 0.05
         while True:
-            status = self._post(push)
-            accepted = status is not None and 200 <= status < 300
+            answer = self._post(push, target)
+            accepted = answer.status is not None and 200 <= answer.status < 300
             if accepted or not self.retry_until_accepted or self._closing.wait(pause):
-                return status
+                return answer
             pause = min(pause * 2, 1.0)
 
-    def _post(self, push: Push) -> int | None:
+    def _post(self, push: Push, target: Target) -> Answer:
         platform = push.build.platform
-        base = self._api_urls.get(platform, "https://ci.example.com")
-        headers, body = encode(push, base, self.secrets, int(self.world.now()))
-        return self._post_bytes(platform, headers, body)
+        headers, body = self._encoded(push, target)
+        answer = post(self._http, target.url, headers, body, TIMEOUTS_SECONDS[platform])
+        if platform in self._hooks:
+            self._hooks[platform].settle(target, answer.status)
+        return answer
 
-    def _post_bytes(self, platform: str, headers: Mapping[str, str], body: bytes) -> int | None:
-        url = self.base_url + self._paths[platform]
-        try:
-            answer = self._http.request(
-                "POST", url, body=body, headers=headers, timeout=TIMEOUTS_SECONDS[platform], redirect=False
-            )
-        except urllib3.exceptions.HTTPError:
-            return None
-        return answer.status
+    def _encoded(self, push: Push, target: Target) -> tuple[dict[str, str], bytes]:
+        base = self._api_urls.get(push.build.platform, "https://ci.example.com")
+        return encode(push, base, self.secrets, int(self.world.now()), target)
 
     def ping(self) -> list[int | None]:
         """Send the `ping` of a new webhook for each GitHub repository; returns the statuses."""
         statuses = []
-        for repository in REPOSITORIES["github"]:
+        for repository in self.world.places["github"]:
             content = github_bodies.ping(
                 repository, self._api_urls["github"], self.base_url + self._paths["github"]
             )
             body, delivery_id = _json(content), str(uuid.uuid5(uuid.NAMESPACE_OID, repository.full_name))
             headers = github_headers("ping", delivery_id, repository, self.secrets.github, body)
-            statuses.append(self._post_bytes("github", headers, body))
+            url = self.base_url + self._paths["github"]
+            statuses.append(post(self._http, url, headers, body, TIMEOUTS_SECONDS["github"]).status)
         return statuses
 
     # What tests ask -----------------------------------------------------------------------------
@@ -332,41 +342,88 @@ class Sender:
             return [sent for sent in self.results if sent.accepted]
 
     def report(self) -> dict[str, int]:
-        """Counts: planned, accepted, refused (an answer that is no 2xx), unanswered, lost, doubled, late."""
+        """Counts: planned, accepted, refused (an answer that is no 2xx), unanswered, lost, doubled, late.
+
+        And unsent: those that no hook wanted.
+        """
         with self._lock:
             counts = Counter({"planned": self._planned})
             for sent in self.results:
                 counts[_fate(sent)] += 1
                 counts["doubled"] += sent.push.copy
                 counts["late"] += sent.push.late and not sent.push.copy
-        names = ("planned", "accepted", "refused", "unanswered", "lost", "doubled", "late")
+        names = ("planned", "accepted", "refused", "unanswered", "lost", "doubled", "late", "unsent")
         return {name: counts[name] for name in names}
 
-    # GitHub's deliveries API --------------------------------------------------------------------
+    # What the platforms' APIs tell of it --------------------------------------------------------
 
-    def deliveries(self, repository: Repository) -> list[dict[str, Any]]:
-        """Newest first.  Every second lost push shows as failed; of the others GitHub knows nothing."""
+    def record(self, repository: Repository, url: str = "") -> list[tuple[int, Sent]]:
+        """What was sent for a repository, newest first, under its number; `url`: only what went there."""
         with self._lock:
             listed = list(enumerate(self.results, start=1))
         return [
-            _delivery(number, sent)
+            (number, sent)
             for number, sent in reversed(listed)
-            if sent.push.build.repository == repository and not (sent.push.lost and _untold(sent.push))
+            if sent.push.build.repository == repository
+            and sent.target
+            and url in ("", sent.target.url)
+            and not (sent.push.lost and _untold(sent.push))
         ]
 
-    def redeliver(self, delivery: int) -> bool:
-        """Send a delivery again, now, under its old GUID; False for an unknown id."""
+    def deliveries(self, repository: Repository, url: str = "") -> list[dict[str, Any]]:
+        """As GitHub lists them.  Every second lost push shows as failed; of the others nothing is known."""
+        return [_delivery(number, sent) for number, sent in self.record(repository, url)]
+
+    def delivery(self, number: int) -> dict[str, Any] | None:
+        """One delivery as GitHub shows it, with its request and response."""
+        sent = self._sent(number)
+        if sent is None or sent.target is None:
+            return None
+        headers, _ = self._encoded(sent.push, sent.target)
+        base = self._api_urls["github"]
+        payload = github_bodies.webhook(sent.push.build, sent.push.moment, sent.push.event, base)
+        return _delivery(number, sent) | {
+            "url": sent.target.url,
+            "request": {"headers": headers, "payload": payload},
+            "response": {"headers": {}, "payload": sent.answer.decode(errors="replace")},
+        }
+
+    def request_of(self, sent: Sent) -> tuple[dict[str, str], bytes]:
+        """Headers and body of a push that was sent to a hook, under a new timestamp."""
+        assert sent.target
+        return self._encoded(sent.push, sent.target)
+
+    def _sent(self, number: int) -> Sent | None:
         with self._lock:
-            if not 1 <= delivery <= len(self.results):
-                return False
-            push = self.results[delivery - 1].push
-        self._enqueue(replace(push, at=self.world.now(), lost=False, late=False, redelivery=True))
+            return self.results[number - 1] if 1 <= number <= len(self.results) else None
+
+    def redeliver(self, delivery: int) -> bool:
+        """Send a delivery again, when its turn comes, under its old GUID; False for an unknown id."""
+        sent = self._sent(delivery)
+        if sent is None:
+            return False
+        self._enqueue(_again(sent.push, self.world.now()))
         return True
+
+    def resend(self, number: int) -> Sent | None:
+        """Send again at once, to the same hook under the same key; None for an unknown number."""
+        sent = self._sent(number)
+        if sent is None or sent.target is None:
+            return None
+        with self._lock:
+            self._planned += 1
+        return self._process(_again(sent.push, self.world.now()), sent.target)
+
+
+def _again(push: Push, now: float) -> Push:
+    return replace(push, at=now, lost=False, late=False, redelivery=True)
 
 
 def _fate(sent: Sent) -> str:
     if sent.push.lost:
         return "lost"
+    if sent.target is None:
+        return "unsent"
     if sent.status is None:
         return "unanswered"
     return "accepted" if sent.accepted else "refused"
@@ -377,25 +434,9 @@ def _untold(push: Push) -> bool:
 
 
 def _delivery(number: int, sent: Sent) -> dict[str, Any]:
-    status = 502 if sent.push.lost else sent.status or 0
-    text = (
-        "OK"
-        if sent.accepted
-        else f"Invalid HTTP Response: {status}"
-        if status
-        else "failed to connect to host"
-    )
-    return {
-        "id": number,
-        "guid": sent.push.delivery_id,
-        "delivered_at": github_bodies.iso(sent.at),
-        "redelivery": sent.push.redelivery,
-        "duration": round(sent.seconds, 3),
-        "status": text,
-        "status_code": status,
-        "event": sent.push.event.name,
-        "action": sent.push.event.action,
-        "installation_id": None,
-        "repository_id": sent.push.build.repository.id,
-        "throttled_at": None,
-    }
+    push, status = sent.push, 502 if sent.push.lost else sent.status
+    event = (push.event.name, push.event.action)
+    return github_bodies.delivery(
+        number, push.delivery_id, sent.at, status, sent.seconds, event, push.build.repository.id,
+        push.redelivery,
+    )  # fmt: skip
