@@ -1,11 +1,12 @@
 """Asks a simulated platform in process, as a client with its token would."""
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 from webhook_app.simulated.facts import Build
-from webhook_app.simulated.httpd import Request, Response
+from webhook_app.simulated.httpd import Request, Response, Server
 from webhook_app.simulated.world import StepClock, World
 
 
@@ -32,6 +33,11 @@ def ask(
     return server.answer(Request(method, parts.path, asked, lower, content))
 
 
+def iso(at: float) -> str:
+    """POSIX seconds as ISO 8601."""
+    return datetime.fromtimestamp(at, UTC).isoformat()
+
+
 def told(response: Response) -> Any:
     """The JSON of an answer that must be a success."""
     assert 200 <= response.status < 300, (response.status, response.body[:200])
@@ -49,3 +55,17 @@ def next_page(response: Response) -> str | None:
         if 'rel="next"' in entry:
             return entry.strip().partition(">")[0].lstrip("<")
     return None
+
+
+class Inbox:
+    """Keeps what is posted, and answers with `status`."""
+
+    def __init__(self, path: str, status: int) -> None:
+        self.requests: list[Request] = []
+        self.status = status
+        self.server = Server(self._handle)
+        self.url = self.server.url + path
+
+    def _handle(self, request: Request) -> Response:
+        self.requests.append(request)
+        return Response(self.status, b"noted")

@@ -15,12 +15,11 @@ import requests
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding
 
-from tests.asking import ask, message, next_page, one_build, told, world_of
+from tests.asking import Inbox, ask, message, next_page, one_build, told, world_of
 from webhook_app.simulated import github
 from webhook_app.simulated.ci import LOGGED_SECRETS
 from webhook_app.simulated.github import GitHubServer
 from webhook_app.simulated.github_access import App
-from webhook_app.simulated.httpd import Request, Response, Server
 from webhook_app.simulated.sender import Secrets, Sender
 from webhook_app.simulated.world import REPOSITORIES, StepClock, busy_world
 
@@ -448,25 +447,13 @@ def test_an_artifact_expires(clock):
 # Webhooks ---------------------------------------------------------------------------------------
 
 
-class Inbox:
-    """Keeps what is posted, and answers with `status`."""
-
-    def __init__(self):
-        self.requests, self.status = [], 202
-        self.server = Server(self._handle)
-        self.url = f"{self.server.url}/webhooks/github"
-
-    def _handle(self, request: Request) -> Response:
-        self.requests.append(request)
-        return Response(self.status, b"noted")
-
-    def events(self):
-        return [request.headers["x-github-event"] for request in self.requests]
+def events_of(inbox):
+    return [request.headers["x-github-event"] for request in inbox.requests]
 
 
 @pytest.fixture
 def inbox():
-    box = Inbox()
+    box = Inbox("/webhooks/github", 202)
     yield box
     box.server.close()
 
@@ -484,7 +471,7 @@ def test_a_hook_is_made_pinged_changed_and_deleted(clock, inbox):
         made = told(send(server, "POST", hooks, hook_body(inbox.url)))
         assert made["config"]["secret"] == "********"
         assert made["last_response"]["status"] == "active"
-        assert inbox.events() == ["ping"]
+        assert events_of(inbox) == ["ping"]
         digest = hmac.new(b"s3cret", inbox.requests[0].body, hashlib.sha256).hexdigest()
         assert inbox.requests[0].headers["x-hub-signature-256"] == f"sha256={digest}"
         assert json.loads(inbox.requests[0].body)["hook_id"] == made["id"]
@@ -539,7 +526,7 @@ def test_a_registered_hook_gets_the_events_it_asked_for_under_its_own_secret(clo
         sender.close()
         ours = [push for build in world.of(place) for moment in build.moments for push in moment.events]
         wanted = [event for event in ours if event.name == "workflow_run"]
-        assert Counter(inbox.events()) == {"ping": 1, "workflow_run": len(wanted)}
+        assert Counter(events_of(inbox)) == {"ping": 1, "workflow_run": len(wanted)}
         report = sender.report()
         assert report["accepted"] == len(wanted)
         assert report["unsent"] == report["planned"] - len(wanted)

@@ -40,8 +40,8 @@ class ApiServer:
     """The REST API of one simulated platform; a context manager.
 
     `list_lag_seconds`: lists show the builds as they were that long ago; reads of one build never lag.
-    `port` None: no socket at all, only `answer(request)`.  `blob_url`: the address of the store that redirects
-    lead to, another one so that clients must mind their tokens.
+    `port` None: no socket at all, only `answer(request)`.  `blob_url`: the address of the store that
+    redirects lead to, another one so that clients must mind their tokens.
 
     Tests may set: `latency_seconds` of each answer (real time), `date_skew_seconds` of the `Date` header,
     `extra_log_lines` of every log, and `log_bytes` that every log has at least.
@@ -190,14 +190,14 @@ class ApiServer:
         at = self.world.now() - self.list_lag_seconds
         return as_they_were(self._begun(repository, at), at)
 
-    def _find(
+    def find(
         self, repository: Repository, number: str, attribute: str = "run_id"
     ) -> tuple[Build, Moment] | None:
         """One build by its `run_id` or `number`, if it has begun and was not deleted."""
         look = self.world.run if attribute == "run_id" else self.world.numbered
         return self._now(look(repository, int(number)) if number.isdigit() else None)
 
-    def _find_job(self, repository: Repository, job_id: str) -> tuple[Build, Moment, Job] | None:
+    def find_job(self, repository: Repository, job_id: str) -> tuple[Build, Moment, Job] | None:
         """A job as it is now, of whatever attempt, if its build was not deleted."""
         pair = self._now(self.world.with_job(self.platform, int(job_id)) if job_id.isdigit() else None)
         if pair is None or pair[0].repository != repository:
@@ -227,7 +227,7 @@ class ApiServer:
         places = self.world.places[self.platform]
         return tuple(place for place in places if place not in self._hidden)
 
-    def _log(self, build: Build, job_name: str, failed: bool) -> list[str]:
+    def log(self, build: Build, job_name: str, failed: bool) -> list[str]:
         """The lines of a job's log, the wanted ones and the filling included."""
         lines = log_lines(build, job_name, failed)
         filling = max(self.log_bytes - sum(map(len, lines)), 0) // len(_FILLING)

@@ -390,7 +390,7 @@ class GitHubServer(GitHubApi):
         return replace(response, headers={**response.headers, **self.links(request, number, size, last)})
 
     def _job(self, request: Request, repository: Repository, job_id: str) -> Response:
-        found = self._find_job(repository, job_id)
+        found = self.find_job(repository, job_id)
         if found is None:
             return problem(404, "Not Found")
         build, moment, one = found
@@ -400,7 +400,7 @@ class GitHubServer(GitHubApi):
         """A page for a person who follows a link of the dashboard; else 404."""
         found = re.fullmatch(r"/([^/]+/[^/]+)/actions/runs/(\d+)(/job/\d+)?", path)
         repository = self._named.get(found[1].casefold()) if found else None
-        run = self._find(repository, found[2]) if found and repository else None
+        run = self.find(repository, found[2]) if found and repository else None
         if run is None:
             return problem(404, "Not Found")
         return page(run[0].title, f"{run[1].status} {run[1].conclusion or ''}")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from webhook_app.simulated.ci import ApiServer, page_of
-from webhook_app.simulated.facts import Build, Job, Moment, Repository
+from webhook_app.simulated.facts import Build, Moment, Repository
 from webhook_app.simulated.httpd import Request, Response, json_response
 from webhook_app.simulated.world import World
 
@@ -53,23 +53,11 @@ class GitHubApi(ApiServer):
         shown = self._shown.get(build.repository) if self._shown else None
         return replace(build, repository=shown) if shown else build
 
-    def find(self, repository: Repository, run_id: str) -> tuple[Build, Moment] | None:
-        """A run as it is now."""
-        return self._find(repository, run_id)
-
-    def find_job(self, repository: Repository, job_id: str) -> tuple[Build, Moment, Job] | None:
-        """A job as it is now, or was when its attempt ended."""
-        return self._find_job(repository, job_id)
-
-    def log(self, build: Build, job_name: str, failed: bool) -> list[str]:
-        """What a job wrote."""
-        return self._log(build, job_name, failed)
-
     def at_attempt(
         self, repository: Repository, run_id: str, attempt: str | None
     ) -> tuple[Build, Moment] | None:
         """A run as it was at the end of an attempt, or is now."""
-        found = self._find(repository, run_id)
+        found = self.find(repository, run_id)
         if found is None or attempt is None:
             return found
         build, newest = found

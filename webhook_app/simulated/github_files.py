@@ -5,13 +5,11 @@ foreign `Authorization` header is refused, as Azure's does.
 """
 
 import hashlib
-import io
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from webhook_app.simulated import github_bodies as bodies
+from webhook_app.simulated.archive import zip_of, zipped
 from webhook_app.simulated.blobs import Blobs
 from webhook_app.simulated.blobs import problem as no_blob
 from webhook_app.simulated.ci import page_of
@@ -92,7 +90,7 @@ class Files:
             files[f"{number}_{one.name}.txt"] = self._job_log(build, one)
             for step in one.steps:
                 files[f"{one.name}/{step.number}_{step.name.replace('/', '_')}.txt"] = step.name.encode()
-        return zipped(files)
+        return zip_of(files)
 
     # Annotations --------------------------------------------------------------------------------
 
@@ -133,7 +131,7 @@ class Files:
 
     def _content(self, build: Build, one: Artifact) -> bytes:
         text = f"{build.repository.full_name} {build.commit} attempt {one.attempt}\n"
-        return _artifact_zip(one.name, text, self.artifact_bytes)
+        return zipped(f"{one.name}/app.txt", text, self.artifact_bytes)
 
     def _find_artifact(self, repository: Repository, number: str) -> tuple[Build, Artifact] | None:
         found = self.server.find(repository, number[:-2])
@@ -199,21 +197,3 @@ def _uploaded(build: Build, until: float) -> list[Artifact]:
             number = build.run_id * 100 + moment.attempt * 10 + index
             uploaded.append(Artifact(number, name, moment.at, moment.attempt))
     return uploaded[::-1]
-
-
-@lru_cache(256)
-def _artifact_zip(name: str, text: str, filling: int) -> bytes:
-    return zipped({f"{name}/app.txt": text.encode(), **_filling(filling)})
-
-
-def _filling(size: int) -> dict[str, bytes]:
-    return {"filling.bin": bytes(size)} if size else {}
-
-
-def zipped(files: Mapping[str, bytes] | Iterable[tuple[str, bytes]]) -> bytes:
-    """A ZIP that is the same for the same files."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in dict(files).items():
-            archive.writestr(zipfile.ZipInfo(name), content)
-    return stream.getvalue()

@@ -196,6 +196,19 @@ def pipeline(build: Build, moment: Moment, base: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def rest_project(repository: Repository, base: str, access_level: int) -> dict[str, Any]:
+    """A project as `GET /projects/:id` shows it; `access_level` as GitLab numbers roles (40: Maintainer)."""
+    hooked = project(repository, base)
+    same = {key: value for key, value in hooked.items() if key not in ("namespace", "visibility_level")}
+    return same | {
+        "path": repository.name, "visibility": "private", "archived": False, "ssh_url_to_repo":
+        hooked["git_ssh_url"], "http_url_to_repo": hooked["git_http_url"], "builds_access_level": "enabled",
+        "namespace": {"id": 7, "name": hooked["namespace"], "path": repository.owner, "kind": "group"},
+        "permissions": {"project_access": {"access_level": access_level}, "group_access": None},
+        "created_at": "2024-03-01T08:00:00.000Z", "last_activity_at": "2026-10-30T08:00:00.000Z",
+    }  # fmt: skip
+
+
 def rest_user(base: str) -> dict[str, Any]:
     """A user as REST embeds it."""
     return {
@@ -204,14 +217,25 @@ def rest_user(base: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def job(build: Build, moment: Moment, one: Job, base: str) -> dict[str, Any]:
-    """A job as `GET …/pipelines/:id/jobs` lists it; its `pipeline` carries the pipeline's status."""
-    trace = [{"file_type": "trace", "size": 1500, "filename": "job.log", "file_format": None}]
+def job(
+    build: Build, moment: Moment, one: Job, base: str,
+    *, archive_bytes: int = 0, expire_at: float | None = None, erased_at: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A job as `GET …/pipelines/:id/jobs` lists it; its `pipeline` carries the pipeline's status.
+
+    `archive_bytes`: the size of its artifacts' ZIP, 0 if it has none (any more).
+    """
+    trace = {"file_type": "trace", "size": 1500, "filename": "job.log", "file_format": "raw"}
+    archive = {
+        "file_type": "archive", "size": archive_bytes, "filename": "artifacts.zip", "file_format": "zip",
+    }  # fmt: skip
+    files = [*([archive] if archive_bytes else []), *([trace] if one.finished_at and not erased_at else [])]
+    whole = {"artifacts_file": {"filename": "artifacts.zip", "size": archive_bytes}} if archive_bytes else {}
     return {
         "id": one.id, "status": one.status, "stage": one.stage, "name": one.name, "ref": build.branch,
         "tag": False,
         "coverage": None, "allow_failure": one.allow_failure, "created_at": iso(one.created_at),
-        "started_at": iso(one.started_at), "finished_at": iso(one.finished_at), "erased_at": None,
+        "started_at": iso(one.started_at), "finished_at": iso(one.finished_at), "erased_at": iso(erased_at),
         "duration": _seconds(one.started_at, one.finished_at, moment.at),
         "queued_duration": _seconds(one.created_at, one.started_at, moment.at), "user": rest_user(base),
         "commit": {
@@ -229,13 +253,14 @@ def job(build: Build, moment: Moment, one: Job, base: str) -> dict[str, Any]:
         },
         "failure_reason": one.failure_reason, "source": "push", "archived": False, "runner": _runner(one),
         "web_url": f"{base}/{build.repository.full_name}/-/jobs/{one.id}", "runner_manager": None,
-        "project": {"ci_job_token_scope_enabled": False}, "artifacts": trace if one.finished_at else [],
-        "artifacts_expire_at": None, "tag_list": ["docker"],
+        "project": {"ci_job_token_scope_enabled": False}, "artifacts": files,
+        "artifacts_expire_at": iso(expire_at), "tag_list": ["docker"], **whole,
     }  # fmt: skip
 
 
-def log_text(lines: list[str], at: float) -> bytes:
-    """A job's trace, with the marks of a section and colours."""
+def log_text(lines: list[str], at: float, over: bool = True) -> bytes:
+    """A job's trace, with the marks of a section and colours; the section is open while the job runs."""
     stamp = int(at)
     body = "".join(f"{line}\r\n" for line in lines).replace("FAIL", "\x1b[31;1mFAIL\x1b[0;m")
-    return f"section_start:{stamp}:script\r\x1b[0K{body}section_end:{stamp + 9}:script\r\x1b[0K\n".encode()
+    end = f"section_end:{stamp + 9}:script\r\x1b[0K\n" if over else ""
+    return f"section_start:{stamp}:script\r\x1b[0K{body}{end}".encode()

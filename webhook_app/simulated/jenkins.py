@@ -114,7 +114,7 @@ class JenkinsServer(ApiServer):
 
     def _build(self, repository: Repository, number: str) -> tuple[Build, Moment] | None:
         if number.isdigit():
-            return self._find(repository, number, "number")
+            return self.find(repository, number, "number")
         permalinks: dict[str, Callable[[Moment], bool]] = {
             "lastBuild": lambda moment: True,
             "lastCompletedBuild": lambda moment: moment.status != "building",
