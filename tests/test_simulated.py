@@ -503,7 +503,7 @@ def test_a_jenkins_result_may_be_set_while_it_is_building(clock: StepClock, http
         stages = http.get(f"{server.url}{server.path_of(build)}/wfapi/describe", auth=JENKINS).json()
         assert [stage["name"] for stage in stages["stages"]] == ["Checkout", "Build", "Test"]
         log = http.get(f"{server.url}{server.path_of(build)}/logText/progressiveText?start=5", auth=JENKINS)
-        assert int(log.headers["X-Text-Size"]) == len(log.content) + 5
+        assert int(log.headers["X-Text-Size"]) > len(log.content) + 5, "it counts hidden bytes too"
         assert "X-More-Data" not in log.headers
 
 

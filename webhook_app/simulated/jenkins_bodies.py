@@ -4,14 +4,16 @@ Fields: the sources of Jenkins core (`Run`), workflow-job and the notification p
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from webhook_app.simulated.facts import Build, Event, Moment
 
 _FLOW_RUN = "org.jenkinsci.plugins.workflow.job.WorkflowRun"
-ESTIMATED_MS = 24_000
-"""What every job believes that a build takes."""
+QUIET_SECONDS = 5.0
+"""How long a build waits in the queue before it begins."""
+NOTE = "\x1b[8mha:////4AAAAKB+LCAAAAAAAAP9b85aBtbiIQTGjNKU4P08vOT+vOD8nVc83PyU1x6OyILUo\x1b[0m"
+"""A console note: bytes of the raw log that no reader gets to see."""
 
 
 def job_path(build: Build) -> str:
@@ -62,19 +64,19 @@ def artifacts(build: Build, moment: Moment, base: str) -> dict[str, Any]:
     return {"dist/app.txt": {"archive": f"{base}/{build_path(build)}artifact/dist/app.txt"}}
 
 
-def api_build(build: Build, moment: Moment, base: str, now: float) -> dict[str, Any]:
-    """`GET …/N/api/json` without a tree."""
+def api_build(build: Build, moment: Moment, base: str, now: float, estimated_ms: int) -> dict[str, Any]:
+    """`GET …/N/api/json` without a tree; `estimated_ms` -1: nobody knows how long it takes."""
     building = moment.status == "building"
     spent = milliseconds(moment.at - build.begins_at)
-    progress = min(int((now - build.begins_at) * 100_000 / ESTIMATED_MS), 99)
-    executor = {"_class": "hudson.model.OneOffExecutor", "number": -1, "progress": max(progress, 0)}
+    share = int((now - build.begins_at) * 100_000 / estimated_ms) if estimated_ms > 0 else -1
+    executor = {"_class": "hudson.model.OneOffExecutor", "number": -1, "progress": min(share, 99)}
     archived = artifacts(build, moment, base)
     return {
         "_class": _FLOW_RUN, "actions": _actions(build, base), "number": build.number,
         "id": str(build.number),
         "url": f"{base}/{build_path(build)}", "building": building,
         "inProgress": moment.status != "finalized",
-        "result": moment.conclusion, "duration": 0 if building else spent, "estimatedDuration": ESTIMATED_MS,
+        "result": moment.conclusion, "duration": 0 if building else spent, "estimatedDuration": estimated_ms,
         "timestamp": milliseconds(build.begins_at), "queueId": build.run_id,
         "displayName": f"#{build.number}",
         "fullDisplayName": f"{build.repository.owner} » {build.repository.name} #{build.number}",
@@ -99,6 +101,28 @@ def _actions(build: Build, base: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def queue_item(build: Build, base: str, now: float, cancelled: bool) -> dict[str, Any]:
+    """`GET /queue/item/ID/api/json`: waiting in the quiet period, cancelled, or left for its build."""
+    left, rest = now >= build.begins_at, build.begins_at - now
+    item: dict[str, Any] = {
+        "_class": f"hudson.model.Queue${'LeftItem' if left or cancelled else 'WaitingItem'}", "actions": [],
+        "blocked": False, "buildable": False, "id": build.run_id,
+        "inQueueSince": milliseconds(build.begins_at - QUIET_SECONDS), "params": "", "stuck": False,
+        "task": {
+            "_class": "org.jenkinsci.plugins.workflow.job.WorkflowJob", "name": build.repository.name,
+            "url": f"{base}/{job_path(build)}", "color": "blue_anime" if left else "blue",
+        },
+        "url": f"queue/item/{build.run_id}/", "why": None,
+    }  # fmt: skip
+    if not left and not cancelled:
+        why = f"In the quiet period. Expires in {rest:.1f} sec"
+        return item | {"why": why, "timestamp": milliseconds(build.begins_at)}
+    if cancelled:
+        return item | {"cancelled": True, "executable": None}
+    place = {"number": build.number, "url": f"{base}/{build_path(build)}"}
+    return item | {"cancelled": False, "executable": {"_class": _FLOW_RUN, **place}}
+
+
 def stages(build: Build, moment: Moment) -> dict[str, Any]:
     """`GET …/N/wfapi/describe`: the stages that have begun, none of the future."""
     words = {"SUCCESS": "SUCCESS", "FAILURE": "FAILED", "NOT_BUILT": "NOT_EXECUTED", None: "IN_PROGRESS"}
@@ -121,6 +145,25 @@ def stages(build: Build, moment: Moment) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class Each(Sequence[dict[str, Any]]):
+    """A list whose items are only made when somebody looks at them."""
+
+    def __init__(self, items: Sequence[Any], make: Callable[[Any], dict[str, Any]]) -> None:
+        self._items = items
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Each(self._items[index], self._make)
+        return self._make(self._items[index])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self._make, self._items)
+
+
 # tree= -------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(r"\w+|[\[\],]|\{\d*,?\d*\}")
@@ -128,9 +171,7 @@ _TOKEN = re.compile(r"\w+|[\[\],]|\{\d*,?\d*\}")
 
 def prune(content: Mapping[str, Any], tree: str) -> dict[str, Any]:
     """What `tree=` leaves of an object: `a,b[c,d]{0,20}`; without a tree everything.  `_class` stays."""
-    if not tree:
-        return dict(content)
-    wanted, _ = _parse(_TOKEN.findall(tree), 0)
+    wanted, _ = _parse(_TOKEN.findall(tree), 0) if tree else (None, 0)
     pruned: dict[str, Any] = _pruned(content, wanted)
     return pruned
 
@@ -155,20 +196,22 @@ def _parse(tokens: list[str], at: int) -> tuple[_Wanted, int]:
 
 
 def _pruned(content: Any, wanted: _Wanted | None) -> Any:
-    if isinstance(content, list):
+    if isinstance(content, list | Each):
         return [_pruned(item, wanted) for item in content]
-    if not isinstance(content, Mapping) or wanted is None:
+    if not isinstance(content, Mapping):
         return content
+    if wanted is None:
+        return {name: _pruned(value, None) for name, value in content.items()}
     kept = {"_class": content["_class"]} if "_class" in content else {}
     for name, (inner, span) in wanted.items():
         if name in content:
-            kept[name] = _cut(_pruned(content[name], inner), span)
+            kept[name] = _pruned(_cut(content[name], span), inner)
     return kept
 
 
 def _cut(content: Any, span: str) -> Any:
     """`{M,N}`: from M up to but not with N."""
-    if not span or not isinstance(content, list):
+    if not span or not isinstance(content, list | Each):
         return content
     first, _, last = span.strip("{}").partition(",")
     if not last and "," not in span:
