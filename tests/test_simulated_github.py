@@ -21,6 +21,7 @@ from webhook_app.simulated.ci import LOGGED_SECRETS
 from webhook_app.simulated.github import GitHubServer
 from webhook_app.simulated.github_access import App
 from webhook_app.simulated.sender import Secrets, Sender
+from webhook_app.simulated.targets import Target
 from webhook_app.simulated.world import REPOSITORIES, StepClock, busy_world
 
 SECRETS = Secrets(github="github-secret", gitlab="gitlab-secret", jenkins="jenkins-secret")
@@ -565,6 +566,31 @@ def test_deliveries_are_paged_by_cursor_shown_whole_and_sent_again_under_their_g
         newest = told(get(server, base))[0]
         assert (newest["guid"], newest["redelivery"], newest["status"]) == (listed[0]["guid"], True, "OK")
         assert send(server, "POST", f"{base}/999999/attempts").status == 404
+
+
+def test_the_deliveries_of_an_app_are_listed_and_repeated_with_its_jwt(clock, inbox, app):
+    world, _ = pushing_world(clock)
+    with GitHubServer(world, app=app, port=None) as server:
+        sender = Sender(world, "http://127.0.0.1:9", SECRETS, hooks={"github": server.hooks})
+        server.deliveries, server.hooks.app = sender, Target(inbox.url, "app-secret", 99)
+        inbox.status = 500
+        clock.at = world.ends_at
+        sender.send_due()
+        token = jwt(app, clock())
+        assert get(server, "/app/hook/deliveries").status == 401, "a JWT is needed"
+        listed, url = [], "/app/hook/deliveries?status=failure&per_page=100"
+        while url:
+            answer = get(server, url, token)
+            listed += told(answer)
+            url = next_page(answer)
+        assert len(listed) == len(inbox.requests) == sender.report()["planned"]
+        assert told(get(server, "/app/hook/config", token))["url"] == inbox.url
+        one = f"/app/hook/deliveries/{listed[0]['id']}"
+        assert told(get(server, one, token))["guid"] == listed[0]["guid"]
+        assert send(server, "POST", f"{one}/attempts", token=token).status == 202
+        assert sender.send_due() == 1
+        sender.close()
+        assert inbox.requests[-1].headers["x-github-delivery"] == listed[0]["guid"]
 
 
 # For benchmarks ---------------------------------------------------------------------------------

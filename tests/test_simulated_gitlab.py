@@ -105,12 +105,21 @@ def test_a_limit_is_told_with_every_answer_and_counts_a_304(clock):
         assert get(server, server.path_of(build)).status == 200
 
 
-@pytest.mark.parametrize("options", [{"limit": None}, {"limit_headers": False}])
-def test_a_self_managed_instance_may_tell_no_limits(clock, options):
+def test_a_self_managed_instance_may_have_no_limits_or_not_tell_them(clock):
     world, build = one_build(clock, "gitlab", "success")
-    with GitLabServer(world, port=None, **options) as server:
-        headers = get(server, server.path_of(build)).headers
-        assert not [name for name in headers if "limit" in name.lower()]
+    with GitLabServer(world, port=None, limit=None) as server:
+        answers = [get(server, server.path_of(build)) for _ in range(2100)]
+        assert {answer.status for answer in answers} == {200}
+        assert not limits_in(answers[-1])
+    with GitLabServer(world, port=None, limit=1, limit_headers=False) as server:
+        answers = [get(server, server.path_of(build)) for _ in range(2)]
+        assert [answer.status for answer in answers] == [200, 429]
+        assert not limits_in(answers[0]) + limits_in(answers[1])
+        assert 1 <= int(answers[1].headers["Retry-After"]) <= 60
+
+
+def limits_in(answer):
+    return [name for name in answer.headers if name.startswith("RateLimit")]
 
 
 # Lists -------------------------------------------------------------------------------------------

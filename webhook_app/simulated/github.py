@@ -281,6 +281,8 @@ class GitHubServer(GitHubApi):
         return self._app_route(request, self.app)
 
     def _app_route(self, request: Request, app: App) -> Response:
+        if request.path.startswith("/app/hook/"):
+            return self.hooks.app_answer(request, request.path.removeprefix("/app/hook"))
         one = f"/app/installations/{app.installation_id}"
         if request.path == f"{one}/access_tokens" and request.method == "POST":
             return self._issue(request)

@@ -4,6 +4,7 @@ import base64
 import binascii
 import json
 import secrets
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -167,6 +168,7 @@ class Limits:
     retry_after: int | None = None
     secondary_hits: int = 0
     refused: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _used: dict[str, tuple[int, int]] = field(default_factory=dict)
     _spent: dict[str, deque[tuple[float, int]]] = field(default_factory=dict)
     _totals: Counter[str] = field(default_factory=Counter)
@@ -183,7 +185,8 @@ class Limits:
 
     def spend(self, account: str) -> None:
         """One request more."""
-        self._used[account] = (int(self.now() // 3600), self.used(account) + 1)
+        with self._lock:
+            self._used[account] = (int(self.now() // 3600), self.used(account) + 1)
 
     def exhausted(self, account: str) -> bool:
         """Is the hour's budget spent?  Counts those that ask in spite of it."""
@@ -193,19 +196,23 @@ class Limits:
 
     def too_fast(self, account: str, cost: int, in_flight: int) -> bool:
         """Does this request break a secondary limit, or come while an earlier break is being punished?"""
-        now, blocked = self.now(), self.now() < self._blocked_until.get(account, 0.0)
-        if not blocked and (in_flight > self.concurrency or self.points_of(account) + cost > self.points):
-            self._blocked_until[account] = now + (self.retry_after or WINDOW_SECONDS)
+        with self._lock:
+            refused = self._punished(account, in_flight, cost)
+            self.secondary_hits += refused
+            if not refused:
+                self._spent.setdefault(account, deque()).append((self.now(), cost))
+                self._totals[account] += cost
+            return refused
+
+    def _punished(self, account: str, in_flight: int, cost: int) -> bool:
+        if self.now() < self._blocked_until.get(account, 0.0):
+            return True
+        broken = in_flight > self.concurrency or self.points_of(account) + cost > self.points
+        if broken:
+            self._blocked_until[account] = self.now() + (self.retry_after or WINDOW_SECONDS)
             self._spent.pop(account, None)
             self._totals.pop(account, None)
-            blocked = True
-        if blocked:
-            self.secondary_hits += 1
-            return True
-        self._spent.setdefault(account, deque())
-        self._spent[account].append((now, cost))
-        self._totals[account] += cost
-        return False
+        return broken
 
     def points_of(self, account: str) -> int:
         """The points of the last 60 seconds."""

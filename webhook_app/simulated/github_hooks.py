@@ -3,6 +3,7 @@
 A ping is really sent, in the caller's request.  The deliveries of builds are the sender's.
 """
 
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,12 +59,13 @@ class Hook:
 
 
 class Hooks:
-    """`deliveries`: usually the sender."""
+    """`deliveries`: usually the sender.  `app`: the webhook of the App; it gets what no other hook wants."""
 
     def __init__(self, server: GitHubApi) -> None:
         self.server = server
         self.deliveries: Deliveries | None = None
         self.hooks: list[Hook] = []
+        self.app: Target | None = None
         self._pings: list[dict[str, Any]] = []
         self._ids, self._ping_ids = count(_FIRST_HOOK), count(_FIRST_PING)
         self._http = urllib3.PoolManager(retries=False)
@@ -77,9 +79,9 @@ class Hooks:
         ]
 
     def target(self, repository: Repository, event: str) -> Target | None:
-        """The hook of a repository that wants this event; None if there is none."""
+        """The hook of a repository that wants this event, else the App's; None if there is none."""
         hooks = (hook for hook in self.hooks if hook.repository == repository and hook.active)
-        return next((hook.target for hook in hooks if event in hook.events or "*" in hook.events), None)
+        return next((hook.target for hook in hooks if event in hook.events or "*" in hook.events), self.app)
 
     def settle(self, target: Target, status: int | None) -> None:
         """A delivery of this hook was answered so (None: not at all)."""
@@ -97,6 +99,29 @@ class Hooks:
             r"/hooks/(\d+)/deliveries/(\d+)": self._delivery,
             r"/hooks/(\d+)/deliveries/(\d+)/attempts": self._redeliver,
         }
+
+    def app_answer(self, request: Request, path: str) -> Response:
+        """Below `/app/hook`: its address and its deliveries, of whatever repository."""
+        found = re.fullmatch(r"/(config|deliveries)(?:/(\d+))?(/attempts)?", path)
+        if found is None or self.app is None:
+            return problem(404, "Not Found")
+        if found[1] == "config":
+            config = {"content_type": "json", "insecure_ssl": "0", "secret": "********"}
+            return json_response(config | {"url": self.app.url})
+        places = self.server.world.places["github"] if self.deliveries else ()
+        known = [one for place in places for one in self._builds_to(place, self.app.url)]
+        if found[2] is None:
+            known.sort(key=lambda one: -int(one["id"]))
+            return self.server.cursored(request, _with_status(request, known))
+        if int(found[2]) not in [one["id"] for one in known] or self.deliveries is None:
+            return problem(404, "Not Found")
+        if found[3]:
+            self.deliveries.redeliver(int(found[2]))
+            return json_response({}, 202)
+        return json_response(self.deliveries.delivery(int(found[2])))
+
+    def _builds_to(self, repository: Repository, url: str) -> list[dict[str, Any]]:
+        return self.deliveries.deliveries(repository, url) if self.deliveries else []
 
     # The hooks themselves -----------------------------------------------------------------------
 
@@ -194,7 +219,7 @@ class Hooks:
         """Every delivery of a hook, newest first."""
         url = hook.config["url"]
         wanted = "" if hook.id == bodies.HOOK_ID else url
-        builds = self.deliveries.deliveries(hook.repository, wanted) if self.deliveries else []
+        builds = self._builds_to(hook.repository, wanted)
         pings = [
             {key: value for key, value in ping.items() if key not in ("url", "request", "response")}
             for ping in self._pings
@@ -207,11 +232,7 @@ class Hooks:
         hook = self._find(repository, hook_id)
         if hook is None:
             return problem(404, "Not Found")
-        status = request.parameter("status")
-        listed = [
-            one for one in self._known(hook) if not status or (one["status"] == "OK") == (status == "success")
-        ]
-        return self.server.cursored(request, listed)
+        return self.server.cursored(request, _with_status(request, self._known(hook)))
 
     def _delivery(self, request: Request, repository: Repository, hook_id: str, number: str) -> Response:
         hook = self._find(repository, hook_id)
@@ -230,6 +251,11 @@ class Hooks:
         elif self.deliveries is None or not self.deliveries.redeliver(int(number)):
             return problem(404, "Not Found")
         return json_response({}, 202)
+
+
+def _with_status(request: Request, deliveries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    status = request.parameter("status")
+    return [one for one in deliveries if not status or (one["status"] == "OK") == (status == "success")]
 
 
 def _content(request: Request) -> dict[str, Any]:

@@ -94,10 +94,17 @@ class GitLabServer(GitLabApi):
         account, minute = self._account(request), int(self.world.now() // WINDOW_SECONDS)
         used, reset_at = self._spend(account, minute), (minute + 1) * WINDOW_SECONDS
         if self.limit is not None and used > self.limit:
-            refused = rate_limited(max(int(reset_at - self.world.now()), 1), reset_at)
-            return replace(refused, headers={**refused.headers, **self._limits(used, reset_at)})
+            return self._too_many(used, reset_at)
         response = self._route(request, account)
         return replace(response, headers={**response.headers, **self._limits(used, reset_at)})
+
+    def _too_many(self, used: int, reset_at: float) -> Response:
+        """A 429; who tells no limits tells only when to come back."""
+        refused = rate_limited(max(int(reset_at - self.world.now()), 1), reset_at)
+        kept = {name: value for name, value in refused.headers.items() if not name.startswith("RateLimit")}
+        limits = self._limits(used, reset_at)
+        reset = {"RateLimit-ResetTime": formatdate(reset_at, usegmt=True)} if limits else {}
+        return replace(refused, headers={**kept, **limits, **reset})
 
     def _limits(self, used: int, reset_at: float) -> dict[str, str]:
         told = self.limit is not None and self.limit_headers

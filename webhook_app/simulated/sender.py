@@ -318,7 +318,7 @@ class Sender:
     def ping(self) -> list[int | None]:
         """Send the `ping` of a new webhook for each GitHub repository; returns the statuses."""
         statuses = []
-        for repository in self.world.places["github"]:
+        for repository in self.world.places.get("github", ()):
             content = github_bodies.ping(
                 repository, self._api_urls["github"], self.base_url + self._paths["github"]
             )
