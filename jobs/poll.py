@@ -1,120 +1,253 @@
-"""The polling jobs: `poll` drains what is due, `discover` finds builds whose every push was lost.
+"""The polling jobs: `poll` reads what is due, `discover` says where to look for builds nobody told of.
 
-A tick that comes twice, late, or beside another does no harm.
+One round of a lane (a token, see `pollers.budget`): own it, take the stalest places the allowance covers,
+read them, record what they told in one transaction and give the lane back.  Lanes go side by side; a tick
+that comes twice, late, or beside another finds the lane owned, or nothing due.
 """
 
 import logging
+import random
+import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from datetime import timedelta
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
-from jobs.resources import POLL_THREADS, Resources, resources
+from jobs.resources import Resources, resources
 from jobs.schedule import ring_at
-from pollers import budget, discovery, repository, stale
-from pollers.discovery import Sight
-from pollers.repository import Reading
-from pollers.stale import Due
-from webhook_app import builds, db, queues
-from webhook_app.lifecycle import Observation
+from pollers import budget, client, credentials, discovery, repository, stale
+from pollers.budget import Ledger, Spent
+from pollers.client import Client, Purse
+from pollers.credentials import Keyring
+from pollers.repository import Findings, Terms
+from pollers.stale import Place
+from webhook_app import builds, db, platforms, queues
+from webhook_app.platforms import Manners, PollError
+from webhook_app.settings import SourceSettings
 from webhook_app.times import utc_now
 
 log = logging.getLogger(__name__)
 
 LONGEST_DRAIN_SECONDS = 60.0
-AT_ONCE = 4 * POLL_THREADS
+ROUND_SECONDS = 5.0
+"""No read of a round begins later than this after its first."""
+
+PLACES_AT_ONCE = 64
+LEASE_MARGIN_SECONDS = 10.0
 SOON = timedelta(minutes=1)
 
 
 def poll(held: Resources | None = None) -> None:
-    """Read every build that is due, a few at a time, and ask to be woken when the next one is due.
+    """Read every build and list that is due, as the budgets allow, and ask to be woken for the next.
 
     `held`: what to work with; None (as a worker calls it) takes this process's own.
     """
     held = held or resources()
     queues.answer(held.redis, queues.POLL)
-    _drain(held)
-    _come_back(held)
-
-
-def _come_back(held: Resources) -> None:
-    """Ticks alone would find a build that was just polled one tick late, each time."""
-    with db.reading(held.engine) as connection:
-        due = stale.next_due(connection, held.settings.sources, utc_now())
-    if due is not None and due < utc_now() + SOON:
-        ring_at(held.redis, queues.POLL, due)
-
-
-def _drain(held: Resources) -> None:
-    """Read and record, until nothing is due or the time is up."""
-    sources = held.settings.sources
-    until = time.monotonic() + LONGEST_DRAIN_SECONDS
-    while time.monotonic() < until:
-        due = _claim(held)
-        if not due:
-            return
-        readings = list(held.threads.map(lambda one: repository.read(sources[one.source], one), due))
-        events = _record(held, readings)
-        log.info("polled builds=%d events=%d", len(readings), events)
-        if events:
-            queues.Bell(held.redis).ring(queues.DELIVER)
-
-
-def _claim(held: Resources) -> list[Due]:
-    return db.in_transaction(
-        held.engine,
-        lambda connection: stale.claim(connection, held.settings.sources, utc_now(), held.pace, AT_ONCE),
-    )
-
-
-def _record(held: Resources, readings: Sequence[Reading]) -> int:
-    """Record a batch of readings in one transaction; how many events they made."""
-    now = utc_now()
-    facts = [fact for reading in readings for fact in reading.facts]
-    worked = {fact.source for fact in facts if isinstance(fact, Observation) and not fact.ours}
-    faults = [(reading.due.source, reading.fault) for reading in readings if reading.fault]
-
-    def unit(write: db.Write) -> int:
-        outcomes = builds.record(write, facts, now, held.pace)
-        budget.note(write, worked, faults, now)
-        return sum(outcome.events for outcome in outcomes)
-
-    return db.as_writer(held.engine, unit)
+    lanes = _lanes(held)
+    _drain(lanes)
+    _come_back(held, lanes)
 
 
 def discover(held: Resources | None = None) -> None:
-    """List the newest builds of each configured repository and record those that nobody knows.
+    """Note which repositories are to be listed, those with a build lately among them, and wake the polling.
 
     `held` as for `poll`.
     """
     held = held or resources()
     queues.answer(held.redis, queues.DISCOVER)
-    sights = _look_around(held)
-    found = [seen for sight in sights for seen in sight.builds]
-    worked = {sight.source for sight in sights if not sight.fault}
-    faults = [(sight.source, sight.fault) for sight in sights if sight.fault]
-    now, pace = utc_now(), held.pace
+    sources = {name: source for name, source in held.settings.sources.items() if source.can_poll}
+    db.as_writer(held.engine, lambda write: discovery.note_places(write, sources, utc_now()))
+    queues.Bell(held.redis).ring(queues.POLL)
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One token, the sources that are read with it, and who we are to others who want it."""
+
+    held: Resources
+    name: str
+    sources: dict[str, SourceSettings]
+    owner: str = field(default_factory=lambda: secrets.token_hex(8))
+    ready_at: datetime | None = None
+
+    @property
+    def platform(self) -> str:
+        return next(iter(self.sources.values())).source.platform
+
+    @property
+    def manners(self) -> Manners:
+        return platforms.polled()[self.platform].MANNERS
+
+    @property
+    def lease(self) -> timedelta:
+        """Longer than a round can take, its slowest read included."""
+        slowest = max(source.timeout_seconds for source in self.sources.values())
+        return timedelta(seconds=ROUND_SECONDS + slowest + LEASE_MARGIN_SECONDS)
+
+
+def _lanes(held: Resources) -> list[_Lane]:
+    found: dict[str, _Lane] = {}
+    for name, source in held.settings.sources.items():
+        if source.can_poll:
+            lane = credentials.lane(source)
+            found.setdefault(lane, _Lane(held, lane, {})).sources[name] = source
+    return list(found.values())
+
+
+def _come_back(held: Resources, lanes: Sequence[_Lane]) -> None:
+    """Ticks alone would find a build that was just polled one tick late, each time."""
+    now = utc_now()
+    with db.reading(held.engine) as connection:
+        paused = budget.paused(connection, now)
+        due = [
+            _next_turn(stale.next_due(connection, set(lane.sources) - set(paused)), lane) for lane in lanes
+        ]
+    first = min([moment for moment in [*due, *paused.values()] if moment is not None], default=None)
+    if first is not None and first < now + SOON:
+        ring_at(held.redis, queues.POLL, first)
+
+
+def _next_turn(due: datetime | None, lane: _Lane) -> datetime | None:
+    return max(due, lane.ready_at) if due and lane.ready_at else due
+
+
+def _drain(lanes: Sequence[_Lane]) -> None:
+    """Round after round in each lane, until none has anything it may read or the time is up."""
+    until = time.monotonic() + LONGEST_DRAIN_SECONDS
+    with ThreadPoolExecutor(max(len(lanes), 1), thread_name_prefix="lane") as threads:
+        running: dict[Future[bool], _Lane] = {threads.submit(_round, lane): lane for lane in lanes}
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                lane = running.pop(future)
+                if future.result() and time.monotonic() < until:
+                    running[threads.submit(_round, lane)] = lane
+
+
+# ---- one round -----------------------------------------------------------------------------------
+
+
+def _round(lane: _Lane) -> bool:
+    """One round; was anything read, so that another may find more?"""
+    begun = _begin(lane)
+    if begun is None:
+        return False
+    ledger, places = begun
+    over_at = time.monotonic() + ROUND_SECONDS
+    purse = Purse(budget.allowance(ledger), lambda: time.monotonic() < over_at)
+    findings = _read(lane, places, purse) if places else []
+    events = _finish(lane, ledger, findings, purse.spent)
+    if purse.spent.requests:
+        log.info(
+            "polled lane=%s places=%d requests=%d counted=%d facts=%d events=%d", lane.name, len(findings),
+            purse.spent.requests, purse.spent.counted, sum(len(one.facts) for one in findings), events,
+        )  # fmt: skip
+    if events:
+        queues.Bell(lane.held.redis).ring(queues.DELIVER)
+    return bool(purse.spent.requests)
+
+
+def _begin(lane: _Lane) -> tuple[Ledger, list[Place]] | None:
+    """Own the lane and take what may be read now; None while somebody else owns it."""
+    reserve = lane.held.settings.api_budget_reserve
+
+    def unit(write: db.Write) -> tuple[Ledger, list[Place]] | None:
+        now = utc_now()
+        ledger = budget.take(write, lane.name, lane.platform, lane.owner, now + lane.lease, now)
+        if ledger is None:
+            return None
+        ledger = budget.reckoned(ledger, now, lane.manners, reserve)
+        paused = budget.paused(write.connection, now)
+        awake = {name: source for name, source in lane.sources.items() if name not in paused}
+        most = min(budget.allowance(ledger), PLACES_AT_ONCE)
+        return ledger, stale.work(write.connection, awake, now, most) if awake and most else []
+
+    return db.as_writer(lane.held.engine, unit)
+
+
+def _read(lane: _Lane, places: Sequence[Place], purse: Purse) -> list[Findings]:
+    """Read the places, as many at once as the platform likes; nothing more of a source that is in trouble."""
+    keyring = Keyring(lane.held.engine, lane.held.settings.encryption_keys)
+    clients: dict[str, Client | PollError] = {}
+    for name in {place.source for place in places}:
+        settings = lane.sources[name]
+        try:
+            clients[name] = _client(lane, settings, keyring, purse)
+        except PollError as fault:
+            clients[name] = fault
+    troubled: set[str] = set()
+
+    def one(place: Place) -> Findings:
+        at = clients[place.source]
+        if isinstance(at, PollError):
+            return Findings(place, fault=at)
+        if place.source in troubled:
+            return Findings(place)
+        found = repository.read(at, place, _terms(lane))
+        if found.fault is not None:
+            troubled.add(place.source)
+        return found
+
+    if lane.manners.at_once == 1:
+        return [one(place) for place in places]
+    with ThreadPoolExecutor(lane.manners.at_once, thread_name_prefix="read") as threads:
+        return list(threads.map(one, places))
+
+
+def _client(lane: _Lane, settings: SourceSettings, keyring: Keyring, purse: Purse) -> Client:
+    source = keyring.source(settings, utc_now())
+    return Client(
+        lane.held.engine, lane.name, settings, source, purse,
+        lambda refused: keyring.refreshed(settings, refused, utc_now()),
+    )  # fmt: skip
+
+
+def _terms(lane: _Lane) -> Terms:
+    settings = lane.held.settings
+    return Terms(utc_now(), settings.push_freshness_seconds, 0.0)
+
+
+def _finish(lane: _Lane, ledger: Ledger, findings: Sequence[Findings], spent: Spent) -> int:
+    """Record a round in one transaction and give the lane back; how many events it made."""
+    facts = [fact for found in findings for fact in found.facts]
+    faults = [(found.place.source, found.fault) for found in findings if found.fault]
+    worked = {found.place.source for found in findings if found.worked}
 
     def unit(write: db.Write) -> int:
-        budget.note(write, worked, faults, now)
-        return discovery.add_unknown(write, found, now, pace)
+        now = utc_now()
+        outcomes = builds.record(write, facts, now, lane.held.pace)
+        client.keep(write, lane.name, [tag for found in findings for tag in found.tags], now)
+        for found in findings:
+            _note_place(write, lane, found, now)
+        budget.note(write, worked, faults, now, ledger.strikes)
+        settled = budget.charged(ledger, spent, now)
+        settled = budget.struck(settled, [fault for _, fault in faults], worked=bool(worked))
+        budget.settle(write, lane.name, settled, lane.owner)
+        lane.ready_at = now + timedelta(
+            seconds=budget.wait_seconds(settled, now, lane.manners, lane.held.settings.api_budget_reserve)
+        )
+        return sum(outcome.events for outcome in outcomes)
 
-    added = db.as_writer(held.engine, unit)
-    if added:
-        log.info("discovered builds=%d", added)
-        queues.Bell(held.redis).ring(queues.DELIVER)
+    return db.as_writer(lane.held.engine, unit)
 
 
-def _look_around(held: Resources) -> list[Sight]:
-    """All places, without the builds that are known, and the others one by one and complete."""
-    sources = held.settings.sources
-    with db.reading(held.engine) as connection:
-        paused = budget.paused(connection, utc_now())
-    places = list(discovery.places(sources, paused))
-    sights = list(
-        held.threads.map(lambda place: discovery.look(sources[place.source], place, utc_now()), places)
-    )
-    with db.reading(held.engine) as connection:
-        new = discovery.unknown(connection, [seen for sight in sights for seen in sight.builds])
-    closer = list(held.threads.map(lambda seen: discovery.look_closer(sources[seen.source], seen), new))
-    return closer + [replace(sight, builds=()) for sight in sights]
+def _note_place(write: db.Write, lane: _Lane, found: Findings, now: datetime) -> None:
+    """What the read of a place says about the place itself: when it is listed next, its other names."""
+    source = found.place.source
+    if found.listed:
+        discovery.listed(write, source, found.listed, now, _next_list(lane, now))
+    if found.refused is not None:
+        again = max(_next_list(lane, now), now + timedelta(minutes=5))
+        discovery.failed(write, source, found.place.repositories, found.refused, again)
+    for name, told in found.aliases.items():
+        discovery.note_alias(write, source, name, told, now)
+    for name, why in found.hidden.items():
+        discovery.tell_hidden(write, source, name, why, now)
+
+
+def _next_list(lane: _Lane, now: datetime) -> datetime:
+    settings = lane.held.settings
+    jitter = random.uniform(0, settings.discovery_jitter_seconds)  # noqa: S311  spreads load, guards nothing
+    return now + timedelta(seconds=settings.discovery_interval_seconds + jitter)

@@ -1,1 +1,1 @@
-"""Reading CI platforms: who is due (`stale`), one read (`repository`), how long to wait (`budget`)."""
+"""Reading CI platforms: what is due (`stale`), read together (`repository`), with which token and how much."""

@@ -1,18 +1,185 @@
-"""How long a source is left alone when it asks for it, or when it does not know us any more."""
+"""What a token may still ask, and how long a source is left alone.
+
+A *lane* is one token with one platform: whatever reads with it, in whatever process, shares one row of
+`budgets`.  Whoever owns the lane for the moment is the only one to read with it, so no repository is
+read twice at once.  The reckoning is pure:
+
+* `credit`: requests that cost budget and may be made at once.  It grows so that what is left of the hour,
+  less a reserve for releases and people, lasts until the reset; a burst is allowed.
+* `turns`: requests of any kind, for limits that count an unchanged answer (304) as well.
+* `price`: the share of requests that cost budget lately; so many more may be sent than there is credit.
+"""
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, delete, insert, select, update
 
 from webhook_app import models
 from webhook_app.db import Write
-from webhook_app.platforms import PollError, PollFault
+from webhook_app.platforms import Limits, Manners, PollError, PollFault
 
 RATE_LIMIT_SECONDS = 60.0
 UNAUTHORIZED_SECONDS = 300.0
 MOST_PAUSE_SECONDS = 86_400.0
+
+BURST_SHARE = 0.02
+LEAST_BURST = 10.0
+LEAST_PRICE = 0.02
+PRICE_WEIGHT = 0.01
+TURNS_BURST_SECONDS = 6.0
+LEAST_WAIT_SECONDS = 1.0
+
+
+# ---- the reckoning (pure) ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What a lane may ask, as reckoned at `reckoned_at`.
+
+    `limit`, `remaining`, `reset_at`: as the platform told them last; None: it tells nothing.
+    `strikes`: limits hit in a row.  `requests`, `counted`: made ever, and those that cost budget.
+    """
+
+    reckoned_at: datetime
+    limit: int | None = None
+    remaining: int | None = None
+    reset_at: datetime | None = None
+    credit: float = LEAST_BURST
+    turns: float = 60.0
+    price: float = 1.0
+    strikes: int = 0
+    requests: int = 0
+    counted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Requests made, those of them that cost budget, and what the last answer told of the limits."""
+
+    requests: int = 0
+    counted: int = 0
+    limits: Limits | None = None
+
+
+def reckoned(ledger: Ledger, now: datetime, manners: Manners, reserve: float) -> Ledger:
+    """The ledger at `now`: a window that is over begins anew, credit and turns have grown meanwhile."""
+    if ledger.reset_at is not None and ledger.reset_at <= now:
+        ledger = replace(ledger, limit=None, remaining=None, reset_at=None)
+    seconds = max((now - ledger.reckoned_at).total_seconds(), 0.0)
+    turns = min(ledger.turns + seconds * manners.per_minute / 60, _most_turns(manners))
+    credit = min(ledger.credit + seconds * _rate(ledger, now, reserve), _most_credit(ledger, reserve))
+    return replace(ledger, reckoned_at=now, turns=turns, credit=credit)
+
+
+def _most_turns(manners: Manners) -> float:
+    return manners.per_minute / 60 * TURNS_BURST_SECONDS
+
+
+def _spare(ledger: Ledger, reserve: float) -> float:
+    """What is left of the window for polling; `reserve` is a share of the limit (0 to 1)."""
+    assert ledger.limit is not None
+    assert ledger.remaining is not None
+    return max(ledger.remaining - ledger.limit * reserve, 0.0)
+
+
+def _rate(ledger: Ledger, now: datetime, reserve: float) -> float:
+    """Requests a second that cost budget and can be kept up until the reset."""
+    if ledger.reset_at is None or ledger.limit is None:
+        return LEAST_BURST
+    return _spare(ledger, reserve) / max((ledger.reset_at - now).total_seconds(), 1.0)
+
+
+def _most_credit(ledger: Ledger, reserve: float) -> float:
+    if ledger.limit is None:
+        return LEAST_BURST
+    return min(max(ledger.limit * BURST_SHARE, LEAST_BURST), _spare(ledger, reserve))
+
+
+def allowance(ledger: Ledger) -> int:
+    """How many requests may be made now."""
+    if ledger.limit is None:
+        return max(int(ledger.turns), 0)
+    return max(int(min(ledger.turns, ledger.credit / max(ledger.price, LEAST_PRICE))), 0)
+
+
+def wait_seconds(ledger: Ledger, now: datetime, manners: Manners, reserve: float) -> float:
+    """Seconds until one request may be made."""
+    waits = [LEAST_WAIT_SECONDS, (1 - ledger.turns) / (manners.per_minute / 60)]
+    if ledger.limit is not None and ledger.reset_at is not None:
+        until_reset = (ledger.reset_at - now).total_seconds()
+        rate = _rate(ledger, now, reserve)
+        lacking = max(ledger.price, LEAST_PRICE) - ledger.credit
+        waits.append(min(lacking / rate, until_reset) if rate else until_reset)
+    return max(waits)
+
+
+def charged(ledger: Ledger, spent: Spent, now: datetime) -> Ledger:
+    """The ledger after these requests."""
+    if not spent.requests:
+        return ledger
+    fade = (1 - PRICE_WEIGHT) ** spent.requests
+    told = spent.limits
+    return replace(
+        ledger,
+        credit=ledger.credit - spent.counted,
+        turns=ledger.turns - spent.requests,
+        price=ledger.price * fade + spent.counted / spent.requests * (1 - fade),
+        requests=ledger.requests + spent.requests,
+        counted=ledger.counted + spent.counted,
+        limit=told.limit if told else ledger.limit,
+        remaining=told.remaining if told else ledger.remaining,
+        reset_at=now + timedelta(seconds=told.reset_seconds) if told else ledger.reset_at,
+    )
+
+
+def struck(ledger: Ledger, faults: Iterable[PollError], *, worked: bool) -> Ledger:
+    """Count limits that were hit in a row; a read that worked begins anew."""
+    if any(fault.fault is PollFault.RATE_LIMITED for fault in faults):
+        return replace(ledger, strikes=ledger.strikes + 1)
+    return replace(ledger, strikes=0) if worked else ledger
+
+
+def is_rich(ledger: Ledger, reserve: float) -> bool:
+    """Is so much left that what is merely nice to know may be asked as well?"""
+    return ledger.limit is None or ledger.credit >= _most_credit(ledger, reserve) / 2 > 1
+
+
+# ---- the lane, stored ----------------------------------------------------------------------------
+
+_l = models.budgets.c
+_LEDGER = [entry.name for entry in fields(Ledger)]
+
+
+def take(write: Write, lane: str, platform: str, owner: str, until: datetime, now: datetime) -> Ledger | None:
+    """Own the lane until then, dead or alive; None while somebody else owns it."""
+    row = write.connection.execute(select(models.budgets).where(_l.lane == lane)).mappings().one_or_none()
+    ours: dict[str, Any] = {"owner": owner, "owned_until": until}
+    if row is None:
+        ledger = Ledger(now)
+        blank = {"lane": lane, "platform": platform} | {name: getattr(ledger, name) for name in _LEDGER}
+        write.connection.execute(insert(models.budgets), blank | ours)
+        return ledger
+    if row["owner"] not in (None, owner) and row["owned_until"] > now:
+        return None
+    write.connection.execute(update(models.budgets).where(_l.lane == lane).values(ours))
+    return Ledger(**{name: row[name] for name in _LEDGER})
+
+
+def settle(write: Write, lane: str, ledger: Ledger, owner: str) -> None:
+    """Store what was spent, and give the lane back; if it was lost meanwhile, only the sums count."""
+    values = {name: getattr(ledger, name) for name in _LEDGER}
+    write.connection.execute(
+        update(models.budgets)
+        .where(_l.lane == lane, _l.owner == owner)
+        .values(owner=None, owned_until=None, **values)
+    )
+
+
+# ---- pauses of a source --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,29 +192,36 @@ class Pause:
     message: str
 
 
-def pause_for(source: str, fault: PollError, now: datetime) -> Pause | None:
-    """The pause a fault calls for, by the platform's measure or our own; None if it calls for none."""
-    own = {PollFault.RATE_LIMITED: RATE_LIMIT_SECONDS, PollFault.UNAUTHORIZED: UNAUTHORIZED_SECONDS}
+def pause_for(source: str, fault: PollError, now: datetime, strikes: int = 0) -> Pause | None:
+    """The pause a fault calls for, by the platform's measure or our own; None if it calls for none.
+
+    Where the platform does not say how long, each limit hit in a row doubles our own measure.
+    """
+    own = {
+        PollFault.RATE_LIMITED: RATE_LIMIT_SECONDS * 2 ** min(strikes, 10),
+        PollFault.UNAUTHORIZED: UNAUTHORIZED_SECONDS,
+    }
     if fault.fault not in own:
         return None
     seconds = min(fault.retry_after_seconds or own[fault.fault], MOST_PAUSE_SECONDS)
     return Pause(source, now + timedelta(seconds=seconds), fault.fault.value, str(fault))
 
 
-def pauses_for(faults: Iterable[tuple[str, PollError]], now: datetime) -> list[Pause]:
+def pauses_for(faults: Iterable[tuple[str, PollError]], now: datetime, strikes: int = 0) -> list[Pause]:
     """The pauses that the faults of several reads call for: the longest one for each source."""
     found: dict[str, Pause] = {}
     for source, fault in faults:
-        pause = pause_for(source, fault, now)
+        pause = pause_for(source, fault, now, strikes)
         if pause and (source not in found or pause.until > found[source].until):
             found[source] = pause
     return list(found.values())
 
 
-def paused(connection: Connection, now: datetime) -> set[str]:
-    """Names of the sources that are to be left alone now."""
+def paused(connection: Connection, now: datetime) -> dict[str, datetime]:
+    """The sources that are to be left alone now, and until when."""
     columns = models.sources.c
-    return set(connection.execute(select(columns.name).where(columns.paused_until > now)).scalars())
+    found = connection.execute(select(columns.name, columns.paused_until).where(columns.paused_until > now))
+    return {row.name: row.paused_until for row in found}
 
 
 def apply(write: Write, pause: Pause, now: datetime) -> None:
@@ -64,15 +238,20 @@ def apply(write: Write, pause: Pause, now: datetime) -> None:
     )
     told = before is not None and before.pause_reason == pause.reason
     if pause.reason == PollFault.UNAUTHORIZED.value and not told:
-        write.connection.execute(
-            insert(models.notices),
-            {
-                "kind": "source.unauthorized",
-                "subject": pause.source,
-                "text": f"{pause.source} refuses our token: {pause.message}",
-                "created_at": now,
-            },
+        tell(
+            write,
+            "source.unauthorized",
+            pause.source,
+            f"{pause.source} refuses our token: {pause.message}",
+            now,
         )
+
+
+def tell(write: Write, kind: str, subject: str, text: str, now: datetime) -> None:
+    """Leave admins a notice."""
+    write.connection.execute(
+        insert(models.notices), {"kind": kind, "subject": subject, "text": text, "created_at": now}
+    )
 
 
 def clear(write: Write, source: str, now: datetime) -> None:
@@ -83,9 +262,11 @@ def clear(write: Write, source: str, now: datetime) -> None:
     )
 
 
-def note(write: Write, worked: Set[str], faults: Sequence[tuple[str, PollError]], now: datetime) -> None:
+def note(
+    write: Write, worked: Set[str], faults: Sequence[tuple[str, PollError]], now: datetime, strikes: int = 0
+) -> None:
     """Store what a batch of reads told of their sources: `worked`, or (source, fault)."""
     for source in worked - {source for source, _ in faults}:
         clear(write, source, now)
-    for pause in pauses_for(faults, now):
+    for pause in pauses_for(faults, now, strikes):
         apply(write, pause, now)

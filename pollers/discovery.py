@@ -1,102 +1,163 @@
-"""Builds whose every push was lost: the newest builds of each configured repository, listed now and then."""
+"""Where builds are looked for that were never pushed, and which listed builds are news."""
 
-import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, bindparam, insert, select, update
 
-from pollers.repository import complete, fetch
-from webhook_app import builds, models, platforms
+from webhook_app import models
 from webhook_app.db import Write
 from webhook_app.lifecycle import Observation, State
-from webhook_app.platforms import PollError
-from webhook_app.polling import Pace
 from webhook_app.settings import SourceSettings
-
-log = logging.getLogger(__name__)
 
 LOOK_BACK = timedelta(hours=24)
 """Builds that began before are history, not news."""
 
+REMEMBERED = timedelta(days=7)
+"""A repository that nobody configured is listed for so long after its last new build."""
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One repository of one source."""
-
-    source: str
-    repository: str
-
-
-@dataclass(frozen=True, slots=True)
-class Sight:
-    """What a look at one source brought: builds, or the fault that says how long to leave it alone."""
-
-    source: str
-    builds: tuple[Observation, ...] = ()
-    fault: PollError | None = None
-
-
-def places(sources: Mapping[str, SourceSettings], paused: Collection[str] = ()) -> Iterator[Place]:
-    """Where to look: the configured repositories of sources that can be polled and are not paused."""
-    for name, settings in sources.items():
-        if settings.can_poll and name not in paused:
-            for repository in settings.repositories:
-                yield Place(name, repository)
-
-
-def look(settings: SourceSettings, place: Place, now: datetime) -> Sight:
-    """The recent builds of one repository.  Never raises for what the platform or the network does."""
-    platform = platforms.find()[settings.source.platform]
-    request = platform.list_request(settings.source, place.repository)
-    if request is None:
-        return Sight(place.source)
-    try:
-        found = platform.parse_list(settings.source, place.repository, fetch(settings, request))
-    except PollError as error:
-        log.warning("discovery failed: %s %s: %s", place.source, place.repository, error)
-        return Sight(place.source, fault=error)
-    return Sight(place.source, tuple(seen for seen in found if _is_recent(seen, now)))
-
-
-def _is_recent(seen: Observation, now: datetime) -> bool:
-    at = seen.platform_at or seen.started_at
-    return at is None or at > now - LOOK_BACK
-
-
-def look_closer(settings: SourceSettings, seen: Observation) -> Sight:
-    """One listed build with what a list leaves open: an end is final, so it has to be right at once.
-
-    Where the list does not tell when a build ended, its last change was its end.
-    """
-    if seen.state is not None and seen.state.terminal:
-        seen = replace(seen, ended_at=seen.ended_at or seen.platform_at)
-    try:
-        return Sight(seen.source, (complete(settings, seen),))
-    except PollError as error:
-        return Sight(seen.source, fault=error)
-
+GRACE_SECONDS = 30.0
+"""A push may be on its way for so long: until then a new build is no news to a source that is pushed well."""
 
 _b = models.builds.c
-_KNOWN = select(_b.key, _b.attempt, _b.told_state).where(_b.key.in_(bindparam("keys", expanding=True)))
+_p = models.places.c
 
 
-def unknown(connection: Connection, found: Sequence[Observation]) -> list[Observation]:
-    """The builds that nobody has spoken of yet, each once, and re-runs of ended ones that nobody told.
+# ---- places --------------------------------------------------------------------------------------
 
-    Known builds that are open have their own polls; an ended one has none.
+
+def note_places(write: Write, sources: Mapping[str, SourceSettings], now: datetime) -> None:
+    """Make a place of each repository that is configured or had a build lately, and list no others."""
+    wanted = _configured(sources) | _lively(write.connection, sources, now)
+    rows = write.connection.execute(select(_p.source, _p.repository, _p.same_as, _p.next_list_at)).all()
+    known = {(row.source, row.repository): row.next_list_at for row in rows}
+    wanted |= {
+        (row.source, row.same_as) for row in rows if row.same_as and (row.source, row.repository) in wanted
+    }
+    fresh = sorted(wanted - set(known))
+    if fresh:
+        blank = {"next_list_at": now, "errors": 0}
+        write.connection.execute(
+            insert(models.places), [{"source": s, "repository": r} | blank for s, r in fresh]
+        )
+    _set_next(write, [place for place in wanted & set(known) if known[place] is None], now)
+    _set_next(write, [place for place in set(known) - wanted if known[place] is not None], None)
+
+
+def _configured(sources: Mapping[str, SourceSettings]) -> set[tuple[str, str]]:
+    return {(name, repository) for name, of in sources.items() for repository in of.repositories}
+
+
+def _lively(
+    connection: Connection, sources: Mapping[str, SourceSettings], now: datetime
+) -> set[tuple[str, str]]:
+    found = connection.execute(
+        select(_b.source, _b.repository)
+        .where(_b.created_at > now - REMEMBERED, _b.repository.is_not(None), _b.source.in_(list(sources)))
+        .distinct()
+    )
+    return {(row.source, row.repository) for row in found}
+
+
+_SET_NEXT = (
+    update(models.places)
+    .where(_p.source == bindparam("of"), _p.repository == bindparam("name"))
+    .values(next_list_at=bindparam("at"))
+)
+
+
+def _set_next(write: Write, places: Iterable[tuple[str, str]], at: datetime | None) -> None:
+    rows = [{"of": source, "name": repository, "at": at} for source, repository in places]
+    if rows:
+        write.connection.execute(_SET_NEXT, rows)
+
+
+_LISTED = (
+    update(models.places)
+    .where(_p.source == bindparam("of"), _p.repository == bindparam("name"))
+    .values(
+        listed_at=bindparam("at"),
+        next_list_at=bindparam("next"),
+        list_clock=bindparam("clock"),
+        errors=0,
+        error=None,
+    )
+)
+_FAILED = (
+    update(models.places)
+    .where(_p.source == bindparam("of"), _p.repository == bindparam("name"))
+    .values(next_list_at=bindparam("next"), errors=_p.errors + 1, error=bindparam("why"))
+)
+_ALIAS = (
+    update(models.places)
+    .where(_p.source == bindparam("of"), _p.repository == bindparam("name"))
+    .values(same_as=bindparam("same"))
+)
+
+
+def listed(
+    write: Write, source: str, clocks: Mapping[str, datetime | None], now: datetime, next_at: datetime
+) -> None:
+    """Note that these repositories were listed."""
+    rows = [
+        {"of": source, "name": name, "at": now, "next": next_at, "clock": clock}
+        for name, clock in clocks.items()
+    ]
+    if rows:
+        write.connection.execute(_LISTED, rows)
+
+
+def failed(write: Write, source: str, repositories: Collection[str], why: str, next_at: datetime) -> None:
+    """Note that these repositories could not be listed."""
+    rows = [{"of": source, "name": name, "next": next_at, "why": why} for name in repositories]
+    if rows:
+        write.connection.execute(_FAILED, rows)
+
+
+def note_alias(write: Write, source: str, name: str, told: str, now: datetime) -> None:
+    """`name` (an id, another case) is the repository that its platform calls `told`: only that is listed."""
+    there = select(_p.repository).where(_p.source == source, _p.repository == told)
+    if write.connection.execute(there).one_or_none() is None:
+        blank = {"source": source, "repository": told, "next_list_at": now, "errors": 0}
+        write.connection.execute(insert(models.places), blank)
+    write.connection.execute(_ALIAS, {"of": source, "name": name, "same": told})
+
+
+TOLD_AGAIN = timedelta(days=1)
+
+
+def tell_hidden(write: Write, source: str, name: str, why: str, now: datetime) -> None:
+    """Tell admins, once a day, of a repository whose builds we know and that its platform hides from us."""
+    subject, n = f"{source}: {name}", models.notices.c
+    told = select(n.id).where(
+        n.kind == "source.not_found", n.subject == subject, n.created_at > now - TOLD_AGAIN
+    )
+    if write.connection.execute(told.limit(1)).one_or_none() is None:
+        text = f"{source} does not show {name} to our token any more ({why}): its builds can't be polled"
+        values = {"kind": "source.not_found", "subject": subject, "text": text, "created_at": now}
+        write.connection.execute(insert(models.notices), values)
+
+
+# ---- what is news --------------------------------------------------------------------------------
+
+_KNOWN = select(
+    _b.key, _b.attempt, _b.state, _b.told_state, _b.conclusion, _b.next_poll_at, _b.last_push_at, _b.polling
+).where(_b.key.in_(bindparam("keys", expanding=True)))
+
+
+def known(connection: Connection, found: Sequence[Observation]) -> dict[str, Mapping[Any, Any]]:
+    """What is recorded of these builds, by key."""
+    keys = list({seen.key for seen in found})
+    rows = connection.execute(_KNOWN, {"keys": keys}).mappings() if keys else ()
+    return {row["key"]: row for row in rows}
+
+
+def is_untold_rerun(seen: Observation, attempt: int, told: State) -> bool:
+    """Is this a re-run of an ended build that nobody told of?
+
+    Without numbers (GitLab) another state than the recorded end may be one; the verdict decides.
     """
-    by_key = {seen.key: seen for seen in found}
-    known = connection.execute(_KNOWN, {"keys": list(by_key)}) if by_key else ()
-    for row in known:
-        if not _is_untold_rerun(by_key[row.key], row.attempt, State(row.told_state)):
-            del by_key[row.key]
-    return list(by_key.values())
-
-
-def _is_untold_rerun(seen: Observation, attempt: int, told: State) -> bool:
-    """Without numbers (GitLab) another state than the recorded end may be a re-run; the verdict decides."""
     if not told.terminal or seen.platform_at is None:
         return False
     if seen.attempt is not None:
@@ -105,8 +166,13 @@ def _is_untold_rerun(seen: Observation, attempt: int, told: State) -> bool:
     return seen.state is not None and seen.state is not told and not blurred
 
 
-def add_unknown(write: Write, found: Sequence[Observation], now: datetime, pace: Pace) -> int:
-    """Record the builds that nobody has spoken of yet; how many."""
-    new = unknown(write.connection, found)
-    builds.record(write, new, now, pace)
-    return len(new)
+def is_recent(seen: Observation, now: datetime) -> bool:
+    """Did it change lately?  What is older is history."""
+    at = seen.platform_at or seen.started_at
+    return at is None or at > now - LOOK_BACK
+
+
+def is_ripe(seen: Observation, now: datetime, grace_seconds: float) -> bool:
+    """Has a push had its time to arrive?"""
+    began = seen.started_at or seen.platform_at
+    return began is None or (now - began).total_seconds() >= grace_seconds

@@ -1,100 +1,340 @@
-"""One read of a build from its platform: request, answer, and what it says as facts.
+"""The builds of a repository, read together: one list, and single reads only for what it does not show.
 
-The builds of a repository will be read together here; today each is read by itself.
+Nothing here raises for what a platform or the network does: every fault becomes a fact about builds, or
+the fault of the source that says how long to leave it alone.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any
 
-from pollers.stale import Due
-from webhook_app import outbound, platforms
-from webhook_app.builds import Fact, PollFailed
-from webhook_app.destinations import OutboundError
+from pollers import discovery
+from pollers.client import Client, OverBudget, Seen, Tag
+from pollers.stale import Due, Place
+from webhook_app import db
+from webhook_app.builds import Fact, PollFailed, Unchanged
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
-from webhook_app.platforms import Answer, PollError, PollFault, Request
-from webhook_app.settings import SourceSettings
+from webhook_app.platforms import Listing, PollError, PollFault, Request, Source
 
-ANSWER_CAP_BYTES = 8 * 1024 * 1024
+log = logging.getLogger(__name__)
+
+FEW, MANY = 30, 100
+"""Builds on a page of a list: a full page is more than a megabyte."""
+
+MOST_PAGES = 5
+SOURCE_FAULTS = (PollFault.RATE_LIMITED, PollFault.UNAUTHORIZED)
+"""The source's trouble, not that of the builds that were asked for."""
+
+Row = Mapping[Any, Any]
+
+
+@dataclass(slots=True)
+class Findings:
+    """What the reads of a place brought.
+
+    `listed`: repositories that were listed, with the platform's own time of it.  `refused`: why they could
+    not be.  `aliases`: names of theirs that the platform writes otherwise.  `hidden`: repositories that the
+    platform says it does not have, or hides from us.
+    """
+
+    place: Place
+    facts: list[Fact] = field(default_factory=list)
+    tags: list[Tag] = field(default_factory=list)
+    listed: dict[str, datetime | None] = field(default_factory=dict)
+    refused: str | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+    hidden: dict[str, str] = field(default_factory=dict)
+    fault: PollError | None = None
+
+    @property
+    def worked(self) -> bool:
+        """Did the source answer?"""
+        return self.fault is None and bool(
+            self.listed or any(isinstance(fact, Observation | Unchanged) for fact in self.facts)
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What one read brought: facts to record, or the fault that says how long to leave the source alone."""
+class Terms:
+    """When a push counts as recent, and how long a new build's push may be under way, in seconds."""
 
-    due: Due
-    facts: Sequence[Fact] = ()
-    fault: PollError | None = None
+    now: datetime
+    freshness_seconds: float
+    grace_seconds: float
 
 
-def read(settings: SourceSettings, due: Due) -> Reading:
-    """Read one build.  Never raises for what the platform or the network does."""
+def read(client: Client, place: Place, terms: Terms) -> Findings:
+    """Read what is due at a place, as far as the allowance goes."""
+    found = Findings(place)
     try:
-        return Reading(due, (_ask(settings, due),))
-    except PollError as error:
-        fault = error
-    if fault.fault is PollFault.NOT_FOUND:
-        return Reading(due, (_not_found(settings, due, fault),))
-    if fault.fault in (PollFault.RATE_LIMITED, PollFault.UNAUTHORIZED):
-        return Reading(due, (), fault)  # the source's trouble, not this build's
-    return Reading(due, (PollFailed(due.target.key, f"{fault.fault.value}: {fault}"),), fault)
+        rest = _list(client, found, terms) if place.wants_list else place.due
+        for due in rest:
+            found.facts.append(_single(client, found, due))
+    except OverBudget:
+        log.debug("over budget: %s %s", place.source, place.repositories)
+    except PollError as fault:
+        found.fault = fault
+    return found
 
 
-def _ask(settings: SourceSettings, due: Due) -> Observation:
-    platform = platforms.find()[settings.source.platform]
-    request = platform.poll_request(settings.source, due.target)
-    if request is None:
-        raise PollError(PollFault.UNREADABLE, "this build can't be polled")
-    return complete(settings, platform.parse_poll(settings.source, due.target, fetch(settings, request)))
+# ---- lists ---------------------------------------------------------------------------------------
 
 
-def complete(settings: SourceSettings, seen: Observation) -> Observation:
+def _list(client: Client, found: Findings, terms: Terms) -> list[Due]:
+    """List the place; the builds that have to be read one by one nevertheless."""
+    place = found.place
+    try:
+        seen, listing = _pages(client, found.place)
+    except PollError as fault:
+        return _list_failed(found, fault)
+    if listing is None:
+        found.listed = {name: place.clocks.get(name) for name in place.repositories}
+        return _answer_unchanged(found, seen)
+    with db.reading(client.engine) as connection:
+        rows = discovery.known(connection, listing.observations)
+    rest, settled = _sift(client, found, listing, rows, terms)
+    found.listed = {
+        name: _clock(place, name, listing.observations) if settled else place.clocks.get(name)
+        for name in place.repositories
+    }
+    _note_names(found, listing.observations)
+    if client.platform.MANNERS.free_unchanged and place.repositories:
+        shown = tuple(one.key for one in listing.observations)
+        etag = seen.answer.headers.get("etag") if settled else None
+        found.tags.append(Tag(seen.url, seen.token, etag, shown))
+    return rest
+
+
+def _pages(client: Client, place: Place) -> tuple[Seen, Listing | None]:
+    """The list of a place, further pages where each build that changed is shown; None: nothing changed."""
+    platform = client.platform
+    seen = client.ask(
+        lambda source: _list_request(client, place, source), conditional=platform.MANNERS.free_unchanged
+    )
+    if seen.unchanged:
+        return seen, None
+    listing = platform.parse_list(client.source, place.repositories, seen.answer)
+    pages = 1
+    while (
+        listing.more is not None and platform.MANNERS.lists_changes and _since(place) and pages < MOST_PAGES
+    ):
+        following = client.ask(_next(listing.more))
+        further = platform.parse_list(client.source, place.repositories, following.answer)
+        listing = Listing(listing.observations + further.observations, further.more)
+        pages += 1
+    return seen, listing
+
+
+def _next(more: Request) -> Any:
+    return lambda _source: more
+
+
+def _list_request(client: Client, place: Place, source: Source) -> Request | None:
+    most = FEW if len(place.due) <= FEW // 3 else MANY
+    return client.platform.list_request(source, place.repositories, _since(place), most)
+
+
+def _since(place: Place) -> datetime | None:
+    """The oldest clock of its lists; None before each of them was listed once."""
+    clocks = [place.clocks.get(name) for name in place.repositories]
+    return None if None in clocks else min((clock for clock in clocks if clock is not None), default=None)
+
+
+def _clock(place: Place, name: str, observations: Sequence[Observation]) -> datetime | None:
+    told = [seen.platform_at for seen in observations if seen.platform_at is not None]
+    return max([*told, *filter(None, [place.clocks.get(name)])], default=None)
+
+
+def _list_failed(found: Findings, fault: PollError) -> list[Due]:
+    """A list that failed: the source's trouble, everybody's trouble there, or only that of lists."""
+    if fault.fault in SOURCE_FAULTS:
+        raise fault
+    found.refused = _told(fault)
+    log.warning("list failed: %s %s: %s", found.place.source, found.place.repositories, fault)
+    if fault.fault is PollFault.UNAVAILABLE:
+        found.facts += [_failed(due, fault) for due in found.place.due]
+        return []
+    return found.place.due
+
+
+def _answer_unchanged(found: Findings, seen: Seen) -> list[Due]:
+    """Nothing changed since a list that showed some of the builds: for those it is an answer."""
+    shown = {due.target.key for due in found.place.listable} & set(seen.shown or ())
+    found.facts += [Unchanged(key) for key in sorted(shown)]
+    return [due for due in found.place.due if due.target.key not in shown]
+
+
+def _sift(
+    client: Client, found: Findings, listing: Listing, rows: Mapping[str, Row], terms: Terms
+) -> tuple[list[Due], bool]:
+    """Take what a list tells; the due builds it leaves open, and whether it holds nothing untold.
+
+    While it shows something that is left to a push under way, or that could not be read to the end, neither
+    its ETag nor its time must be kept: the next list would not show it again.
+    """
+    listable = {due.target.key for due in found.place.listable}
+    settled = True
+    answered = set()
+    for key, seen in {seen.key: seen for seen in listing.observations}.items():
+        kind = "due" if key in listable else _kind(rows.get(key), seen, terms)
+        if kind in ("due", "news"):
+            found.facts.append(fact := _closer(client, seen))
+            answered.add(key)
+            settled &= not isinstance(fact, PollFailed)
+        settled &= kind != "early"
+    rest = [due for due in found.place.due if due.target.key not in answered]
+    if client.platform.MANNERS.lists_changes and _since(found.place) and listing.more is None:
+        silent = [due for due in rest if due.read_before and due.target.key in listable]
+        found.facts += [Unchanged(due.target.key) for due in silent]
+        rest = [due for due in rest if due not in silent]
+    return rest, settled
+
+
+def _kind(row: Row | None, seen: Observation, terms: Terms) -> str:
+    """What a listed build that is not due is to us: `news`, `early` (its push may be on the way) or `old`."""
+    if row is None:
+        if not discovery.is_recent(seen, terms.now):
+            return "old"
+        return "news" if discovery.is_ripe(seen, terms.now, terms.grace_seconds) else "early"
+    if State(row["told_state"]).terminal:
+        return "news" if discovery.is_untold_rerun(seen, row["attempt"], State(row["told_state"])) else "old"
+    if row["next_poll_at"] is None:
+        return "old"  # stopped by hand, or given up
+    if not _differs(row, seen):
+        return "old"
+    fresh = row["last_push_at"] and row["last_push_at"] > terms.now - timedelta(
+        seconds=terms.freshness_seconds
+    )
+    return "early" if fresh else "news"
+
+
+def _differs(row: Row, seen: Observation) -> bool:
+    told = (seen.attempt or row["attempt"], seen.state or row["state"])
+    return bool(told != (row["attempt"], row["state"]) or (seen.conclusion or None) != row["conclusion"])
+
+
+def _closer(client: Client, seen: Observation) -> Fact:
+    """A listed build with what a list leaves open; when it ended, if not told, is when it last changed."""
+    if seen.state is not None and seen.state.terminal:
+        seen = replace(seen, ended_at=seen.ended_at or seen.platform_at)
+    try:
+        return complete(client, seen)
+    except PollError as fault:
+        if fault.fault in SOURCE_FAULTS:
+            raise
+        return PollFailed(seen.key, _told(fault), fault.fault.value)
+
+
+def _note_names(found: Findings, observations: Iterable[Observation]) -> None:
+    """Which of the names we list under does the platform write otherwise?"""
+    names = {seen.repository for seen in observations if seen.repository}
+    if len(found.place.repositories) == 1 and len(names) == 1:
+        (name,), (told,) = found.place.repositories, names
+        if name != told:
+            found.aliases[name] = told
+
+
+# ---- single reads --------------------------------------------------------------------------------
+
+
+def _single(client: Client, found: Findings, due: Due) -> Fact:
+    """Read one build; raises only what is the source's trouble, and `OverBudget`."""
+    try:
+        return _ask(client, found, due)
+    except PollError as fault:
+        if fault.fault in SOURCE_FAULTS:
+            raise
+        if fault.fault is PollFault.NOT_FOUND:
+            return _not_found(client, found, due, fault)
+        return _failed(due, fault)
+
+
+def _ask(client: Client, found: Findings, due: Due) -> Fact:
+    platform = client.platform
+    free = platform.MANNERS.free_unchanged
+    seen = client.ask(
+        lambda source: platform.poll_request(source, due.target), conditional=free and not due.doubtful
+    )
+    if seen.unchanged:
+        return Unchanged(due.target.key)
+    told = complete(client, platform.parse_poll(client.source, due.target, seen.answer))
+    if free and not told.doubtful:
+        found.tags.append(Tag(seen.url, seen.token, _tag_of(seen, told), (due.target.key,)))
+    return told
+
+
+def _tag_of(seen: Seen, told: Observation) -> str | None:
+    """The ETag to keep: none of a build that is over, nobody will ask for it again."""
+    over = told.state is not None and told.state.terminal
+    return None if over else seen.answer.headers.get("etag")
+
+
+def complete(client: Client, seen: Observation) -> Observation:
     """Ask for what a read left open; raises `PollError`.
 
     Where our token may not know it, the read counts as it is: otherwise such a build would never end.
     """
-    platform = platforms.find()[settings.source.platform]
-    request = platform.follow_up(settings.source, seen)
-    if request is None:
+    platform = client.platform
+    if platform.follow_up(client.source, seen) is None:
         return seen
     try:
-        return platform.parse_follow_up(seen, fetch(settings, request))
+        more = client.ask(lambda source: platform.follow_up(source, seen))
+        return platform.parse_follow_up(seen, more.answer)
     except PollError as error:
         if error.fault in (PollFault.FORBIDDEN, PollFault.NOT_FOUND):
             return seen
         raise
 
 
-def fetch(settings: SourceSettings, request: Request) -> Answer:
-    """Send one read; raises `PollError` when there is no whole answer."""
+def _told(fault: PollError) -> str:
+    return f"{fault.fault.value}: {fault}"
+
+
+def _failed(due: Due, fault: PollError) -> PollFailed:
+    return PollFailed(due.target.key, _told(fault), fault.fault.value)
+
+
+def _not_found(client: Client, found: Findings, due: Due, fault: PollError) -> Fact:
+    """A build the platform does not know.
+
+    One that only a request for polling named fails at once.  One that was seen may just be hidden from
+    our token: it fails when a second read says so too and its repository can be read.
+    """
+    if due.named_only:
+        return _gone(client, due, f"not found on {client.source.name}: {fault}")
+    if not due.missing:
+        return _failed(due, fault)
+    why_not = _unreadable(client, due)
+    if why_not is None:
+        return _gone(client, due, f"deleted on {client.source.name}: {fault}")
+    found.hidden[due.target.repository or due.target.build_id] = why_not
+    return _failed(due, fault)
+
+
+def _unreadable(client: Client, due: Due) -> str | None:
+    """Why its repository can't be read; None if it can."""
+    platform = client.platform
     try:
-        reply = outbound.send(
-            "GET",
-            request.url,
-            request.headers,
-            timeout_seconds=settings.timeout_seconds,
-            byte_cap=ANSWER_CAP_BYTES,
-            guard=False,
-            follow_redirects=True,  # a renamed repository
-        )
-    except OutboundError as error:
-        raise PollError(PollFault.UNAVAILABLE, f"{error.reason}: {error}") from error
-    if reply.truncated:
-        raise PollError(PollFault.UNREADABLE, f"the answer has more than {ANSWER_CAP_BYTES} bytes")
-    return Answer(reply.status, reply.headers, reply.body)
+        seen = client.ask(lambda source: platform.repository_request(source, due.target))
+        platform.parse_repository(seen.answer)
+    except PollError as fault:
+        if fault.fault in SOURCE_FAULTS:
+            raise
+        return str(fault)
+    return None
 
 
-def _not_found(settings: SourceSettings, due: Due, fault: PollError) -> Fact:
-    """A build that only a request for polling named fails at once; one that was seen may just be hidden."""
-    if not due.named_only:
-        return PollFailed(due.target.key, f"{PollFault.NOT_FOUND.value}: {fault}")
+def _gone(client: Client, due: Due, why: str) -> Observation:
     return Observation(
-        source=settings.source.name,
-        platform=settings.source.platform,
+        source=client.source.name,
+        platform=client.source.platform,
         observed_by=ObservedBy.POLL,
         key=due.target.key,
         build_id=due.target.build_id,
         state=State.FAILED,
         conclusion=Conclusion.FAILURE,
-        error=f"not found on {settings.source.name}: {fault}",
+        error=why,
         ours=True,
     )

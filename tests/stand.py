@@ -47,8 +47,10 @@ class Stand:
         poll_job.poll(self.held)
 
     def discover(self, after=0.0):
+        """Look where builds may be that nobody told of, so many seconds later; polls what is due there as well."""
         self.clock.advance(after)
         poll_job.discover(self.held)
+        poll_job.poll(self.held)
 
     def record(self, *facts):
         return db.as_writer(
@@ -58,7 +60,7 @@ class Stand:
     def push(self, build, state=State.IN_PROGRESS, **more):
         """Record what a webhook would say about a simulated build."""
         source = self.held.settings.sources[build.platform].source
-        named = platforms.find()[build.platform].named(source, build.build_id)
+        named = platforms.polled()[build.platform].named(source, build.build_id)
         seen = replace(
             named,
             observed_by=ObservedBy.PUSH,
@@ -66,6 +68,7 @@ class Stand:
             conclusion=Conclusion.SUCCESS if state is State.COMPLETED else None,
             attempt=1 if build.platform == "github" else None,
             raw_status=state.value,
+            repository=build.repository.full_name,
         )
         self.record(replace(seen, **more))
 
@@ -140,7 +143,7 @@ def stands(engine, redis, monkeypatch):
 
 def environment(world, servers):
     """The settings for these servers; a platform without one is switched off."""
-    env = {"ENABLE_GH": "false", "ENABLE_GITLAB": "false", "ENABLE_JENKINS": "false"}
+    env = {"ENABLE_GH": "false", "ENABLE_GITLAB": "false", "ENABLE_JENKINS": "false", "DISCOVERY_JITTER": "0"}
     if server := servers.get("github"):
         env |= {"ENABLE_GH": "true", "GITHUB_API_URL": server.url, "GITHUB_TOKEN": server.tokens[0]}
         env |= {"GITHUB_REPOS": ",".join(world.repositories("github"))}

@@ -433,7 +433,7 @@ def test_a_reported_event_is_shown_in_the_scripts_own_words(api):
 def test_events_of_polling_are_shown_with_their_error(api):
     api.record(github(P), now=at(0))
     for second in (61, 120, 240):
-        api.record(PollFailed("github:1", "unavailable: HTTP 502"), now=at(second))
+        api.record(PollFailed("github:1", "unavailable: HTTP 502", "unavailable"), now=at(second))
     shown = api("GET", "/api/builds/github:octo:repo:1/events")["events"]
     assert [made["type"] for made in shown][1:] == ["build.polling_started", "build.polling_error"]
     assert shown[-1]["data"]["error"] == "unavailable: HTTP 502"

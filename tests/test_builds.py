@@ -192,7 +192,7 @@ def test_failed_polls_back_off_and_then_stop(engine):
     record(engine, github(P), now=at(0))
     waits = []
     for number in range(PACE.max_errors):
-        record(engine, PollFailed("github:1", "http 500"), now=at(100))
+        record(engine, PollFailed("github:1", "http 500", "unavailable"), now=at(100))
         build = row(engine)
         waits.append((build["next_poll_at"] - at(100)).total_seconds() if build["next_poll_at"] else None)
         assert build["consecutive_errors"] == number + 1

@@ -1,15 +1,15 @@
 """Discovery: builds whose every push was lost are found, and nothing else is touched."""
 
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import func, select
 
 from pollers import discovery
-from pollers.discovery import Place
-from tests.facts import PACE, at, github
+from tests.facts import at, github
 from tests.stand import INTERVAL, ON_SQLITE, stands
-from webhook_app import builds, db, models, queues
+from webhook_app import db, models, queues
 from webhook_app.lifecycle import State
 from webhook_app.simulated import github as simulated_github
 from webhook_app.simulated.httpd import Response, dropped
@@ -40,12 +40,12 @@ def test_discovery_adds_builds_that_nobody_spoke_of(make_stand, platform):
 
 @ON_SQLITE
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_discovery_never_touches_known_builds(make_stand, platform):
+def test_discovery_never_touches_builds_with_a_recent_push(make_stand, platform):
     stand = make_stand((platform,), 4, kinds={platform: ["success"]})
     known, *unknown = stand.world.builds
+    stand.clock.at = stand.world.ends_at + 1
     stand.push(known, State.QUEUED)
     before = stand.row(known)
-    stand.clock.at = stand.world.ends_at + 1
     stand.discover()
     assert stand.row(known) == before
     assert [stand.row(build)["state"] for build in unknown] == ["completed"] * 3
@@ -72,12 +72,13 @@ def test_a_pipeline_that_is_found_after_it_ran_out_of_time_is_a_timeout(make_sta
     stand = make_stand(("gitlab",), 1, kinds={"gitlab": ["timeout"]})
     (build,) = stand.world.builds
     stand.clock.at = build.ends_at + 60
-    stand.servers["gitlab"].inject(Response(502), times=1, path_contains="/jobs")
+    stand.servers["gitlab"].inject(Response(502), times=2, path_contains="/jobs")
     stand.discover()
     assert stand.row(build) is None, "not before it is clear how it ended"
     stand.discover(after=60)
     assert (stand.row(build)["state"], stand.row(build)["conclusion"]) == ("timeout", "timed_out")
     asked = stand.servers["gitlab"].count("/jobs")
+    assert asked == 3  # by its id, by its path, and again
     stand.discover(after=60)
     assert stand.servers["gitlab"].count("/jobs") == asked
 
@@ -104,19 +105,99 @@ def test_discovery_goes_on_where_one_place_fails(make_stand):
 
 @ON_SQLITE
 def test_a_place_that_is_named_twice_makes_each_build_once(make_stand):
-    stand = make_stand(("gitlab",), 3, GITLAB_PROJECTS="4101,acme/shop-frontend,4102,acme/infrastructure")
+    stand = make_stand(("gitlab",), 12, GITLAB_PROJECTS="4101,acme/shop-frontend,4102,acme/infrastructure")
     stand.discover()
     assert all(stand.row(build)["sequence"] >= 1 for build in stand.world.builds)
     with db.reading(stand.engine) as connection:
-        assert connection.execute(select(func.count()).select_from(models.builds)).scalar() == 3
+        assert connection.execute(select(func.count()).select_from(models.builds)).scalar() == 12
+    stand.discover(after=60)
+    before = stand.servers["gitlab"].count("/pipelines")
+    stand.discover(after=60)
+    assert stand.servers["gitlab"].count("/pipelines") - before == 2, "each project by one name only"
+
+
+@ON_SQLITE
+def test_a_repository_that_nobody_configured_is_listed_for_a_week_after_its_last_new_build(make_stand):
+    stand = make_stand(("github",), 1, kinds={"github": ["success"]}, speed=0.1, GITHUB_REPOS="")
+    (build,) = stand.world.builds
+    stand.discover()
+    assert stand.requests() == {"github": 0}
+    stand.clock.at = build.ends_at
+    stand.push(build, State.COMPLETED)
+    for days, listed in ((0, 1), (6.9, 1), (0.2, 0)):
+        before = stand.requests()["github"]
+        stand.discover(after=days * 86_400)
+        assert stand.requests()["github"] - before == listed
+    stand.push(replace_build(build), State.COMPLETED)
+    before = stand.requests()["github"]
+    stand.discover()
+    assert stand.requests()["github"] - before == 1
+
+
+def replace_build(build):
+    """Another run of the same repository."""
+    return replace(build, build_id=f"{build.build_id}9", run_id=build.run_id * 10 + 9)
+
+
+@ON_SQLITE
+def test_a_list_is_due_once_per_interval_and_a_list_made_for_due_builds_counts(make_stand):
+    stand = make_stand(("github",), 8, kinds={"github": ["success"]}, speed=0.001)
+    stand.clock.advance(5)
+    stand.push_all()
+    stand.discover()
+    repositories = len(stand.world.repositories("github"))
+    assert stand.requests()["github"] == repositories
+    stand.poll(after=59)
+    assert stand.requests()["github"] == repositories
+    stand.poll(after=1)  # lists and builds are due: together
+    assert stand.requests()["github"] == 2 * repositories
+    assert {stand.row(build)["poll_count"] for build in stand.world.builds} == {1}
+
+
+@ON_SQLITE
+def test_two_repositories_are_not_listed_in_the_same_moment_for_ever(make_stand):
+    stand = make_stand(("github",), 0, DISCOVERY_JITTER="10")
+    stand.discover()
+    with db.reading(stand.engine) as connection:
+        found = connection.execute(select(models.places.c.next_list_at)).scalars().all()
+    earliest = stand.now() + timedelta(seconds=60)
+    assert all(earliest <= moment <= earliest + timedelta(seconds=10) for moment in found)
+    assert len(set(found)) == len(found) > 1
+
+
+@ON_SQLITE
+def test_a_list_that_can_not_be_read_is_tried_again_and_says_why(make_stand):
+    stand = make_stand(("github",), 1, speed=0.1)
+    stand.servers["github"].inject(simulated_github.html(), path_contains="/actions/runs")
+    stand.discover()
+    with db.reading(stand.engine) as connection:
+        rows = connection.execute(select(models.places)).mappings().all()
+    assert {row["errors"] for row in rows} == {1}
+    assert all("not JSON" in row["error"] for row in rows)
+    stand.servers["github"].clear_faults()
+    stand.discover(after=300)
+    with db.reading(stand.engine) as connection:
+        rows = connection.execute(select(models.places)).mappings().all()
+    assert {(row["errors"], row["error"]) for row in rows} == {(0, None)}
+    assert stand.row(stand.world.builds[0]) is not None
+
+
+def test_a_new_build_is_left_to_its_push_for_a_moment_where_pushes_come():
+    """Else each would count as a missed push: a list may show it before its webhook is here."""
+    seen = github(State.IN_PROGRESS, by="poll", platform_at=at(0), started_at=at(0))
+    assert not discovery.is_ripe(seen, at(29), 30)
+    assert discovery.is_ripe(seen, at(30), 30)
+    assert discovery.is_ripe(seen, at(0), 0)
 
 
 @ON_SQLITE
 def test_a_name_that_is_no_repository_is_not_asked_for(make_stand):
-    stand = make_stand(("jenkins",), 1)
-    source = stand.held.settings.sources["jenkins"]
-    assert discovery.look(source, Place("jenkins", "../admin"), stand.now()).builds == ()
+    stand = make_stand(("jenkins",), 1, JENKINS_JOBS="../admin")
+    stand.discover()
     assert stand.requests() == {"jenkins": 0}
+    with db.reading(stand.engine) as connection:
+        (row,) = connection.execute(select(models.places)).mappings()
+    assert row["errors"] == 1
 
 
 @pytest.mark.parametrize(
@@ -129,9 +210,7 @@ def test_a_name_that_is_no_repository_is_not_asked_for(make_stand):
         ({"attempt": None, "state": State.COMPLETED}, True),
     ],
 )
-def test_a_rerun_that_nobody_told_is_found_though_its_build_is_known(engine, seen, found):
-    end = github(State.TIMEOUT, platform_at=at(10))
-    db.as_writer(engine, lambda write: builds.record(write, [end], at(10), PACE))
+def test_a_rerun_that_nobody_told_is_found_though_its_build_is_known(seen, found):
     listed = replace(github(State.QUEUED, by="poll", platform_at=at(500)), **seen)
-    with db.reading(engine) as connection:
-        assert bool(discovery.unknown(connection, [listed])) is found
+    assert discovery.is_untold_rerun(listed, 1, State.TIMEOUT) is found
+    assert not discovery.is_untold_rerun(listed, 1, State.IN_PROGRESS)

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import json
 from datetime import UTC, datetime, timedelta
+from email.utils import formatdate
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -329,7 +330,7 @@ def test_a_guess_is_refused_whatever_it_is(platform, body, header, secrets):
         platform.envelope(guess, body)
 
 
-@pytest.mark.parametrize("platform", platforms.find().values(), ids=lambda platform: platform.NAME)
+@pytest.mark.parametrize("platform", platforms.polled().values(), ids=lambda platform: platform.NAME)
 @quick
 @given(key=st.text(max_size=30), repository=st.none() | st.text(max_size=30))
 def test_a_poll_is_asked_of_the_api_only(platform, key, repository):
@@ -737,13 +738,13 @@ def test_loads_gives_an_object_or_not_json(body):
         (401, {}, b"{}", PollFault.UNAUTHORIZED, None),
         (403, {}, b'{"message":"Resource not accessible"}', PollFault.FORBIDDEN, None),
         (403, {"retry-after": "30"}, b"", PollFault.RATE_LIMITED, 30),
-        (403, {"x-ratelimit-remaining": "0"}, b"", PollFault.RATE_LIMITED, 60),
+        (403, {"x-ratelimit-remaining": "0"}, b"", PollFault.RATE_LIMITED, None),
         (404, {}, b"", PollFault.NOT_FOUND, None),
         (410, {}, b"", PollFault.NOT_FOUND, None),
         (422, {}, b"", PollFault.UNREADABLE, None),
-        (429, {}, b"", PollFault.RATE_LIMITED, 60),
+        (429, {}, b"", PollFault.RATE_LIMITED, None),
         (429, {"retry-after": "0"}, b"", PollFault.RATE_LIMITED, 1),
-        (429, {"retry-after": "Sun, 01 Nov 2026 10:02:00 GMT"}, b"", PollFault.RATE_LIMITED, 60),
+        (429, {"retry-after": "Sun, 01 Nov 2026 10:02:00 GMT"}, b"", PollFault.RATE_LIMITED, None),
         (
             429,
             {"retry-after": "Sun, 01 Nov 2026 10:02:00 GMT", "date": DATE},
@@ -902,7 +903,7 @@ def test_reference_form_has_the_published_signature():
 def _listed(platform, repository, content):
     module = platforms.find()[platform]
     answer = Answer(200, {}, json.dumps(content).encode())
-    return module.parse_list(source_of(platform), repository, answer)
+    return module.parse_list(source_of(platform), [repository], answer).observations
 
 
 _GITHUB_RUN = {
@@ -957,7 +958,7 @@ def test_a_jenkins_list_names_the_builds_of_the_job():
 @pytest.mark.parametrize("answer", [Answer(200, {}, b"<html>"), Answer(500, {}, b""), Answer(404, {}, b"{}")])
 def test_a_list_that_is_none_is_a_poll_error(platform, answer):
     with pytest.raises(PollError):
-        platforms.find()[platform].parse_list(source_of(platform), "a/b", answer)
+        platforms.polled()[platform].parse_list(source_of(platform), ["a/b"], answer)
 
 
 @pytest.mark.parametrize(
@@ -969,11 +970,11 @@ def test_a_list_that_is_none_is_a_poll_error(platform, answer):
             "group/web",
             "/api/v4/projects/group%2Fweb/pipelines?order_by=updated_at&sort=desc&per_page=100",
         ),
-        ("jenkins", "team/web", "/job/team/job/web/api/json?tree=builds"),
+        ("jenkins", "team/web", "/job/team/job/web/api/json?tree=builds%5B"),
     ],
 )
 def test_a_list_is_asked_for_where_it_is(platform, repository, path):
-    request = platforms.find()[platform].list_request(source_of(platform), repository)
+    request = platforms.polled()[platform].list_request(source_of(platform), [repository], None, 100)
     assert request.url.startswith(source_of(platform).api_url + path)
     assert any(value for name, value in request.headers.items() if name in ("Authorization", "PRIVATE-TOKEN"))
 
@@ -982,7 +983,82 @@ def test_a_list_is_asked_for_where_it_is(platform, repository, path):
     ("platform", "repository"), [("github", "../x"), ("github", "x"), ("jenkins", "a/../b"), ("gitlab", "")]
 )
 def test_no_list_is_asked_for_at_a_place_that_is_none(platform, repository):
-    assert platforms.find()[platform].list_request(source_of(platform), repository) is None
+    assert platforms.polled()[platform].list_request(source_of(platform), [repository], None, 100) is None
+
+
+def test_jobs_of_a_folder_are_listed_by_one_request():
+    jenkins, source = platforms.polled()["jenkins"], source_of("jenkins")
+    assert jenkins.together("team/web") == jenkins.together("team/api") == "team"
+    assert jenkins.together("web") == "" != jenkins.together("team/web")
+    request = jenkins.list_request(source, ["team/web", "team/api"], None, 30)
+    assert request.url == (
+        f"{source.api_url}/job/team/api/json?tree={quote('jobs[name,', safe=',')}"
+        + request.url.partition("name,")[2]
+    )
+    assert unquote(request.url).endswith("]{0,30}]")
+    content = {
+        "jobs": [
+            {"name": "api", "builds": [{"number": 4, "building": True, "result": None}]},
+            {"name": "web", "builds": [{"number": 3, "building": False, "result": "SUCCESS"}]},
+            {"name": "other", "builds": [{"number": 9, "building": True, "result": None}]},
+            {"builds": 5},
+        ]
+    }
+    answer = Answer(200, {}, json.dumps(content).encode())
+    seen = jenkins.parse_list(source, ["team/web", "team/api"], answer).observations
+    assert [(one.build_id, one.state) for one in seen] == [
+        ("jenkins:team:api:4", "in_progress"),
+        ("jenkins:team:web:3", "completed"),
+    ]
+    outside = jenkins.list_request(source, ["web", "api"], None, 30)
+    assert outside.url.startswith(f"{source.api_url}/api/json?tree=jobs")
+
+
+def test_a_gitlab_list_of_changes_looks_back_a_minute_by_gitlabs_own_clock():
+    since = datetime(2026, 11, 1, 10, 0, 30, 500_000, UTC)
+    request = platforms.polled()["gitlab"].list_request(source_of("gitlab"), ["7"], since, 30)
+    assert request.url.endswith("&per_page=30&updated_after=2026-11-01T09:59:30Z")
+
+
+@pytest.mark.parametrize("platform", ["github", "gitlab"])
+def test_the_next_page_is_followed_on_the_same_api_only(platform):
+    source = source_of(platform)
+    body = b'{"workflow_runs": []}' if platform == "github" else b"[]"
+
+    def more(link):
+        answer = Answer(200, {"link": link}, body)
+        return platforms.polled()[platform].parse_list(source, ["a/b"], answer).more
+
+    good = f"{source.api_url}/repositories/5/runs?page=2"
+    found = more(f'<{source.api_url}/x?page=1>; rel="prev", <{good}>; rel="next"')
+    assert found.url == good
+    assert any(value for name, value in found.headers.items() if name in ("Authorization", "PRIVATE-TOKEN"))
+    for link in ("", "nonsense", '<https://evil.example/x>; rel="next"', f'<{good}>; rel="last"'):
+        assert more(link) is None
+
+
+@pytest.mark.parametrize(
+    ("platform", "headers", "expected"),
+    [
+        ("github", {"x-ratelimit-limit": "5000", "x-ratelimit-remaining": "4990"}, (5000, 4990, 90)),
+        (
+            "github",
+            {"x-ratelimit-limit": "30", "x-ratelimit-remaining": "3", "x-ratelimit-resource": "search"},
+            None,
+        ),
+        ("github", {"x-ratelimit-limit": "many", "x-ratelimit-remaining": "3"}, None),
+        ("gitlab", {"ratelimit-limit": "2000", "ratelimit-remaining": "0"}, (2000, 0, 90)),
+        ("gitlab", {}, None),
+        ("jenkins", {"x-ratelimit-limit": "5000", "x-ratelimit-remaining": "4990"}, None),
+    ],
+)
+def test_limits_are_read_by_the_platforms_own_clock(platform, headers, expected):
+    """Our clock may be wrong: the time to the reset is what lies between the answer's Date and it."""
+    reset = {"x-ratelimit-reset": "1795500090", "ratelimit-reset": "1795500090"}
+    date = {"date": formatdate(1_795_500_000, usegmt=True)}
+    found = platforms.polled()[platform].limits(Answer(200, headers | reset | date, b""))
+    assert (found and (found.limit, found.remaining, found.reset_seconds)) == expected
+    assert platforms.polled()[platform].limits(Answer(200, headers, b"")) is None
 
 
 @pytest.mark.parametrize(
@@ -1031,7 +1107,6 @@ def test_an_id_names_its_build(build_id, key, repository, number):
         "gitlab:1",
         "jenkins:1",
         "jenkins:..:1",
-        "script:u",
     ],
 )
 def test_an_id_of_another_form_names_none(build_id):

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -14,7 +13,7 @@ import pytest
 from sqlalchemy import select
 
 from jobs import poll as poll_job
-from pollers import budget, repository, stale
+from pollers import budget, client, credentials, stale
 from tests.hub import clean_environment
 from tests.stand import FRESH, INTERVAL, ON_SQLITE, change, environment, stands
 from webhook_app import builds, db, models, platforms, polling, queues, settings
@@ -123,12 +122,13 @@ def test_a_poll_that_tells_something_wakes_the_deliveries_and_one_that_does_not_
 
 
 @ON_SQLITE
-def test_one_job_drains_more_than_one_portion(make_stand):
-    count = poll_job.AT_ONCE + 5
-    stand = make_stand(("github",), count, kinds={"github": ["success"]})
+def test_one_job_drains_more_than_one_portion(make_stand, monkeypatch):
+    monkeypatch.setattr(poll_job, "PLACES_AT_ONCE", 2)
+    stand = make_stand(("github",), 40, kinds={"github": ["success"]}, speed=0.01)
     stand.push_all()
     stand.poll(after=FRESH)
-    assert [stand.servers["github"].polls(build.build_id) for build in stand.world.builds] == [1] * count
+    assert [stand.row(build)["poll_count"] for build in stand.world.builds] == [1] * 40
+    assert len({build.repository for build in stand.world.builds}) > 2
 
 
 # ---- who is due
@@ -168,63 +168,141 @@ def test_the_stalest_builds_come_first(make_stand):
         stand.push(build)
         stand.clock.advance(1)
     stand.clock.advance(FRESH)
-    claimed = claim(stand, 4) + claim(stand, 4)
-    assert [due.target.build_id for due in claimed] == [build.build_id for build in order]
+    with db.reading(stand.engine) as connection:
+        places = stale.work(connection, stand.held.settings.sources, stand.now(), 10)
+    firsts = list(dict.fromkeys(build.repository.full_name for build in order))
+    assert [place.repositories for place in places] == [[name] for name in firsts]
+    for place in places:
+        due = [due.target.build_id for due in place.due]
+        assert due == [build.build_id for build in order if build.repository.full_name in place.repositories]
+    with db.reading(stand.engine) as connection:
+        (only,) = stale.work(connection, stand.held.settings.sources, stand.now(), 1)
+    assert only.repositories == firsts[:1]
 
 
-def claim(stand, most):
-    return db.in_transaction(
-        stand.engine,
-        lambda connection: stale.claim(
-            connection, stand.held.settings.sources, stand.now(), stand.held.pace, most
-        ),
-    )
+def test_one_list_answers_for_all_the_builds_of_a_repository(make_stand):
+    """And a second one that finds nothing changed costs no budget."""
+    stand = make_stand(("github",), 12, kinds={"github": ["success"]}, speed=0.001)
+    stand.clock.advance(10)
+    stand.push_all()
+    stand.poll(after=FRESH)
+    server = stand.servers["github"]
+    repositories = {build.repository.full_name for build in stand.world.builds}
+    assert len(repositories) < 12
+    assert server.count() == len(repositories)
+    assert server.statuses == {200: len(repositories)}
+    stand.poll(after=INTERVAL)
+    assert server.statuses == {200: len(repositories), 304: len(repositories)}
+    assert server.used() == len(repositories)
+    assert [stand.row(build)["poll_count"] for build in stand.world.builds] == [2] * 12
+    assert {stand.wait(build) for build in stand.world.builds} == {INTERVAL}
 
 
 @ON_SQLITE
-def test_a_claim_is_a_lease_that_outlasts_the_slowest_read(one):
-    stand, build = one(GITHUB_API_TIMEOUT="40000")
-    assert len(claim(stand, 10)) == 1
-    assert claim(stand, 10) == []
-    assert stand.wait(build) == 85  # two requests of 40 s, and some
-    stand.clock.advance(86)
-    assert len(claim(stand, 10)) == 1
-
-
-def test_threads_that_claim_at_once_share_the_builds(make_stand):
-    stand = make_stand(("github",), 60, kinds={"github": ["success"]})
+def test_a_build_the_list_does_not_show_is_read_by_itself(make_stand):
+    stand = make_stand(("github",), 8, kinds={"github": ["success"]}, speed=0.01)
     stand.push_all()
-    stand.clock.advance(FRESH)
-    begin = threading.Barrier(4)
+    hidden = stand.world.builds[0]
+    server = stand.servers["github"]
+    visible = server._visible
+    server._visible = lambda repository: [pair for pair in visible(repository) if pair[0] is not hidden]
+    for count in (1, 2):
+        stand.poll(after=FRESH)
+        assert server.polls(hidden.build_id) == count
+        assert stand.row(hidden)["poll_count"] == count
+    others = [build for build in stand.world.builds if build is not hidden]
+    alone = [
+        build
+        for build in others
+        if sum(one.repository == build.repository for one in stand.world.builds) == 1
+    ]
+    assert all(server.polls(build.build_id) == 0 for build in others if build not in alone)
 
-    def claim_all(_):
-        begin.wait(10)
-        claimed, some = [], [None]
-        while some:
-            some = claim(stand, 4)
-            claimed += some
-        return [due.target.build_id for due in claimed]
 
-    with ThreadPoolExecutor(4) as threads:
-        shares = list(threads.map(claim_all, range(4)))
-    claimed = sorted(build_id for share in shares for build_id in share)
-    assert claimed == sorted(build.build_id for build in stand.world.builds)
+@ON_SQLITE
+def test_a_list_that_shows_a_push_under_way_is_not_kept_as_known(make_stand):
+    """The end of a fresh build is left to its push; when that was lost, the same list must tell it later."""
+    stand = make_stand(("github",), 24, kinds={"github": ["success"]})
+    place = stand.world.builds[0].repository
+    here = [build for build in stand.world.builds if build.repository == place]
+    assert len(here) >= 3
+    for build in here[1:]:
+        stand.push(build)
+    stand.clock.at = max(stand.world.ends_at + 1, stand.clock() + FRESH)
+    stand.push(here[0])  # late: the end was not told yet
+    stand.poll()
+    assert [stand.row(build)["state"] for build in here[1:]] == ["completed"] * (len(here) - 1)
+    assert stand.row(here[0])["poll_count"] == 0
+    stand.poll(after=FRESH)
+    assert stand.row(here[0])["state"] == "completed"
+
+
+@ON_SQLITE
+def test_retried_pipelines_are_found_by_their_change_however_old_they_are(make_stand):
+    """GitLab lists what changed since its own time of the last list; what it does not show is as it was."""
+    stand = make_stand(("gitlab",), 9, kinds={"gitlab": ["success"]}, speed=0.001)
+    stand.clock.advance(10)
+    stand.push_all()
+    stand.poll(after=FRESH)
+    server = stand.servers["gitlab"]
+    before = server.count()
+    stand.poll(after=INTERVAL)
+    projects = {build.repository for build in stand.world.builds}
+    assert server.count() - before == len(projects)
+    assert [stand.row(build)["poll_count"] for build in stand.world.builds] == [2] * 9
+
+
+# ---- the lane
+
+
+def test_a_lane_has_one_owner_until_it_gives_it_back_or_dies(make_stand):
+    stand = make_stand(("github",), 1)
+    until, now = stand.now() + timedelta(seconds=45), stand.now()
+
+    def take(owner, later=0.0):
+        at_ = now + timedelta(seconds=later)
+        return db.as_writer(
+            stand.engine, lambda write: budget.take(write, "lane", "github", owner, until, at_)
+        )
+
+    ledger = take("a")
+    assert ledger == budget.Ledger(now)
+    assert take("b") is None
+    assert take("a") == ledger
+    assert take("b", later=45) == ledger
+    spent = replace(ledger, requests=3, credit=0.5)
+    db.as_writer(stand.engine, lambda write: budget.settle(write, "lane", spent, "a"))
+    assert take("c") is None, "it was lost to b, so a gives nothing back"
+    db.as_writer(stand.engine, lambda write: budget.settle(write, "lane", spent, "b"))
+    assert take("c") == spent
+
+
+def test_a_lane_that_another_process_reads_is_left_to_it(make_stand):
+    stand = make_stand(("github", "jenkins"), 8, speed=0.01)
+    stand.push_all()
+    lane = credentials.lane(stand.held.settings.sources["github"])
+    until = stand.now() + timedelta(seconds=2 * FRESH)
+    db.as_writer(
+        stand.engine, lambda write: budget.take(write, lane, "github", "another", until, stand.now())
+    )
+    stand.poll(after=FRESH)
+    assert stand.requests()["github"] == 0
+    assert stand.requests()["jenkins"] > 0
+    stand.poll(after=FRESH)
+    assert stand.requests()["github"] > 0
 
 
 @contextmanager
-def held_back(server, count):
-    """Answer nobody before `count` requests are there."""
-    answer, arrived, gate, lock = server._answer, [], threading.Event(), threading.Lock()
+def held_back(server):
+    """Answer nobody before the block ends."""
+    answer, arrived, gate = server._answer, threading.Event(), threading.Event()
 
-    def wait_for_all(request):
-        with lock:
-            arrived.append(request.path)
-            if len(arrived) >= count:
-                gate.set()
+    def wait_for_the_end(request):
+        arrived.set()
         gate.wait(30)
         return answer(request)
 
-    server._answer = wait_for_all
+    server._answer = wait_for_the_end
     try:
         yield arrived
     finally:
@@ -233,33 +311,34 @@ def held_back(server, count):
 
 
 def test_two_processes_that_poll_at_once_read_each_build_once(store_url, redis_client, redis_url, tmp_path):
-    """The first claims a portion and is kept waiting; the second finds only the rest."""
-    count = poll_job.AT_ONCE + 8
-    world = World(
-        3, count, platforms=("github",), kinds={"github": ["success"]}, spread_seconds=0, speed=0.01
-    )
+    """The first owns the lane and is kept waiting; the second goes home."""
+    world = World(3, 40, platforms=("github",), kinds={"github": ["success"]}, spread_seconds=0, speed=0.01)
     engine = db.connect(store_url, "NORMAL")
     pace = settings.pace(settings.load({}))
     facts = [
-        replace(platforms.find()["github"].named(platforms.Source("github", "github"), build.build_id),
+        replace(platforms.polled()["github"].named(platforms.Source("github", "github"), build.build_id),
                 observed_by=ObservedBy.PUSH, state=State.IN_PROGRESS, attempt=1)
         for build in world.builds
     ]  # fmt: skip
     then = datetime.now(UTC) - timedelta(seconds=2 * FRESH)
     db.as_writer(engine, lambda write: builds.record(write, facts, then, pace))
-    with GitHubServer(world) as server, held_back(server, count) as arrived:
+    with GitHubServer(world) as server:
         env = clean_environment(
             environment(world, {"github": server})
             | {"DATABASE_URL": store_url, "REDIS_URL": redis_url, "BUILDRELAY_DATA_DIR": str(tmp_path)}
         )
         command = [sys.executable, "-c", "from jobs.poll import poll; poll()"]
-        workers = [subprocess.Popen(command, env=env) for _ in range(2)]
-        assert [worker.wait(60) for worker in workers] == [0, 0]
-        assert len(arrived) == count
-        assert {server.polls(build.build_id) for build in world.builds} == {1}
+        with held_back(server) as arrived:
+            first = subprocess.Popen(command, env=env)
+            assert arrived.wait(30)
+            assert subprocess.run(command, env=env, timeout=60).returncode == 0
+            with db.reading(engine) as connection:
+                assert set(connection.execute(select(models.builds.c.poll_count)).scalars()) == {0}
+        assert first.wait(60) == 0
+        assert max(server.requests.values()) == 1
     with db.reading(engine) as connection:
         counts = connection.execute(select(models.builds.c.poll_count)).scalars().all()
-    assert counts == [1] * count
+    assert counts == [1] * 40
     engine.dispose()
 
 
@@ -283,27 +362,29 @@ def test_a_limit_pauses_the_source_as_told_and_delays_its_builds(make_stand, pla
     other = "jenkins" if platform == "gitlab" else "gitlab"
     stand = make_stand((platform, other), 8, kinds={platform: ["success"], other: ["success"]}, speed=0.01)
     mine = [build for build in stand.world.builds if build.platform == platform]
-    early, late = mine[:-1], mine[-1]
+    late = mine[-1]
     for build in stand.world.builds:
         if build is not late:
             stand.push(build)
     server = stand.servers[platform]
-    server.inject(answer(), times=len(early))
+    server.inject(answer())
     stand.clock.advance(15)
     stand.push(late)
     stand.poll(after=FRESH - 15)
-    assert server.count() == len(early)
+    asked = server.count()
+    assert asked <= platforms.polled()[platform].MANNERS.at_once, "nobody goes on after the first refusal"
     told, reason = stand.pauses()[platform]
     assert (told, reason) == (pytest.approx(seconds, abs=2), "rate_limited")
     stand.poll(after=15)  # the late build has become due, the other source goes on
     stand.poll(after=told - 15.1)
-    assert server.count() == len(early)
+    assert server.count() == asked
     assert stand.servers[other].count() >= 2
-    for build in early:
+    server.clear_faults()
+    for build in mine:
         row = stand.row(build)
         assert (row["state"], row["consecutive_errors"], row["poll_count"]) == ("in_progress", 0, 0)
         assert row["poll_error"] is None
-    stand.poll(after=2 * 30 + 5 + 0.2)
+    stand.poll(after=0.2)
     assert all(stand.row(build)["poll_count"] == 1 for build in mine)
     assert stand.pauses() == {}
     assert stand.notices() == []
@@ -312,9 +393,7 @@ def test_a_limit_pauses_the_source_as_told_and_delays_its_builds(make_stand, pla
 @ON_SQLITE
 def test_a_paused_source_is_not_listed_either(make_stand):
     stand = make_stand(("github",), 1)
-    stand.servers["github"].inject(
-        simulated_github.secondary_limit(120), times=len(stand.world.repositories("github"))
-    )
+    stand.servers["github"].inject(simulated_github.secondary_limit(120), times=1)
     stand.discover()
     assert stand.pauses()["github"] == (120, "rate_limited")
     before = stand.requests()
@@ -377,7 +456,7 @@ def test_a_refused_token_pauses_the_source_and_admins_are_told_once(make_stand, 
     assert (notice["kind"], notice["subject"], notice["read_at"]) == ("source.unauthorized", platform, None)
     assert "token" in notice["text"]
     assert "old" not in notice["text"]
-    assert stand.servers[platform].count() == 15
+    assert stand.servers[platform].count() <= 3 * platforms.polled()[platform].MANNERS.at_once
     for build in stand.world.builds:
         assert (stand.row(build)["state"], stand.row(build)["consecutive_errors"]) == ("in_progress", 0)
 
@@ -436,7 +515,7 @@ def test_a_build_that_only_a_request_named_is_found(make_stand, platform):
 @ON_SQLITE
 @pytest.mark.parametrize("requested", [False, True])
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_build_that_was_seen_and_is_gone_backs_off(one, platform, requested):
+def test_a_build_that_was_seen_and_is_gone_fails_when_a_second_read_says_so(one, platform, requested):
     stand, build = one(platform)
     if requested:
         change(stand, build, polling.request(stand.now()))
@@ -446,6 +525,32 @@ def test_a_build_that_was_seen_and_is_gone_backs_off(one, platform, requested):
     assert (row["state"], row["consecutive_errors"]) == ("in_progress", 1)
     assert row["poll_error"].startswith("not_found: HTTP 404")
     assert stand.wait(build) == 2 * INTERVAL
+    stand.poll(after=2 * INTERVAL)
+    row = stand.row(build)
+    assert (row["state"], row["polling"], row["next_poll_at"]) == ("failed", "done", None)
+    assert row["error"].startswith(f"deleted on {platform}: HTTP 404")
+    stand.push(build, State.COMPLETED)
+    assert stand.row(build)["state"] == "completed", "the platform has the last word"
+
+
+@ON_SQLITE
+def test_a_build_whose_repository_is_hidden_as_well_is_not_failed_and_admins_are_told_once(one):
+    """GitHub's 404 also means a missing permission."""
+    stand, build = one()
+    stand.servers["github"].inject(json_response({"message": "Not Found"}, 404))
+    for count in range(1, 5):
+        stand.poll()
+        row = stand.row(build)
+        assert (row["state"], row["consecutive_errors"]) == ("in_progress", count)
+        stand.clock.advance(stand.wait(build))
+    (notice,) = stand.notices()
+    assert (notice["kind"], notice["subject"]) == (
+        "source.not_found",
+        f"github: {build.repository.full_name}",
+    )
+    stand.servers["github"].clear_faults()
+    stand.poll()
+    assert stand.row(build)["consecutive_errors"] == 0
 
 
 @ON_SQLITE
@@ -520,7 +625,7 @@ def test_the_other_platforms_fail_alike(one, platform, name):
 
 @ON_SQLITE
 def test_an_endless_answer_is_cut_and_counts_as_unreadable(one, monkeypatch):
-    monkeypatch.setattr(repository, "ANSWER_CAP_BYTES", 1000)
+    monkeypatch.setattr(client, "ANSWER_CAP_BYTES", 1000)
     stand, build = one()
     stand.servers["github"].inject(Response(200, b"[" + b"1," * 100_000 + b"1]"))
     stand.poll()
@@ -562,12 +667,31 @@ def test_back_off_of_a_thousand_errors_still_counts(one):
 
 @ON_SQLITE
 def test_one_bad_build_costs_the_others_nothing(make_stand):
-    stand = make_stand(("github",), 6, kinds={"github": ["success"]}, speed=0.01)
+    stand = make_stand(("github",), 12, kinds={"github": ["success"]}, speed=0.01)
     stand.push_all()
-    bad = stand.world.builds[2]
-    stand.servers["github"].inject(dropped(), path_contains=str(bad.run_id))
+    bad = stand.world.builds[2].repository.full_name
+    stand.servers["github"].inject(dropped(), path_contains=bad)
     stand.poll(after=FRESH)
-    assert [stand.row(build)["consecutive_errors"] for build in stand.world.builds] == [0, 0, 1, 0, 0, 0]
+    for build in stand.world.builds:
+        assert stand.row(build)["consecutive_errors"] == int(build.repository.full_name == bad)
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("answer", [simulated_github.html, lambda: json_response({"message": "x"}, 403)])
+def test_where_lists_are_refused_the_builds_are_read_one_by_one(make_stand, answer):
+    stand = make_stand(("github",), 8, kinds={"github": ["success"]}, speed=0.01)
+    stand.push_all()
+    stand.servers["github"].inject(answer(), path_contains="/actions/runs")
+    stand.poll(after=FRESH)
+    assert {stand.row(build)["consecutive_errors"] for build in stand.world.builds} == {1}
+    server = stand.servers["github"]
+    server.clear_faults()
+    handle = server._runs
+    server._runs = lambda *_: answer()
+    stand.poll(after=2 * INTERVAL)
+    assert {stand.row(build)["consecutive_errors"] for build in stand.world.builds} == {0}
+    assert [server.polls(build.build_id) for build in stand.world.builds] == [2] * 8
+    server._runs = handle
 
 
 @ON_SQLITE

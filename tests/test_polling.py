@@ -110,7 +110,7 @@ def test_a_poll_counts_and_forgets_errors():
 )
 def test_the_deadline_is_counted_from_the_first_poll_and_not_while_a_person_is_awaited(known, deadline):
     assert polling.after_poll(build(**known), NOON, PACE, ask=False)["poll_deadline_at"] == deadline
-    assert polling.after_error(build(**known), NOON, PACE, "x")["poll_deadline_at"] == deadline
+    assert polling.after_error(build(**known), NOON, PACE, "x", "unavailable")["poll_deadline_at"] == deadline
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,9 @@ def test_overdue(known, overdue):
 )
 def test_the_wait_grows_with_each_failure_and_is_never_shorter_than_without(errors, known, pace, seconds):
     patient = Pace(**{**as_dict(PACE), "max_errors": 1000, **pace})
-    changes = polling.after_error(build(consecutive_errors=errors, **known), NOON, patient, "boom")
+    changes = polling.after_error(
+        build(consecutive_errors=errors, **known), NOON, patient, "boom", "unavailable"
+    )
     assert changes["next_poll_at"] == at(seconds)
     assert (changes["polling"], changes["consecutive_errors"], changes["poll_error"]) == (
         "active", errors + 1, "boom",
@@ -163,7 +165,7 @@ def as_dict(pace):
 
 @pytest.mark.parametrize(("errors", "gives_up"), [(0, False), (1, False), (2, True), (7, True)])
 def test_one_failure_too_many_ends_the_polling(errors, gives_up):
-    changes = polling.after_error(build(consecutive_errors=errors), NOON, PACE, "boom")
+    changes = polling.after_error(build(consecutive_errors=errors), NOON, PACE, "boom", "unavailable")
     assert (changes["polling"] == "error", changes["next_poll_at"] is None) == (gives_up, gives_up)
     assert changes["poll_count"] == 1
 

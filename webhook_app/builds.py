@@ -34,13 +34,21 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class PollFailed:
-    """A poll of the build with this `key` told nothing; `message` says why, for people."""
+    """A poll of the build with this `key` told nothing: a `PollFault` word, and `message` for people."""
 
     key: str
     message: str
+    fault: str
 
 
-Fact = Observation | PollFailed
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """A poll of the build with this `key`: the platform says what it said before."""
+
+    key: str
+
+
+Fact = Observation | PollFailed | Unchanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +131,11 @@ _BY_GROUP = select(models.builds).where(models.builds.c.group_key.in_(bindparam(
 
 def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace) -> Outcome:
     draft = drafts.of(fact)
-    if draft is None and (isinstance(fact, PollFailed) or not fact.key):
+    if draft is None and (not isinstance(fact, Observation) or not fact.key):
         return Outcome(None, None, Act.DROP)
-    if isinstance(fact, PollFailed):
+    if not isinstance(fact, Observation):
         assert draft is not None
-        _note_failed_poll(draft, fact, now, pace)
-        _give_up_when_overdue(draft, now)
-        return Outcome(draft.row["id"], draft.row["build_id"], Act.ENRICH, events=len(draft.events))
+        return _apply_silence(draft, fact, now, pace)
     told = draft is not None and not _is_only_named(draft.row)
     decided = verdict(_recorded(draft.row) if draft and told else None, fact)
     if draft is None:
@@ -143,6 +149,20 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
     return Outcome(
         draft.row["id"], draft.row["build_id"], decided.act, decided.ask, len(draft.events) - before
     )
+
+
+def _apply_silence(draft: _Draft, fact: PollFailed | Unchanged, now: datetime, pace: Pace) -> Outcome:
+    """A poll that told nothing new: it moves the next one, and may be one too many."""
+    before = len(draft.events)
+    if draft.row["polling"] not in ("stopped", "done", "timeout", "error"):
+        # else it ended, was stopped by hand or given up while we were reading
+        _begin_polling(draft, now)
+        if isinstance(fact, PollFailed):
+            _note_failed_poll(draft, fact, now, pace)
+        else:
+            draft.change(polling.after_poll(draft.row, now, pace, ask=False))
+        _give_up_when_overdue(draft, now)
+    return Outcome(draft.row["id"], draft.row["build_id"], Act.ENRICH, events=len(draft.events) - before)
 
 
 def _is_only_named(row: Row) -> bool:
@@ -446,10 +466,7 @@ def _begin_polling(draft: _Draft, now: datetime) -> None:
 
 def _note_failed_poll(draft: _Draft, fact: PollFailed, now: datetime, pace: Pace) -> None:
     row = draft.row
-    if row["polling"] in ("stopped", "done", "timeout", "error"):
-        return  # it ended, was stopped by hand or given up while we were reading
-    _begin_polling(draft, now)
-    draft.change(polling.after_error(row, now, pace, fact.message))
+    draft.change(polling.after_error(row, now, pace, fact.message, fact.fault))
     if row["polling"] == "error":
         _add_event(draft, "build.polling_error", None, now, row["state"], _poll_detail(row))
 
@@ -528,7 +545,7 @@ def named(write: Write, build_id: str, source: Source, now: datetime) -> Row:
     Needs the writer's lock; the caller has found no such build.  Raises `ValueError` if the id can't be
     one of this source.
     """
-    seen = platforms.find()[source.platform].named(source, build_id)
+    seen = platforms.polled()[source.platform].named(source, build_id)
     if seen is None or len(build_id) > LONGEST_NAME:
         raise ValueError(f"{source.platform} builds have no id of this form")
     row = _blank(write, seen, now) | polling.request(now)

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     DateTime,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -117,12 +118,15 @@ builds = Table(
     Column("next_poll_at", Moment),
     Column("consecutive_errors", Integer, nullable=False),
     Column("poll_error", Text),
+    Column("poll_fault", Text),
     Column("doubtful", Boolean, nullable=False),
     Column("requested", Boolean, nullable=False),
     Column("created_at", Moment, nullable=False),
     Column("updated_at", Moment, nullable=False),
-    Index("ix_builds_due", "next_poll_at", postgresql_where=text("next_poll_at IS NOT NULL"),
-          sqlite_where=text("next_poll_at IS NOT NULL")),
+    Index("ix_builds_due", "next_poll_at", "source", "repository",
+          postgresql_where=text("next_poll_at IS NOT NULL"), sqlite_where=text("next_poll_at IS NOT NULL")),
+    Index("ix_builds_open", "source", "repository",
+          postgresql_where=text("next_poll_at IS NOT NULL"), sqlite_where=text("next_poll_at IS NOT NULL")),
     Index("ix_builds_group_key", "group_key", postgresql_where=text("group_key IS NOT NULL"),
           sqlite_where=text("group_key IS NOT NULL")),
     Index("ix_builds_repository", "source", "repository", "id"),
@@ -279,6 +283,55 @@ sources = Table(
     Column("paused_until", Moment),
     Column("pause_reason", Text),
     comment="What we learned about a source while polling it.",
+)
+
+places = Table(
+    "places",
+    metadata,
+    Column("source", Text, primary_key=True),
+    Column("repository", Text, primary_key=True),
+    Column("same_as", Text),
+    Column("next_list_at", Moment),
+    Column("listed_at", Moment),
+    Column("list_clock", Moment),
+    Column("errors", Integer, nullable=False),
+    Column("error", Text),
+    Index("ix_places_due", "next_list_at"),
+    comment="Repositories whose newest builds are listed.  `list_clock`: the platform's own time of the "
+    "last list.  `same_as`: another name of that repository, listed there.",
+)
+
+budgets = Table(
+    "budgets",
+    metadata,
+    Column("lane", Text, primary_key=True),
+    Column("platform", Text, nullable=False),
+    Column("limit", Integer),
+    Column("remaining", Integer),
+    Column("reset_at", Moment),
+    Column("credit", Float, nullable=False),
+    Column("turns", Float, nullable=False),
+    Column("reckoned_at", Moment, nullable=False),
+    Column("price", Float, nullable=False),
+    Column("strikes", Integer, nullable=False),
+    Column("requests", Id, nullable=False),
+    Column("counted", Id, nullable=False),
+    Column("owner", Text),
+    Column("owned_until", Moment),
+    comment="What a token may still ask, and who reads with it now.",
+)
+
+unchanged = Table(
+    "unchanged",
+    metadata,
+    Column("lane", Text, primary_key=True),
+    Column("url", Text, primary_key=True),
+    Column("token", Text, nullable=False),
+    Column("etag", Text, nullable=False),
+    Column("shown", JSON, nullable=False),
+    Column("read_at", Moment, nullable=False),
+    Index("ix_unchanged_read_at", "read_at"),
+    comment="ETags, each good for one token, and the keys of the builds that the answer showed.",
 )
 
 notices = Table(

@@ -48,6 +48,7 @@ def after_push(build: Columns, now: datetime, pace: Pace, *, ask: bool) -> dict[
         "poll_deadline_at": None,
         "consecutive_errors": 0,
         "poll_error": None,
+        "poll_fault": None,
     }
     if build["polling"] in ("timeout", "error"):
         changes["polling"] = "idle"
@@ -74,6 +75,7 @@ def after_poll(build: Columns, now: datetime, pace: Pace, *, ask: bool) -> dict[
         "last_poll_at": now,
         "consecutive_errors": 0,
         "poll_error": None,
+        "poll_fault": None,
         "doubtful": ask,
         "poll_deadline_at": _deadline(build, now, pace),
         "next_poll_at": due if ask else _not_while_fresh(build, due, pace),
@@ -94,7 +96,7 @@ def _not_while_fresh(build: Columns, due: datetime, pace: Pace) -> datetime:
     return due if last_push is None else max(due, last_push + timedelta(seconds=pace.freshness_seconds))
 
 
-def after_error(build: Columns, now: datetime, pace: Pace, message: str) -> dict[str, Any]:
+def after_error(build: Columns, now: datetime, pace: Pace, message: str, fault: str) -> dict[str, Any]:
     """Changes after a poll that failed; `polling` becomes `error` when it was one too many."""
     errors = build["consecutive_errors"] + 1
     gives_up = errors >= pace.max_errors
@@ -107,6 +109,7 @@ def after_error(build: Columns, now: datetime, pace: Pace, message: str) -> dict
         "last_poll_at": now,
         "consecutive_errors": errors,
         "poll_error": message,
+        "poll_fault": fault,
         "poll_deadline_at": _deadline(build, now, pace),
         "next_poll_at": None if gives_up else due,
     }
@@ -169,6 +172,7 @@ def fresh_attempt() -> dict[str, Any]:
         "next_poll_at": None,
         "consecutive_errors": 0,
         "poll_error": None,
+        "poll_fault": None,
         "doubtful": False,
         "requested": False,
     }

@@ -60,6 +60,8 @@ class Settings:
     poll_interval_seconds: float = 15.0
     push_freshness_seconds: float = 60.0
     max_poll_seconds: float = 3600.0
+    adaptive_pace: bool = False
+    api_budget_reserve: float = 0.1
     max_consecutive_errors: int = 10
     backoff_multiplier: float = 2.0
     discovery_interval_seconds: float = 60.0
@@ -121,6 +123,11 @@ def _number(least: float, most: float, unit: str = "") -> Callable[[str], float]
 def _milliseconds(least: int, most: int) -> Callable[[str], float]:
     read = _whole(least, most, "milliseconds")
     return lambda text: read(text) / 1000
+
+
+def _share(text: str) -> float:
+    """A percentage as a share of one."""
+    return _whole(0, 90, "percent")(text) / 100
 
 
 def _flag(text: str) -> bool:
@@ -233,6 +240,13 @@ def _database(text: str) -> str:
     return f"{drivers[scheme]}://{rest}"
 
 
+def _pace(text: str) -> bool:
+    """Is it the adaptive one?"""
+    if text.lower() not in ("steady", "adaptive"):
+        raise ValueError("steady or adaptive")
+    return text.lower() == "adaptive"
+
+
 def _synchronous(text: str) -> str:
     if text.upper() not in ("FULL", "NORMAL"):
         raise ValueError("FULL or NORMAL")
@@ -278,6 +292,8 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("ENABLE_JENKINS", "true", _flag, "poll Jenkins"),
     Variable("BUILD_POLL_INTERVAL", "15000", _milliseconds(10, 86_400_000), "ms between polls of one stale build"),
     Variable("BUILD_PUSH_FRESHNESS", "60000", _milliseconds(0, 86_400_000), "ms for which a push keeps a build from being polled"),
+    Variable("BUILD_POLL_PACE", "steady", _pace, "`adaptive` polls sources less whose pushes prove complete"),
+    Variable("API_BUDGET_RESERVE", "10", _share, "percent of an API budget that polling leaves to releases and people"),
     Variable("BUILD_MAX_POLL_TIME", "3600000", _milliseconds(100, 30 * 86_400_000), "ms of polling without an end, then `timeout`"),
     Variable("BUILD_MAX_CONSECUTIVE_ERRORS", "10", _whole(1, 1000), "failed polls in a row, then polling of that build stops"),
     Variable("BUILD_BACKOFF_MULTIPLIER", "2", _number(1, 10), "the wait grows by this after each failed poll"),
@@ -337,6 +353,8 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         build_event_tokens=values["BUILD_EVENT_TOKEN"],
         sources=_sources(values, file),
         poll_interval_seconds=values["BUILD_POLL_INTERVAL"],
+        adaptive_pace=values["BUILD_POLL_PACE"],
+        api_budget_reserve=values["API_BUDGET_RESERVE"],
         push_freshness_seconds=values["BUILD_PUSH_FRESHNESS"],
         max_poll_seconds=values["BUILD_MAX_POLL_TIME"],
         max_consecutive_errors=values["BUILD_MAX_CONSECUTIVE_ERRORS"],

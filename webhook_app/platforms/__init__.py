@@ -1,28 +1,34 @@
 """One file per CI platform, each PURE: headers and bytes in, dataclasses out; nothing is opened or stored.
 
 A platform is a module of this package whose name does not begin with `_`; `find()` lists the folder.
-It offers (see `Platform`):
+It offers (see `Platform`; scripts stop before the polling part, see `Polled`):
 
 * `NAME`: the platform's word, also the name of its default source
 * `CONTENT_TYPES`: media types its webhooks use
 * `verify(headers, body, secrets, now)`: returns, or raises `BadSignature`
 * `envelope(headers, body)`: what makes this delivery unique
 * `parse_webhook(source, headers, body)`: `Webhook`, or raises `NotJson` / `Unreadable`
+* `MANNERS`: what its API asks of those who read it
 * `poll_request(source, target)`: the `Request` that reads one build, or None if it can't be polled
 * `parse_poll(source, target, answer)`: the `Observation`, or raises `PollError`
 * `follow_up(source, seen)`: the `Request` that says more about a poll that left something open, or None
 * `parse_follow_up(seen, answer)`: the observation with that added
-* `list_request(source, repository)`: the `Request` for the newest builds of a repository, or None
-* `parse_list(source, repository, answer)`: an `Observation` for each, or raises `PollError`
+* `together(repository)`: repositories with the same value can be listed by one request
+* `list_request(source, repositories, since, most)`: the `Request` for their newest builds, or None
+* `parse_list(source, repositories, answer)`: the `Listing`, or raises `PollError`
+* `repository_request(source, target)`: the `Request` that shows whether we may see its repository, or None
+* `parse_repository(answer)`: raises `PollError` unless it was shown
 * `named(source, build_id)`: an `Observation` that says no more than which build an id means, or None
+* `limits(answer)`: the `Limits` that an answer tells, or None
 
 Header names are lower case.  Times are aware UTC.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from functools import cache
 from typing import Protocol, cast
@@ -108,6 +114,38 @@ class Answer:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a list shows.  `more`: the request for the next page, if there is one."""
+
+    observations: tuple[Observation, ...]
+    more: Request | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The budget of a token as an answer tells it: `remaining` of `limit` requests, renewed in that time."""
+
+    limit: int
+    remaining: int
+    reset_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Manners:
+    """What an API asks of those who read it.
+
+    `at_once`: requests of one token under way at the same time.  `per_minute`: requests, whatever they cost.
+    `free_unchanged`: an answer 304 costs no budget, so an ETag is worth keeping.
+    `lists_changes`: a list since a time shows every build that changed since; else only the newest builds.
+    """
+
+    at_once: int
+    per_minute: int
+    free_unchanged: bool
+    lists_changes: bool
+
+
 class PollFault(StrEnum):
     """Why a poll gave no observation; also the metric label."""
 
@@ -120,7 +158,7 @@ class PollFault(StrEnum):
 
 
 class PollError(Exception):
-    """A poll that told nothing.  `retry_after_seconds`: how long the platform asks us to wait, if it does."""
+    """A poll that told nothing.  `retry_after_seconds`: how long to wait, if the platform says so."""
 
     def __init__(self, fault: PollFault, message: str, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)
@@ -140,6 +178,12 @@ class Platform(Protocol):
 
     def parse_webhook(self, source: Source, headers: Headers, body: bytes) -> Webhook: ...
 
+
+class Polled(Platform, Protocol):
+    """A platform with an API that can be read."""
+
+    MANNERS: Manners
+
     def poll_request(self, source: Source, target: PollTarget) -> Request | None: ...
 
     def parse_poll(self, source: Source, target: PollTarget, answer: Answer) -> Observation: ...
@@ -148,11 +192,21 @@ class Platform(Protocol):
 
     def parse_follow_up(self, seen: Observation, answer: Answer) -> Observation: ...
 
-    def list_request(self, source: Source, repository: str) -> Request | None: ...
+    def together(self, repository: str) -> str: ...
 
-    def parse_list(self, source: Source, repository: str, answer: Answer) -> tuple[Observation, ...]: ...
+    def list_request(
+        self, source: Source, repositories: Sequence[str], since: datetime | None, most: int
+    ) -> Request | None: ...
+
+    def parse_list(self, source: Source, repositories: Sequence[str], answer: Answer) -> Listing: ...
+
+    def repository_request(self, source: Source, target: PollTarget) -> Request | None: ...
+
+    def parse_repository(self, answer: Answer) -> None: ...
 
     def named(self, source: Source, build_id: str) -> Observation | None: ...
+
+    def limits(self, answer: Answer) -> Limits | None: ...
 
 
 @cache
@@ -164,3 +218,9 @@ def find() -> dict[str, Platform]:
         if not info.name.startswith("_")
     )
     return {module.NAME: cast(Platform, module) for module in modules}
+
+
+@cache
+def polled() -> dict[str, Polled]:
+    """Those of them that can be polled."""
+    return {name: cast(Polled, module) for name, module in find().items() if hasattr(module, "MANNERS")}

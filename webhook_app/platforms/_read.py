@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import orjson
 
-from webhook_app.platforms import Answer, Headers, NotJson, PollError, PollFault, Unreadable
+from webhook_app.platforms import Answer, Headers, Limits, NotJson, PollError, PollFault, Source, Unreadable
 
 USER_AGENT = "BuildRelay"
 
@@ -231,8 +231,6 @@ def path_part(value: str) -> str:
 # ---- answers of a REST API -----------------------------------------------------------------------
 
 _LONGEST_WAIT_SECONDS = 86_400.0
-_UNTOLD_WAIT_SECONDS = 60.0
-"""GitHub asks for at least a minute when a limit was hit and nothing says how long."""
 
 
 def fetched(answer: Answer) -> dict[str, Any]:
@@ -261,7 +259,7 @@ def fetched_items(answer: Answer) -> list[dict[str, Any]]:
 def poll_error(answer: Answer) -> PollError:
     """What an answer other than 200 means.
 
-    Waits come from, in this order, `Retry-After`, the reset of the limit, and a minute.
+    Waits come from `Retry-After`, else from the reset of a limit that is used up; often nothing tells.
     https://docs.github.com/en/rest/using-the-rest-api/best-practices-for-using-the-rest-api
     https://docs.gitlab.com/administration/settings/user_and_ip_rate_limits/
     """
@@ -303,11 +301,29 @@ def _is_limited(answer: Answer) -> bool:
     )
 
 
-def _limit_wait_seconds(answer: Answer) -> float:
+def _limit_wait_seconds(answer: Answer) -> float | None:
     told = _retry_after_seconds(answer.headers)
     if told is None and _none_remaining(answer.headers):
         told = _reset_seconds(answer.headers)
-    return _UNTOLD_WAIT_SECONDS if told is None else told
+    return told
+
+
+def limits(answer: Answer) -> Limits | None:
+    """The budget as `x-ratelimit-…` (GitHub) or `ratelimit-…` (GitLab) headers tell it; None without them."""
+    limit, remaining = (_limit_header(answer.headers, name) for name in ("limit", "remaining"))
+    reset_seconds = _reset_seconds(answer.headers)
+    if reset_seconds is None or not all(re.fullmatch("[0-9]{1,12}", text) for text in (limit, remaining)):
+        return None
+    return Limits(int(limit), int(remaining), reset_seconds)
+
+
+def next_page(source: Source, answer: Answer) -> str | None:
+    """The address of the next page by the `Link` header, if it is one of this API."""
+    for part in answer.headers.get("link", "").split(","):
+        found = re.fullmatch(r'\s*<([^<>\s]+)>\s*;\s*rel="next"\s*', part)
+        if found and found[1].startswith(f"{source.api_url}/"):
+            return found[1]
+    return None
 
 
 def _none_remaining(headers: Headers) -> bool:

@@ -13,8 +13,10 @@ REST: https://docs.github.com/en/rest/actions/workflow-runs
 """
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from webhook_app import signing
@@ -24,6 +26,9 @@ from webhook_app.platforms import (
     BadSignature,
     Envelope,
     Headers,
+    Limits,
+    Listing,
+    Manners,
     PollError,
     PollFault,
     PollTarget,
@@ -36,6 +41,10 @@ from webhook_app.platforms import (
 
 NAME = "github"
 CONTENT_TYPES = ("application/json", "application/x-www-form-urlencoded")
+
+MANNERS = Manners(at_once=1, per_minute=600, free_unchanged=True, lists_changes=False)
+"""Requests one after the other; 900 points a minute, of which other users of the token need some.
+https://docs.github.com/en/rest/using-the-rest-api/rate-limits-for-the-rest-api"""
 
 API_VERSION = "2022-11-28"
 """Sent explicitly: the default may move. https://docs.github.com/en/rest/about-the-rest-api/api-versions"""
@@ -140,21 +149,52 @@ def parse_follow_up(seen: Observation, answer: Answer) -> Observation:
     return seen
 
 
-def list_request(source: Source, repository: str) -> Request | None:
-    """`GET /repos/OWNER/REPO/actions/runs`, unfiltered: filtered lists come late from a search index."""
+def together(repository: str) -> str:
+    """Each repository has a list of its own."""
+    return repository
+
+
+def list_request(
+    source: Source, repositories: Sequence[str], since: datetime | None, most: int
+) -> Request | None:
+    """`GET /repos/OWNER/REPO/actions/runs`, unfiltered: filtered lists come late from a search index.
+
+    Newest `created_at` first, so a re-run stays where its first attempt was.
+    """
+    (repository,) = repositories
     if not source.api_url or not _is_repository(repository):
         return None
-    return Request(f"{source.api_url}/repos/{repository}/actions/runs?per_page=100", _headers(source))
+    query = f"per_page={min(most, 100)}&exclude_pull_requests=true"
+    return Request(f"{source.api_url}/repos/{repository}/actions/runs?{query}", _headers(source))
 
 
-def parse_list(source: Source, repository: str, answer: Answer) -> tuple[Observation, ...]:
+def parse_list(source: Source, repositories: Sequence[str], answer: Answer) -> Listing:
     """The runs that can be read; or raises `PollError`."""
     runs = [_read.mapping(run) for run in _read.items(_read.fetched(answer).get("workflow_runs"))]
     found = []
     for run in runs:
         with suppress(Unreadable):
-            found.append(_run(source, run, _repository({}, run) or repository, ObservedBy.POLL))
-    return tuple(found)
+            found.append(_run(source, run, _repository({}, run) or repositories[0], ObservedBy.POLL))
+    more = _read.next_page(source, answer)
+    return Listing(tuple(found), Request(more, _headers(source)) if more else None)
+
+
+def repository_request(source: Source, target: PollTarget) -> Request | None:
+    """`GET /repos/OWNER/REPO`."""
+    if not source.api_url or not _is_repository(target.repository):
+        return None
+    return Request(f"{source.api_url}/repos/{target.repository}", _headers(source))
+
+
+def parse_repository(answer: Answer) -> None:
+    """Raises `PollError` unless the repository was shown."""
+    _read.fetched(answer)
+
+
+def limits(answer: Answer) -> Limits | None:
+    """The budget of the hour; those of `search` and others are not ours."""
+    resource = answer.headers.get("x-ratelimit-resource", "core")
+    return _read.limits(answer) if resource == "core" else None
 
 
 def named(source: Source, build_id: str) -> Observation | None:

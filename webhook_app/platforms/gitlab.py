@@ -16,10 +16,10 @@ tells them from late deliveries are job ids and GitLab's own clock, so both are 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,6 +30,9 @@ from webhook_app.platforms import (
     BadSignature,
     Envelope,
     Headers,
+    Limits,
+    Listing,
+    Manners,
     PollError,
     PollFault,
     PollTarget,
@@ -42,6 +45,9 @@ from webhook_app.platforms import (
 
 NAME = "gitlab"
 CONTENT_TYPES = ("application/json",)
+
+MANNERS = Manners(at_once=4, per_minute=1000, free_unchanged=False, lists_changes=True)
+"""A 304 counts like any other request.  GitLab.com allows 2 000 a minute and user."""
 
 _NOT_BEGUN = {"created", "waiting_for_resource", "preparing", "waiting_for_callback", "pending"}
 _WAITING = {"manual", "scheduled"}
@@ -155,23 +161,56 @@ def parse_follow_up(seen: Observation, answer: Answer) -> Observation:
     return replace(seen, state=State.TIMEOUT, conclusion=Conclusion.TIMED_OUT)
 
 
-def list_request(source: Source, repository: str) -> Request | None:
-    """`GET /api/v4/projects/ID/pipelines`, newest change first; `repository` is an id or a path."""
+def together(repository: str) -> str:
+    """Each project has a list of its own."""
+    return repository
+
+
+_OVERLAP = timedelta(seconds=60)
+
+
+def list_request(
+    source: Source, repositories: Sequence[str], since: datetime | None, most: int
+) -> Request | None:
+    """`GET /api/v4/projects/ID/pipelines`, newest change first; a repository is an id or a path.
+
+    `since` is GitLab's own clock (an `updated_at`); the minute before it is looked at again.
+    """
+    (repository,) = repositories
     if not source.api_url or not repository:
         return None
-    path = (
-        f"/api/v4/projects/{_read.path_part(repository)}/pipelines?order_by=updated_at&sort=desc&per_page=100"
-    )
+    query = f"order_by=updated_at&sort=desc&per_page={min(most, 100)}"
+    if since is not None:
+        query += f"&updated_after={(since - _OVERLAP).astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    path = f"/api/v4/projects/{_read.path_part(repository)}/pipelines?{query}"
     return Request(source.api_url + path, _headers(source))
 
 
-def parse_list(source: Source, repository: str, answer: Answer) -> tuple[Observation, ...]:
+def parse_list(source: Source, repositories: Sequence[str], answer: Answer) -> Listing:
     """The pipelines that can be read; or raises `PollError`."""
+    (repository,) = repositories
     found = []
     for pipeline in _read.fetched_items(answer):
         with suppress(Unreadable):
             found.append(_rest_pipeline(source, None if repository.isdigit() else repository, pipeline))
-    return tuple(found)
+    more = _read.next_page(source, answer)
+    return Listing(tuple(found), Request(more, _headers(source)) if more else None)
+
+
+def repository_request(source: Source, target: PollTarget) -> Request | None:
+    """`GET /api/v4/projects/ID`."""
+    pipeline = poll_request(source, target)
+    return Request(pipeline.url.partition("/pipelines/")[0], pipeline.headers) if pipeline else None
+
+
+def parse_repository(answer: Answer) -> None:
+    """Raises `PollError` unless the repository was shown."""
+    _read.fetched(answer)
+
+
+def limits(answer: Answer) -> Limits | None:
+    """The budget of the minute; GitLab's own servers tell it, others often don't."""
+    return _read.limits(answer)
 
 
 def named(source: Source, build_id: str) -> Observation | None:

@@ -15,7 +15,7 @@ API: https://www.jenkins.io/doc/book/using/remote-access-api/
 
 import re
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -29,6 +29,9 @@ from webhook_app.platforms import (
     BadSignature,
     Envelope,
     Headers,
+    Limits,
+    Listing,
+    Manners,
     NotJson,
     PollError,
     PollFault,
@@ -43,6 +46,9 @@ from webhook_app.platforms import (
 NAME = "jenkins"
 CONTENT_TYPES = ("application/json",)
 
+MANNERS = Manners(at_once=4, per_minute=600, free_unchanged=False, lists_changes=False)
+"""Jenkins has no limits and no ETags; it is a single machine that builds meanwhile."""
+
 _TREE = quote(
     "number,url,building,inProgress,result,duration,estimatedDuration,timestamp,queueId,displayName,"
     "executor[progress]",
@@ -50,7 +56,7 @@ _TREE = quote(
 )
 """`tree` asks for these fields only; the full answer can be megabytes."""
 
-_LIST_TREE = quote(f"builds[{unquote(_TREE)}]{{0,50}}", safe=",")
+_BUILDS = f"builds[{unquote(_TREE)}]"
 
 _BEGUN = {"QUEUED": State.QUEUED, "STARTED": State.IN_PROGRESS}
 _OVER = {"COMPLETED", "FINALIZED", "FINISHED"}
@@ -236,23 +242,65 @@ def parse_follow_up(seen: Observation, answer: Answer) -> Observation:
     return seen
 
 
-def list_request(source: Source, repository: str) -> Request | None:
-    """`GET /job/FOLDER/job/NAME/api/json`: the newest 50 builds of a job; `repository` is `FOLDER/NAME`."""
-    names = repository.split("/")
-    if not source.api_url or not all(map(_is_name, names)):
+def together(repository: str) -> str:
+    """The jobs of a folder: `FOLDER/NAME` is in `FOLDER`, a job outside of folders in the empty one."""
+    return repository.rpartition("/")[0]
+
+
+def list_request(
+    source: Source, repositories: Sequence[str], since: datetime | None, most: int
+) -> Request | None:
+    """The newest builds of a job, or of several jobs of a folder; a repository is `FOLDER/NAME`.
+
+    `GET /job/FOLDER/job/NAME/api/json?tree=builds[…]{0,50}`,
+    `GET /job/FOLDER/api/json?tree=jobs[name,builds[…]{0,50}]`.
+    """
+    paths = [repository.split("/") for repository in repositories]
+    if not source.api_url or not all(_is_name(name) for names in paths for name in names):
         return None
-    return Request(f"{source.api_url}/{_job_path(names)}/api/json?tree={_LIST_TREE}", _headers(source))
+    tree = f"{_BUILDS}{{0,{most}}}"
+    names = paths[0]
+    if len(paths) > 1:
+        tree, names = f"jobs[name,{tree}]", names[:-1]
+    place = f"{source.api_url}/{_job_path(names)}".rstrip("/")
+    return Request(f"{place}/api/json?tree={quote(tree, safe=',')}", _headers(source))
 
 
-def parse_list(source: Source, repository: str, answer: Answer) -> tuple[Observation, ...]:
+def parse_list(source: Source, repositories: Sequence[str], answer: Answer) -> Listing:
     """The builds that can be read; or raises `PollError`."""
-    found = []
-    for build in map(_read.mapping, _read.items(_read.fetched(answer).get("builds"))):
+    shown = _read.fetched(answer)
+    if len(repositories) == 1:
+        return Listing(tuple(_builds_of(source, repositories[0], shown)))
+    by_name = {repository.rpartition("/")[2]: repository for repository in repositories}
+    jobs = map(_read.mapping, _read.items(shown.get("jobs")))
+    wanted = ((by_name.get(_read.text(job.get("name")) or ""), job) for job in jobs)
+    return Listing(tuple(seen for name, job in wanted if name for seen in _builds_of(source, name, job)))
+
+
+def _builds_of(source: Source, repository: str, job: dict[str, Any]) -> Iterator[Observation]:
+    for build in map(_read.mapping, _read.items(job.get("builds"))):
         number = _read.count(build.get("number"))
         if number and isinstance(build.get("building"), bool):
             with suppress(Unreadable):
-                found.append(_built(source, _Path(tuple(repository.split("/")), number), build))
-    return tuple(found)
+                yield _built(source, _Path(tuple(repository.split("/")), number), build)
+
+
+def repository_request(source: Source, target: PollTarget) -> Request | None:
+    """`GET /job/FOLDER/job/NAME/api/json?tree=name`."""
+    path = _path_of_id(target.build_id)
+    if not source.api_url or path is None:
+        return None
+    return Request(f"{source.api_url}/{_job_path(path.names)}/api/json?tree=name", _headers(source))
+
+
+def parse_repository(answer: Answer) -> None:
+    """Raises `PollError` unless the repository was shown."""
+    _read.fetched(answer)
+
+
+def limits(answer: Answer) -> Limits | None:
+    """None: Jenkins tells none."""
+    return None
 
 
 def named(source: Source, build_id: str) -> Observation | None:

@@ -19,15 +19,10 @@ from typing import Any
 from webhook_app import signing
 from webhook_app.lifecycle import Conclusion, Detail, Observation, ObservedBy, State
 from webhook_app.platforms import (
-    Answer,
     BadSignature,
     Envelope,
     Headers,
     NotJson,
-    PollError,
-    PollFault,
-    PollTarget,
-    Request,
     Source,
     Unreadable,
     Webhook,
@@ -102,41 +97,6 @@ def parse_webhook(source: Source, headers: Headers, body: bytes) -> Webhook:
         preview_url=_read.web_url(fields.get("previewUrl")),
     )
     return Webhook((seen,))
-
-
-def poll_request(source: Source, target: PollTarget) -> Request | None:
-    """None: a script can't be asked."""
-    return None
-
-
-def parse_poll(source: Source, target: PollTarget, answer: Answer) -> Observation:
-    """Never called with success: `poll_request` gives nothing to send."""
-    raise PollError(PollFault.UNREADABLE, "a build script can't be polled")
-
-
-def follow_up(source: Source, seen: Observation) -> Request | None:
-    """None: there is nothing to ask."""
-    return None
-
-
-def parse_follow_up(seen: Observation, answer: Answer) -> Observation:
-    """Nothing to add."""
-    return seen
-
-
-def list_request(source: Source, repository: str) -> Request | None:
-    """None: scripts can't be listed."""
-    return None
-
-
-def parse_list(source: Source, repository: str, answer: Answer) -> tuple[Observation, ...]:
-    """Scripts can't be listed."""
-    return ()
-
-
-def named(source: Source, build_id: str) -> Observation | None:
-    """None: a script's run is known once it reports."""
-    return None
 
 
 def _about(source: Source, report: dict[str, Any]) -> Observation:
