@@ -238,6 +238,8 @@ def _note_place(write: db.Write, lane: _Lane, found: Findings, now: datetime) ->
     source = found.place.source
     if found.listed:
         discovery.listed(write, source, found.listed, now, _next_list(lane, now))
+    if found.away:
+        discovery.postpone(write, source, found.place.repositories, _next_list(lane, now))
     if found.refused is not None:
         again = max(_next_list(lane, now), now + timedelta(minutes=5))
         discovery.failed(write, source, found.place.repositories, found.refused, again)

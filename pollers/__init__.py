@@ -1,1 +1,1 @@
-"""Reading CI platforms: what is due (`stale`), read together (`repository`), with which token and how much."""
+"""Reading CI platforms: what is due (`stale`), read together (`repository`), within a token's budget."""

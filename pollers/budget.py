@@ -29,7 +29,8 @@ BURST_SHARE = 0.02
 LEAST_BURST = 10.0
 LEAST_PRICE = 0.02
 PRICE_WEIGHT = 0.01
-TURNS_BURST_SECONDS = 6.0
+TURNS_BURST_SECONDS = 1.0
+"""What is due together is spread by so little room for a burst, and then stays spread."""
 LEAST_WAIT_SECONDS = 1.0
 
 
@@ -49,7 +50,7 @@ class Ledger:
     remaining: int | None = None
     reset_at: datetime | None = None
     credit: float = LEAST_BURST
-    turns: float = 60.0
+    turns: float = 10.0
     price: float = 1.0
     strikes: int = 0
     requests: int = 0

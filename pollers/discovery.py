@@ -108,20 +108,28 @@ def listed(
         write.connection.execute(_LISTED, rows)
 
 
+def postpone(write: Write, source: str, repositories: Iterable[str], at: datetime) -> None:
+    """List these repositories later: their platform does not answer."""
+    _set_next(write, [(source, repository) for repository in repositories], at)
+
+
 def failed(write: Write, source: str, repositories: Collection[str], why: str, next_at: datetime) -> None:
     """Note that these repositories could not be listed."""
-    rows = [{"of": source, "name": name, "next": next_at, "why": why} for name in repositories]
-    if rows:
-        write.connection.execute(_FAILED, rows)
+    for name in repositories:
+        row = {"of": source, "name": name, "next": next_at, "why": why}
+        if not write.connection.execute(_FAILED, row).rowcount:
+            blank = {"source": source, "repository": name, "next_list_at": next_at, "errors": 1, "error": why}
+            write.connection.execute(insert(models.places), blank)
 
 
 def note_alias(write: Write, source: str, name: str, told: str, now: datetime) -> None:
     """`name` (an id, another case) is the repository that its platform calls `told`: only that is listed."""
+    if not write.connection.execute(_ALIAS, {"of": source, "name": name, "same": told}).rowcount:
+        return
     there = select(_p.repository).where(_p.source == source, _p.repository == told)
     if write.connection.execute(there).one_or_none() is None:
         blank = {"source": source, "repository": told, "next_list_at": now, "errors": 0}
         write.connection.execute(insert(models.places), blank)
-    write.connection.execute(_ALIAS, {"of": source, "name": name, "same": told})
 
 
 TOLD_AGAIN = timedelta(days=1)

@@ -35,8 +35,8 @@ class Findings:
     """What the reads of a place brought.
 
     `listed`: repositories that were listed, with the platform's own time of it.  `refused`: why they could
-    not be.  `aliases`: names of theirs that the platform writes otherwise.  `hidden`: repositories that the
-    platform says it does not have, or hides from us.
+    not be, while the platform did answer; `away`: it did not.  `aliases`: names of theirs that the platform
+    writes otherwise.  `hidden`: repositories that the platform does not have, or hides from us.
     """
 
     place: Place
@@ -44,6 +44,7 @@ class Findings:
     tags: list[Tag] = field(default_factory=list)
     listed: dict[str, datetime | None] = field(default_factory=dict)
     refused: str | None = None
+    away: bool = False
     aliases: dict[str, str] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
     fault: PollError | None = None
@@ -151,11 +152,12 @@ def _list_failed(found: Findings, fault: PollError) -> list[Due]:
     """A list that failed: the source's trouble, everybody's trouble there, or only that of lists."""
     if fault.fault in SOURCE_FAULTS:
         raise fault
-    found.refused = _told(fault)
     log.warning("list failed: %s %s: %s", found.place.source, found.place.repositories, fault)
     if fault.fault is PollFault.UNAVAILABLE:
+        found.away = True
         found.facts += [_failed(due, fault) for due in found.place.due]
         return []
+    found.refused = _told(fault)
     return found.place.due
 
 

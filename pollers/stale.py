@@ -43,6 +43,7 @@ class Place:
     """One repository of a source, or several that one request lists; what is due there.
 
     `since`: how long the stalest has waited.  `list_due`: their newest builds are to be listed anyway.
+    `refused`: a list failed a while ago, it is not tried again yet.
     `clocks`: the platform's own time of the last list of each, where it is known.
     """
 
@@ -50,6 +51,7 @@ class Place:
     repositories: list[str]
     since: datetime
     list_due: bool = False
+    refused: bool = False
     due: list[Due] = field(default_factory=list)
     clocks: dict[str, datetime | None] = field(default_factory=dict)
 
@@ -60,8 +62,8 @@ class Place:
 
     @property
     def wants_list(self) -> bool:
-        """Is a list wanted, or cheaper?  It changes with every build there, so not for one build alone."""
-        return self.list_due or len(self.listable) > 1
+        """Is there anything for a list to answer?"""
+        return self.list_due or (bool(self.listable) and not self.refused)
 
 
 _DUE = (
@@ -81,7 +83,7 @@ _LISTS = (
     .order_by(_p.next_list_at)
     .limit(bindparam("most"))
 )  # fmt: skip
-_CLOCKS = select(_p.source, _p.repository, _p.list_clock).where(
+_PLACES = select(_p.source, _p.repository, _p.list_clock, _p.errors, _p.next_list_at).where(
     tuple_(_p.source, _p.repository).in_(bindparam("places", expanding=True))
 )
 
@@ -123,8 +125,10 @@ def _fill(connection: Connection, places: Sequence[Place], now: datetime) -> Non
         return
     for row in _due_rows(connection, by_name, now):
         by_name[row["source"], row["repository"] or ""].due.append(_due(row))
-    for clock in connection.execute(_CLOCKS, {"places": list(by_name)}):
-        by_name[clock.source, clock.repository].clocks[clock.repository] = clock.list_clock
+    for told in connection.execute(_PLACES, {"places": list(by_name)}):
+        place = by_name[told.source, told.repository]
+        place.clocks[told.repository] = told.list_clock
+        place.refused |= bool(told.errors and told.next_list_at and told.next_list_at > now)
 
 
 def _due_rows(connection: Connection, names: Collection[tuple[str, str]], now: datetime) -> Iterable[Row]:

@@ -12,21 +12,23 @@ from pollers.budget import Ledger, Spent
 from tests.facts import NOON, at
 from webhook_app.platforms import Limits, Manners, PollError, PollFault
 
-MANNERS = Manners(at_once=1, per_minute=600, free_unchanged=True, lists_changes=False)
+MANNERS = Manners(at_once=1, per_minute=3600, free_unchanged=True, lists_changes=False)
 RESERVE = 0.1
 
 
 def told(remaining, reset_seconds=3600, limit=5000, **more):
     """A ledger just after an answer that told these limits."""
     return replace(
-        Ledger(NOON, limit=limit, remaining=remaining, reset_at=at(reset_seconds), credit=0.0), **more
+        Ledger(NOON, limit=limit, remaining=remaining, reset_at=at(reset_seconds), credit=0.0, turns=60.0),
+        **more,
     )
 
 
 @pytest.mark.parametrize(
     ("ledger", "seconds", "allowed"),
     [
-        (Ledger(NOON), 0, 60),  # nothing told: only the turns bound it
+        (Ledger(NOON), 0, 10),  # nothing told: only the turns bound it
+        (Ledger(NOON), 1, 60),
         (told(5000), 0, 0),
         (told(5000), 8, 10),  # 4500 in 3600 s
         (told(2750), 8, 5),
@@ -93,7 +95,7 @@ def test_all_that_may_be_spent_is_spent_when_much_is_due():
     ("ledger", "seconds"),
     [
         (Ledger(NOON), 1),
-        (Ledger(NOON, turns=-19), 2),
+        (Ledger(NOON, turns=-119), 2),
         (told(5000, credit=1.0), 1),
         (told(5000, credit=-4.0), 4),
         (told(500, credit=0.0), 3600),

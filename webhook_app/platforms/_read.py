@@ -256,6 +256,13 @@ def fetched_items(answer: Answer) -> list[dict[str, Any]]:
     return [item for item in value if isinstance(item, dict)]
 
 
+def listed(value: object) -> list[dict[str, Any]]:
+    """The objects of a list that an answer must have, or `PollError`."""
+    if not isinstance(value, list):
+        raise PollError(PollFault.UNREADABLE, "HTTP 200, but the list is missing")
+    return [item for item in value if isinstance(item, dict)]
+
+
 def poll_error(answer: Answer) -> PollError:
     """What an answer other than 200 means.
 

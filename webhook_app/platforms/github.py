@@ -170,9 +170,8 @@ def list_request(
 
 def parse_list(source: Source, repositories: Sequence[str], answer: Answer) -> Listing:
     """The runs that can be read; or raises `PollError`."""
-    runs = [_read.mapping(run) for run in _read.items(_read.fetched(answer).get("workflow_runs"))]
     found = []
-    for run in runs:
+    for run in _read.listed(_read.fetched(answer).get("workflow_runs")):
         with suppress(Unreadable):
             found.append(_run(source, run, _repository({}, run) or repositories[0], ObservedBy.POLL))
     more = _read.next_page(source, answer)

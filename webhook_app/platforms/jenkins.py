@@ -270,9 +270,10 @@ def parse_list(source: Source, repositories: Sequence[str], answer: Answer) -> L
     """The builds that can be read; or raises `PollError`."""
     shown = _read.fetched(answer)
     if len(repositories) == 1:
+        _read.listed(shown.get("builds"))
         return Listing(tuple(_builds_of(source, repositories[0], shown)))
     by_name = {repository.rpartition("/")[2]: repository for repository in repositories}
-    jobs = map(_read.mapping, _read.items(shown.get("jobs")))
+    jobs = _read.listed(shown.get("jobs"))
     wanted = ((by_name.get(_read.text(job.get("name")) or ""), job) for job in jobs)
     return Listing(tuple(seen for name, job in wanted if name for seen in _builds_of(source, name, job)))
 
