@@ -237,7 +237,7 @@ def _note_place(write: db.Write, lane: _Lane, found: Findings, now: datetime) ->
     """What the read of a place says about the place itself: when it is listed next, its other names."""
     source = found.place.source
     if found.listed:
-        discovery.listed(write, source, found.listed, now, _next_list(lane, now))
+        discovery.listed(write, source, found.listed, found.wide, now, _next_list(lane, now))
     if found.away:
         discovery.postpone(write, source, found.place.repositories, _next_list(lane, now))
     if found.refused is not None:

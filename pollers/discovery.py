@@ -80,6 +80,7 @@ _LISTED = (
         listed_at=bindparam("at"),
         next_list_at=bindparam("next"),
         list_clock=bindparam("clock"),
+        wide=bindparam("long"),
         errors=0,
         error=None,
     )
@@ -97,11 +98,16 @@ _ALIAS = (
 
 
 def listed(
-    write: Write, source: str, clocks: Mapping[str, datetime | None], now: datetime, next_at: datetime
+    write: Write,
+    source: str,
+    clocks: Mapping[str, datetime | None],
+    wide: bool,
+    now: datetime,
+    next_at: datetime,
 ) -> None:
     """Note that these repositories were listed."""
     rows = [
-        {"of": source, "name": name, "at": now, "next": next_at, "clock": clock}
+        {"of": source, "name": name, "at": now, "next": next_at, "clock": clock, "long": wide}
         for name, clock in clocks.items()
     ]
     if rows:

@@ -21,7 +21,10 @@ from webhook_app.platforms import Listing, PollError, PollFault, Request, Source
 log = logging.getLogger(__name__)
 
 FEW, MANY = 30, 100
-"""Builds on a page of a list: a full page is more than a megabyte."""
+"""Builds on a page of a list: a full page is more than a megabyte, another length is another ETag."""
+
+TOO_NARROW, TOO_WIDE = 3, 20
+"""So many due builds behind a short page make it long; all of them so near the top make a long one short."""
 
 MOST_PAGES = 5
 SOURCE_FAULTS = (PollFault.RATE_LIMITED, PollFault.UNAUTHORIZED)
@@ -36,7 +39,7 @@ class Findings:
 
     `listed`: repositories that were listed, with the platform's own time of it.  `refused`: why they could
     not be, while the platform did answer; `away`: it did not.  `aliases`: names of theirs that the platform
-    writes otherwise.  `hidden`: repositories that the platform does not have, or hides from us.
+    writes otherwise.  `wide`: the next list should be a long one.  `hidden`: repositories that the platform does not have, or hides from us.
     """
 
     place: Place
@@ -45,6 +48,7 @@ class Findings:
     listed: dict[str, datetime | None] = field(default_factory=dict)
     refused: str | None = None
     away: bool = False
+    wide: bool = False
     aliases: dict[str, str] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
     fault: PollError | None = None
@@ -68,7 +72,7 @@ class Terms:
 
 def read(client: Client, place: Place, terms: Terms) -> Findings:
     """Read what is due at a place, as far as the allowance goes."""
-    found = Findings(place)
+    found = Findings(place, wide=place.wide)
     try:
         rest = _list(client, found, terms) if place.wants_list else place.due
         for due in rest:
@@ -101,6 +105,7 @@ def _list(client: Client, found: Findings, terms: Terms) -> list[Due]:
         for name in place.repositories
     }
     _note_names(found, listing.observations)
+    found.wide = _should_be_wide(place, [seen.key for seen in listing.observations])
     if client.platform.MANNERS.free_unchanged and place.repositories:
         shown = tuple(one.key for one in listing.observations)
         etag = seen.answer.headers.get("etag") if settled else None
@@ -133,7 +138,7 @@ def _next(more: Request) -> Any:
 
 
 def _list_request(client: Client, place: Place, source: Source) -> Request | None:
-    most = FEW if len(place.due) <= FEW // 3 else MANY
+    most = MANY if place.wide else FEW
     return client.platform.list_request(source, place.repositories, _since(place), most)
 
 
@@ -141,6 +146,14 @@ def _since(place: Place) -> datetime | None:
     """The oldest clock of its lists; None before each of them was listed once."""
     clocks = [place.clocks.get(name) for name in place.repositories]
     return None if None in clocks else min((clock for clock in clocks if clock is not None), default=None)
+
+
+def _should_be_wide(place: Place, shown: Sequence[str]) -> bool:
+    """How long the next list should be, by where this one shows the builds that were due."""
+    wanted = {due.target.key for due in place.listable}
+    if not place.wide:
+        return len(wanted - set(shown)) >= TOO_NARROW
+    return bool(wanted - set(shown[:TOO_WIDE]))
 
 
 def _clock(place: Place, name: str, observations: Sequence[Observation]) -> datetime | None:

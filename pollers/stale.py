@@ -43,7 +43,7 @@ class Place:
     """One repository of a source, or several that one request lists; what is due there.
 
     `since`: how long the stalest has waited.  `list_due`: their newest builds are to be listed anyway.
-    `refused`: a list failed a while ago, it is not tried again yet.
+    `refused`: a list failed a while ago, it is not tried again yet.  `wide`: its lists have to be long.
     `clocks`: the platform's own time of the last list of each, where it is known.
     """
 
@@ -52,6 +52,7 @@ class Place:
     since: datetime
     list_due: bool = False
     refused: bool = False
+    wide: bool = False
     due: list[Due] = field(default_factory=list)
     clocks: dict[str, datetime | None] = field(default_factory=dict)
 
@@ -83,7 +84,7 @@ _LISTS = (
     .order_by(_p.next_list_at)
     .limit(bindparam("most"))
 )  # fmt: skip
-_PLACES = select(_p.source, _p.repository, _p.list_clock, _p.errors, _p.next_list_at).where(
+_PLACES = select(_p.source, _p.repository, _p.list_clock, _p.wide, _p.errors, _p.next_list_at).where(
     tuple_(_p.source, _p.repository).in_(bindparam("places", expanding=True))
 )
 
@@ -128,6 +129,7 @@ def _fill(connection: Connection, places: Sequence[Place], now: datetime) -> Non
     for told in connection.execute(_PLACES, {"places": list(by_name)}):
         place = by_name[told.source, told.repository]
         place.clocks[told.repository] = told.list_clock
+        place.wide |= told.wide
         place.refused |= bool(told.errors and told.next_list_at and told.next_list_at > now)
 
 

@@ -294,6 +294,7 @@ places = Table(
     Column("next_list_at", Moment),
     Column("listed_at", Moment),
     Column("list_clock", Moment),
+    Column("wide", Boolean, nullable=False, server_default=text("false")),
     Column("errors", Integer, nullable=False),
     Column("error", Text),
     Index("ix_places_due", "next_list_at"),

@@ -26,6 +26,7 @@ def upgrade() -> None:
         sa.Column("next_list_at", MOMENT),
         sa.Column("listed_at", MOMENT),
         sa.Column("list_clock", MOMENT),
+        sa.Column("wide", sa.Boolean(), nullable=False, server_default=sa.false()),
         sa.Column("errors", sa.Integer(), nullable=False),
         sa.Column("error", sa.Text()),
         sa.PrimaryKeyConstraint("source", "repository", name=op.f("pk_places")),
