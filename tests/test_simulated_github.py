@@ -20,9 +20,10 @@ from webhook_app.simulated import github
 from webhook_app.simulated.ci import LOGGED_SECRETS
 from webhook_app.simulated.github import GitHubServer
 from webhook_app.simulated.github_access import App
-from webhook_app.simulated.sender import Secrets, Sender
+from webhook_app.simulated.httpd import Response
+from webhook_app.simulated.sender import Secrets, Sender, plan_pushes
 from webhook_app.simulated.targets import Target
-from webhook_app.simulated.world import REPOSITORIES, StepClock, busy_world
+from webhook_app.simulated.world import PLATFORMS, REPOSITORIES, StepClock, busy_world
 
 SECRETS = Secrets(github="github-secret", gitlab="gitlab-secret", jenkins="jenkins-secret")
 PLACE = REPOSITORIES["github"][0]
@@ -445,6 +446,21 @@ def test_an_artifact_expires(clock):
         assert get(server, one["archive_download_url"]).status == 410
 
 
+def test_a_download_may_break_off_and_a_blob_may_be_another_one(clock):
+    world, build = one_build(clock, "github", "success")
+    clock.at = build.ends_at
+    with GitHubServer(world) as server:
+        one = told(get(server, f"{runs_of(build)}/{build.run_id}/artifacts"))["artifacts"][0]
+        location = get(server, one["archive_download_url"]).headers["Location"]
+        whole = requests.get(location, timeout=10).content
+        server.inject(Response(200, whole, cut_after=len(whole) - 10), times=1, path_contains="/_blobs/")
+        with pytest.raises(requests.exceptions.ChunkedEncodingError):
+            requests.get(location, timeout=10)
+        server.inject(Response(200, b"something else"), times=1, path_contains="/_blobs/")
+        assert requests.get(location, timeout=10).content != whole
+        assert requests.get(location, timeout=10).content == whole
+
+
 # Webhooks ---------------------------------------------------------------------------------------
 
 
@@ -611,6 +627,21 @@ def test_a_busy_world_keeps_about_its_number_of_builds_running(clock):
         busy_world(clock, active=9, repositories=3).builds
         == busy_world(clock, active=9, repositories=3).builds
     )
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_builds_of_a_busy_world_end_and_are_pushed_on_every_platform(clock, platform):
+    world = busy_world(
+        clock, active=20, repositories=4, platform=platform, build_seconds=100, span_seconds=100
+    )
+    clock.at = world.ends_at
+    ends = Counter(world.truth(build.build_id).state for build in world.builds)
+    assert set(ends) == {"completed", "failed"}
+    assert sum(ends.values()) == 40
+    for build in world.builds:
+        pushes = plan_pushes([build], seed=1)
+        assert pushes[0].at == build.begins_at
+        assert pushes[-1].at == build.ends_at
 
 
 def test_a_busy_world_is_served_whole_without_a_socket(clock):

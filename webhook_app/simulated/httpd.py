@@ -42,7 +42,8 @@ class Request:
 class Response:
     """An answer, or a refusal to answer.
 
-    `delay_seconds` is waited first.  `drop`: close the connection without sending a byte.
+    `delay_seconds` is waited first.  `drop`: close the connection without sending a byte.  `cut_after`: close
+    it after so many bytes of the body, of which the headers promised more.
     """
 
     status: int = 200
@@ -50,6 +51,7 @@ class Response:
     headers: Mapping[str, str] = field(default_factory=dict)
     delay_seconds: float = 0.0
     drop: bool = False
+    cut_after: int | None = None
 
 
 def json_response(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -162,7 +164,11 @@ class _Connection(socketserver.StreamRequestHandler):
             return False
         if response.drop:
             return False
-        self.wfile.write(_encode(response, request.method))
+        encoded = _encode(response, request.method)
+        if response.cut_after is not None:
+            self.wfile.write(encoded[: len(encoded) - len(response.body) + response.cut_after])
+            return False
+        self.wfile.write(encoded)
         return request.headers.get("connection", "").lower() != "close"
 
 
