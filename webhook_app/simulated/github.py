@@ -29,6 +29,7 @@ _NO_USER_AGENT = (
 )
 _FILTERS = ("branch", "event", "status", "head_sha", "actor", "created", "check_suite_id")
 _WRITE_POINTS = 5
+_SEARCH = {"limit": 30, "used": 0, "remaining": 30, "reset": 0, "resource": "search"}
 _LEVELS = {"none": 0, "read": 1, "write": 2, "admin": 3}
 
 
@@ -197,7 +198,9 @@ class GitHubServer(GitHubApi):
         core = {"limit": limit, "used": used, "remaining": max(limit - used, 0), "reset": reset_at}
         headers = _limit_headers(limit, used, reset_at)
         return json_response(
-            {"resources": {"core": {**core, "resource": "core"}}, "rate": core}, 200, headers
+            {"resources": {"core": {**core, "resource": "core"}, "search": _SEARCH}, "rate": core},
+            200,
+            headers,
         )
 
     def _route(self, request: Request, grant: Grant) -> Response:
@@ -250,12 +253,15 @@ class GitHubServer(GitHubApi):
 
     def _roles(self) -> dict[str, Any]:
         admin = self.permissions.get("repository_hooks") == "write"
-        return {"permissions": {"admin": admin, "push": True, "pull": True}}
+        return {
+            "permissions": {"admin": admin, "push": True, "pull": True}, "network_count": 0,
+            "subscribers_count": 1,
+        }  # fmt: skip
 
     def _user(self, grant: Grant) -> Response:
         if grant.installation:
             return problem(403, "Resource not accessible by integration")
-        return json_response(bodies.user(self.url, "mona-demo") | {"name": "Mona Demo", "two_factor": True})
+        return json_response(bodies.private_user(self.url, "mona-demo"))
 
     def _redirect(self, request: Request, repository: Repository, rest: str) -> Response:
         query = f"?{request.query}" if request.query else ""
@@ -286,9 +292,8 @@ class GitHubServer(GitHubApi):
         one = f"/app/installations/{app.installation_id}"
         if request.path == f"{one}/access_tokens" and request.method == "POST":
             return self._issue(request)
-        about = {"id": app.app_id, "client_id": app.client_id, "slug": "buildrelay", "name": "BuildRelay"}
         answers: Mapping[str, Any] = {
-            "/app": about | {"permissions": self.permissions, "events": ["workflow_job", "workflow_run"]},
+            "/app": bodies.app(self.url, app.app_id, app.client_id, self.permissions),
             "/app/installations": [self._installation(app)],
             one: self._installation(app),
         }
@@ -296,14 +301,7 @@ class GitHubServer(GitHubApi):
         return problem(404, "Not Found") if found is None else json_response(found)
 
     def _installation(self, app: App) -> dict[str, Any]:
-        url = f"{self.url}/app/installations/{app.installation_id}"
-        return {
-            "id": app.installation_id, "app_id": app.app_id, "client_id": app.client_id,
-            "app_slug": "buildrelay", "target_type": "Organization", "repository_selection": "all",
-            "account": bodies.user(self.url, "Octo-Demo", "Organization"), "permissions": self.permissions,
-            "access_tokens_url": f"{url}/access_tokens", "events": ["workflow_job", "workflow_run"],
-            "suspended_at": None, "created_at": "2026-01-05T08:00:00Z", "updated_at": "2026-01-05T08:00:00Z",
-        }  # fmt: skip
+        return bodies.installation(self.url, app.installation_id, app.app_id, app.client_id, self.permissions)
 
     def _issue(self, request: Request) -> Response:
         """A token with all or some of the permissions, for all or some repositories."""

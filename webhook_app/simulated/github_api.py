@@ -100,7 +100,8 @@ class GitHubApi(ApiServer):
     def invalid(self, resource: str, message: str) -> Response:
         """A 422, as validations fail."""
         errors = [{"resource": resource, "code": "custom", "message": message}]
-        return json_response({"message": "Validation Failed", "errors": errors}, 422)
+        body = {"message": "Validation Failed", "errors": errors, "status": "422"}
+        return json_response(body | {"documentation_url": "https://docs.github.com/rest"}, 422)
 
 
 def _without_page(query: str) -> str:

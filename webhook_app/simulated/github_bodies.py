@@ -4,7 +4,7 @@ Fields: "Webhook events and payloads" and "REST API endpoints for workflow runs"
 documentation.  `base` is the address of the simulated server, used for API and web pages alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -98,6 +98,44 @@ def full_repository(base: str, repository: Repository) -> dict[str, Any]:
         "is_template": False, "web_commit_signoff_required": False, "topics": ["demo"],
         "visibility": "private",
         "forks": 0, "open_issues": 3, "watchers": 1, "default_branch": "main", "custom_properties": {},
+    }  # fmt: skip
+
+
+def private_user(base: str, login: str) -> dict[str, Any]:
+    """The account itself, as `GET /user` shows it."""
+    return user(base, login) | {
+        "name": "Mona Demo", "company": None, "blog": "", "location": None, "email": None, "hireable": None,
+        "bio": None, "twitter_username": None, "public_repos": 3, "public_gists": 0, "followers": 1,
+        "following": 0, "created_at": "2024-03-01T08:00:00Z", "updated_at": "2026-10-30T08:00:00Z",
+        "private_gists": 0, "total_private_repos": 3, "owned_private_repos": 3, "disk_usage": 504,
+        "collaborators": 0, "two_factor_authentication": True,
+    }  # fmt: skip
+
+
+def app(base: str, app_id: int, client_id: str, permissions: Mapping[str, str]) -> dict[str, Any]:
+    """A GitHub App, as `GET /app` and check runs show it."""
+    return {
+        "id": app_id, "client_id": client_id, "slug": "buildrelay", "node_id": f"A_kwHO{app_id}",
+        "name": "BuildRelay", "owner": user(base, "Octo-Demo", "Organization"), "description": "Simulated",
+        "external_url": f"{base}/about", "html_url": f"{base}/apps/buildrelay",
+        "created_at": "2026-01-05T08:00:00Z", "updated_at": "2026-01-05T08:00:00Z",
+        "permissions": dict(permissions), "events": ["workflow_job", "workflow_run"],
+    }  # fmt: skip
+
+
+def installation(
+    base: str, number: int, app_id: int, client_id: str, permissions: Mapping[str, str]
+) -> dict[str, Any]:
+    """The installation of an App in the organization."""
+    account = user(base, "Octo-Demo", "Organization")
+    return {
+        "id": number, "app_id": app_id, "client_id": client_id, "app_slug": "buildrelay", "account": account,
+        "target_id": account["id"], "target_type": "Organization", "repository_selection": "all",
+        "access_tokens_url": f"{base}/app/installations/{number}/access_tokens",
+        "repositories_url": f"{base}/installation/repositories", "permissions": dict(permissions),
+        "html_url": f"{base}/organizations/Octo-Demo/settings/installations/{number}", "single_file_name":
+        None, "events": ["workflow_job", "workflow_run"], "suspended_at": None, "suspended_by": None,
+        "created_at": "2026-01-05T08:00:00Z", "updated_at": "2026-01-05T08:00:00Z",
     }  # fmt: skip
 
 
@@ -265,7 +303,7 @@ def check_run(build: Build, moment: Moment, one: Job, base: str) -> dict[str, An
             "annotations_count": len(annotations(build, one, base)),
             "annotations_url": f"{api}/check-runs/{one.id}/annotations",
         },
-        "app": {"id": 15368, "slug": "github-actions", "name": "GitHub Actions"}, "pull_requests": [],
+        "app": app(base, 15368, "Iv1.actions", {}) | {"slug": "github-actions"}, "pull_requests": [],
     }  # fmt: skip
 
 
