@@ -39,7 +39,8 @@ class Findings:
 
     `listed`: repositories that were listed, with the platform's own time of it.  `refused`: why they could
     not be, while the platform did answer; `away`: it did not.  `aliases`: names of theirs that the platform
-    writes otherwise.  `wide`: the next list should be a long one.  `hidden`: repositories that the platform does not have, or hides from us.
+    writes otherwise.  `wide`: the next list should be a long one.  `hidden`: repositories that the platform
+    does not have, or hides from us.
     """
 
     place: Place

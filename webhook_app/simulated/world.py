@@ -200,9 +200,9 @@ def busy_world(
 ) -> World:
     """A world for benchmarks in which about `active` builds run at every moment from now on.
 
-    They are spread evenly over the repositories and over time, those that run already included; each
-    takes `build_seconds`, give or take the share `jitter`, and changes `changes` (≥ 3) times, its begin and
-    its end included.  New ones begin until `span_seconds` are over.
+    They begin evenly over time, those that run already included, each in a repository picked by chance.
+    Each takes `build_seconds`, give or take the share `jitter`, and changes `changes` (≥ 3) times, its begin
+    and its end included.  New ones begin until `span_seconds` are over.
     """
     places = [
         Repository(platform, 710_000_000 + n, f"load-{n % 10}", f"repo-{n}") for n in range(repositories)
@@ -213,7 +213,7 @@ def busy_world(
     for index in range(int(active * (1 + span_seconds / build_seconds))):
         seconds = build_seconds * rng.uniform(1 - jitter, 1 + jitter)
         at = first + (index + rng.random()) * gap
-        world.add(_steady_build(world, index, places[index % repositories], at, seconds, changes, rng))
+        world.add(_steady_build(world, index, rng.choice(places), at, seconds, changes, rng))
     return world
 
 
@@ -221,7 +221,7 @@ def _steady_build(
     world: World, index: int, repository: Repository, at: float, seconds: float, changes: int, rng: Random
 ) -> Build:
     run_id, job_id = _ids(repository.platform, world.seed, index)
-    number = index // len(world.places[repository.platform]) + 1
+    number = len(world.of(repository)) + 1
     good = rng.random() < 0.8
     return Build(
         build_id=_build_id(repository, run_id, number),
