@@ -8,6 +8,8 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from email.utils import formatdate
+from urllib.parse import urlsplit
 
 import pytest
 from sqlalchemy import select
@@ -585,6 +587,11 @@ FAULTS = {
         "unreadable: ",
     ),
     "forbidden": (lambda: json_response({"message": "Resource not accessible"}, 403), "forbidden: HTTP 403"),
+    "blocked for legal reasons": (lambda: json_response({"message": "DMCA"}, 451), "forbidden: HTTP 451"),
+    "cut off": (
+        lambda: Response(200, b'{"workflow_runs": []}', {"Content-Type": "application/json"}, cut_after=9),
+        "unavailable: ",
+    ),
 }  # fmt: skip
 
 
@@ -608,6 +615,81 @@ def test_a_failed_poll_backs_off_and_the_next_good_one_forgets_it(one, name):
     assert (row["consecutive_errors"], row["poll_error"], row["poll_count"]) == (0, None, 3)
     assert stand.wait(build) == INTERVAL
     assert stand.pauses() == {}
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://ci.invalid", "unavailable: dns"),
+        ("https://127.0.0.1:{port}", "unavailable: tls"),
+        ("http://127.0.0.1:1", "unavailable: connect"),
+    ],
+    ids=["DNS", "TLS", "nobody listens"],
+)
+def test_an_api_that_can_not_be_reached_says_why(one, address, message):
+    stand, build = one()
+    port = urlsplit(stand.servers["github"].url).port
+    settings = stand.held.settings.sources["github"]
+    source = replace(settings.source, api_url=address.format(port=port))
+    stand.held.settings.sources["github"] = replace(settings, source=source)
+    stand.poll()
+    row = stand.row(build)
+    assert row["poll_error"].startswith(message)
+    assert (row["poll_fault"], row["consecutive_errors"], row["state"]) == ("unavailable", 1, "in_progress")
+    assert stand.wait(build) == 2 * INTERVAL
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("skew", [-7200, 7200])
+def test_a_wrong_clock_of_theirs_or_ours_does_not_change_how_long_we_wait(one, skew):
+    """The reset of a limit is a time by the platform's clock, and so is the Date of the same answer."""
+    stand, build = one(speed=0.01)
+    server = stand.servers["github"]
+    now = stand.clock() + skew
+    headers = {
+        "X-RateLimit-Limit": "5000", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(int(now) + 600),
+        "Date": formatdate(now, usegmt=True),
+    }  # fmt: skip
+    server.inject(json_response({"message": "API rate limit exceeded"}, 403, headers), times=1)
+    stand.poll()
+    told, reason = stand.pauses()["github"]
+    assert (told, reason) == (pytest.approx(600, abs=1), "rate_limited")
+    stand.poll(after=told + 0.1)
+    assert stand.row(build)["poll_count"] == 1
+
+
+@ON_SQLITE
+def test_a_secondary_limit_met_in_earnest_is_waited_out(make_stand):
+    """The platform counts 900 points a minute; ours stay below, but another user of the token may not."""
+    stand = make_stand(("github",), 8, kinds={"github": ["success"]}, speed=0.01)
+    stand.push_all()
+    server = stand.servers["github"]
+    server.limits.points = 2
+    waits = []
+    for _ in range(3):
+        stand.poll(after=FRESH if not waits else waits[-1])
+        waits.append(stand.pauses()["github"][0])
+        stand.clock.advance(0.1)
+    assert server.secondary_hits == 3
+    assert waits == [60, 120, 240]
+    assert {stand.row(build)["consecutive_errors"] for build in stand.world.builds} == {0}
+    server.limits.points = 900
+    stand.poll(after=waits[-1])
+    assert min(stand.row(build)["poll_count"] for build in stand.world.builds) >= 1
+
+
+@ON_SQLITE
+def test_a_build_that_expired_is_gone_like_one_that_was_deleted(one):
+    stand, build = one()
+    stand.servers["github"].inject(
+        json_response({"message": "Gone"}, 410), path_contains=f"/actions/runs/{build.run_id}"
+    )
+    stand.servers["github"].delete(build.build_id)
+    stand.poll()
+    assert stand.row(build)["poll_error"].startswith("not_found: HTTP 410")
+    stand.poll(after=2 * INTERVAL)
+    assert stand.row(build)["error"].startswith("deleted on github: HTTP 410")
 
 
 @ON_SQLITE
