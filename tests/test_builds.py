@@ -314,6 +314,36 @@ def test_whatever_arrives_from_gitlab_a_poll_ends_in_the_true_state(one_engine, 
     assert build["next_poll_at"] is None
 
 
+def gitlab_polls(story):
+    """Each running moment of a story as a poll would tell it, together with the jobs it listed."""
+    return [replace(told, observed_by=ObservedBy.POLL) for told in story if told.state is P]
+
+
+@FEW
+@given(data=st.data())
+def test_jobs_that_polls_list_hide_no_retry_and_invent_none(one_engine, data):
+    story = gitlab_story(data.draw)
+    facts = story + gitlab_polls(story)
+    picks = data.draw(st.lists(st.integers(0, len(facts) - 1), max_size=2 * len(facts)))
+    build = play(one_engine, [facts[pick] for pick in picks], story[-1])
+    assert build["state"] == story[-1].state.value
+    assert build["attempt"] <= len(story) // 4
+    assert build["next_poll_at"] is None
+
+
+@FEW
+@given(data=st.data())
+def test_jobs_listed_while_all_pushes_come_leave_every_attempt_in_its_place(one_engine, data):
+    """Polls that are recorded late, however late, among pushes that come in their order."""
+    story = gitlab_story(data.draw)
+    arrived = list(story)
+    for poll in gitlab_polls(story):
+        soonest = arrived.index(replace(poll, observed_by=ObservedBy.PUSH)) + 1
+        arrived.insert(data.draw(st.integers(soonest, len(arrived))), poll)
+    build = play(one_engine, arrived, story[-1])
+    assert (build["state"], build["attempt"]) == (story[-1].state.value, len(story) // 4)
+
+
 @FEW
 @given(data=st.data())
 @pytest.mark.parametrize("tell", [github_story, gitlab_story])

@@ -1,8 +1,9 @@
 """One contract for every platform that `find()` finds, fed by `tests/samples/<platform>/<case>/`.
 
 A case is a webhook (`headers.json`, `body.json` or `body.txt`, `expected.json`) or the answer to a
-poll (`target.json`, `answer.json`, the body, `expected.json`).  In `expected.json` an observation
-lists all fields that differ from their defaults.  A new platform needs samples, and nothing here.
+poll (`target.json`, `answer.json`, the body, `expected.json`) or to a question for the jobs of what was
+`seen` (`asked.json`, and the same).  In `expected.json` an observation lists all fields that differ from their
+defaults, `added` those that differ from what was seen.  A new platform needs samples, and nothing here.
 """
 
 import copy
@@ -38,6 +39,7 @@ SAMPLES = Path(__file__).parent / "samples"
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference" / "payloads"
 WEBHOOKS = sorted(path.parent for path in SAMPLES.glob("*/*/headers.json"))
 POLLS = sorted(path.parent for path in SAMPLES.glob("*/*/target.json"))
+JOBS = sorted(path.parent for path in SAMPLES.glob("*/*/asked.json"))
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -166,6 +168,48 @@ def test_poll_asks_and_reads(case):
         expected["fault"],
         expected["retry_after_seconds"],
     )
+
+
+def seen_before(asked: dict[str, Any]) -> Observation:
+    """The poll that a question for jobs follows."""
+    source, fields = Source(**asked["source"]), asked["seen"]
+    seen = platforms.find()[source.platform].named(source, asked["target"]["build_id"])
+    times = {"platform_at": _read.moment(fields["platform_at"])} if "platform_at" in fields else {}
+    return dataclasses.replace(seen, **fields | times | {"state": State(fields["state"])})
+
+
+@pytest.mark.parametrize("case", JOBS, ids=name_of)
+def test_jobs_are_asked_for_and_added_to_what_was_seen(case):
+    asked, answer, expected = read(case, "asked"), read(case, "answer"), read(case, "expected")
+    platform = platforms.find()[case.parent.name]
+    source, target, seen = Source(**asked["source"]), PollTarget(**asked["target"]), seen_before(asked)
+    request = platform.jobs_request(source, target)
+    assert {"url": request.url, "headers": request.headers} == expected["request"]
+    assert platform.jobs_request(dataclasses.replace(source, api_url=""), target) is None
+    received = Answer(answer["status"], answer["headers"], body_of(case))
+    if "added" in expected:
+        assert told(platform.parse_jobs(source, seen, received)) == told(seen) | expected["added"]
+        return
+    with pytest.raises(PollError) as refusal:
+        platform.parse_jobs(source, seen, received)
+    assert refusal.value.fault.value == expected["fault"]
+
+
+def test_more_gitlab_jobs_than_a_page_are_none():
+    case = SAMPLES / "gitlab" / "jobs_of_a_running_pipeline"
+    asked, (first, *_) = read(case, "asked"), json.loads(body_of(case))
+    source, seen, gitlab = Source(**asked["source"]), seen_before(asked), platforms.find()["gitlab"]
+    for count in (99, 100):
+        body = json.dumps([first | {"id": 1000 + number} for number in range(count)]).encode()
+        assert len(gitlab.parse_jobs(source, seen, Answer(200, {}, body)).jobs) == (99 if count == 99 else 0)
+
+
+def test_a_jenkins_build_says_all_itself():
+    jenkins, source = platforms.polled()["jenkins"], source_of("jenkins")
+    target = PollTarget("jenkins:team:web:12", "jenkins:team:web:12", "team/web", 12, 1, None)
+    assert jenkins.jobs_request(source, target) is None
+    seen = jenkins.named(source, target.build_id)
+    assert jenkins.parse_jobs(source, seen, Answer(200, {}, b"{}")) is seen
 
 
 @pytest.mark.parametrize("platform", platforms.find().values(), ids=lambda platform: platform.NAME)
@@ -309,6 +353,25 @@ def test_a_mutated_answer_is_read_or_refused(case, data):
         assert_storable(str(refusal))
         return
     assert_sound(seen)
+
+
+@pytest.mark.parametrize("case", JOBS, ids=name_of)
+@quick
+@given(data=st.data())
+def test_mutated_jobs_are_read_or_refused(case, data):
+    asked = read(case, "asked")
+    body = json.loads(body_of(case))
+    content = data.draw(mutated(body) if body else st.sampled_from([{}, "text", None]), label="body")
+    platform, seen = platforms.find()[case.parent.name], seen_before(asked)
+    received = Answer(200, {}, json.dumps(content).encode())
+    try:
+        said = platform.parse_jobs(Source(**asked["source"]), seen, received)
+    except PollError as refusal:
+        assert_storable(str(refusal))
+        return
+    assert_sound(said)
+    assert dataclasses.replace(said, jobs=(), jobs_complete=False) == seen
+    assert said.jobs_complete is bool(said.jobs)
 
 
 @pytest.mark.parametrize("platform", platforms.find().values(), ids=lambda platform: platform.NAME)

@@ -115,6 +115,7 @@ class Observation:
     `doubtful`: contradictory in itself (over, but without a conclusion): read it again at once.
     `ours`: an end that BuildRelay sets, not the platform.
     `progress`: percent told by the sender; None lets the jobs say.
+    `expected_seconds`: how long the platform expects this build to take in all.
     """
 
     source: str
@@ -141,6 +142,7 @@ class Observation:
     jobs: tuple[JobFact, ...] = ()
     jobs_complete: bool = False
     progress: int | None = None
+    expected_seconds: float | None = None
     error: str | None = None
     doubtful: bool = False
     ours: bool = False

@@ -13,6 +13,9 @@ It offers (see `Platform`; scripts stop before the polling part, see `Polled`):
 * `parse_poll(source, target, answer)`: the `Observation`, or raises `PollError`
 * `follow_up(source, seen)`: the `Request` that says more about a poll that left something open, or None
 * `parse_follow_up(seen, answer)`: the observation with that added
+* `jobs_request(source, target)`: the `Request` for the jobs of a running build, or None if they add nothing
+* `parse_jobs(source, seen, answer)`: the poll `seen` with all jobs of that moment, or raises `PollError`;
+  as it was if the build is over, if some jobs are missing, or if they may be those of a later run
 * `together(repository)`: repositories with the same value can be listed by one request
 * `list_request(source, repositories, since, most)`: the `Request` for their newest builds, or None
 * `parse_list(source, repositories, answer)`: the `Listing`, or raises `PollError`
@@ -191,6 +194,10 @@ class Polled(Platform, Protocol):
     def follow_up(self, source: Source, seen: Observation) -> Request | None: ...
 
     def parse_follow_up(self, seen: Observation, answer: Answer) -> Observation: ...
+
+    def jobs_request(self, source: Source, target: PollTarget) -> Request | None: ...
+
+    def parse_jobs(self, source: Source, seen: Observation, answer: Answer) -> Observation: ...
 
     def together(self, repository: str) -> str: ...
 

@@ -149,6 +149,31 @@ def parse_follow_up(seen: Observation, answer: Answer) -> Observation:
     return seen
 
 
+def jobs_request(source: Source, target: PollTarget) -> Request | None:
+    """`GET …/runs/ID/jobs?filter=latest`: the jobs of the newest attempt, with their steps."""
+    run = poll_request(source, target)
+    return replace(run, url=f"{run.url}/jobs?filter=latest&per_page=100") if run else None
+
+
+def parse_jobs(source: Source, seen: Observation, answer: Answer) -> Observation:
+    """The run with its jobs; or raises `PollError`.
+
+    They count if all are on the page and none is of a later attempt (a re-run of the failed jobs keeps
+    the others).
+    """
+    told = _read.fetched(answer)
+    jobs = [_read.mapping(job) for job in _read.items(told.get("jobs"))]
+    try:
+        facts = tuple(map(_job_fact, jobs))
+        attempts = [_attempt(job, "jobs.run_attempt") for job in jobs]
+    except Unreadable as error:
+        raise PollError(PollFault.UNREADABLE, str(error)) from error
+    complete = bool(facts) and len(facts) == _read.count(told.get("total_count"))
+    known = all(attempt is not None and attempt <= (seen.attempt or 0) for attempt in attempts)
+    over = seen.state is not None and seen.state.terminal
+    return replace(seen, jobs=facts, jobs_complete=True) if complete and known and not over else seen
+
+
 def together(repository: str) -> str:
     """Each repository has a list of its own."""
     return repository

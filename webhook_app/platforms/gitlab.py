@@ -13,6 +13,8 @@ tells them from late deliveries are job ids and GitLab's own clock, so both are 
   sent side by side and overtake each other): it only counts for progress.
 * A job that has not begun says nothing at all.  Its event may be old (a manual job was `created`
   once), and keeping its id would hide a retry from the pipeline event that proves it.
+* The jobs that REST lists are read a moment after their pipeline.  They count only if they show it
+  running exactly as it was read: else their ids may be those of a retry.
 """
 
 import re
@@ -69,6 +71,8 @@ _JOB_STATUS = (
 _RETRY_GAP = timedelta(minutes=1)
 
 _TIME_OUTS = {"job_execution_timeout", "stuck_or_timeout_failure"}
+
+_JOBS_PAGE = 100
 
 _PIPELINE_PATH = re.compile(r"/(.+?)(?:/-)?/pipelines/[0-9]+/?")
 
@@ -159,6 +163,39 @@ def parse_follow_up(seen: Observation, answer: Answer) -> Observation:
     if not _timed_out(_read.fetched_items(answer)):
         return seen
     return replace(seen, state=State.TIMEOUT, conclusion=Conclusion.TIMED_OUT)
+
+
+def jobs_request(source: Source, target: PollTarget) -> Request | None:
+    """`GET …/pipelines/ID/jobs`: the newest job of each name, without those that were retried."""
+    pipeline = poll_request(source, target)
+    return replace(pipeline, url=f"{pipeline.url}/jobs?per_page={_JOBS_PAGE}") if pipeline else None
+
+
+def parse_jobs(source: Source, seen: Observation, answer: Answer) -> Observation:
+    """The pipeline with its jobs, if all are on the page and of the same moment; or raises `PollError`."""
+    jobs = _read.fetched_items(answer)
+    facts = tuple(fact for fact in map(_rest_job_fact, jobs) if fact is not None)
+    complete = bool(facts) and len(facts) == len(jobs) < _JOBS_PAGE
+    same = all(_is_of(seen, _read.mapping(job.get("pipeline"))) for job in jobs)
+    over = seen.state is not None and seen.state.terminal
+    return replace(seen, jobs=facts, jobs_complete=True) if complete and same and not over else seen
+
+
+def _is_of(seen: Observation, pipeline: dict[str, Any]) -> bool:
+    """Does a job show the pipeline as it was read?  Old servers don't tell the time of its last change."""
+    id_, status = _read.whole(pipeline.get("id")), _read.text(pipeline.get("status"))
+    changed_at = _read.moment(pipeline.get("updated_at"))
+    return (
+        seen.key.endswith(f":{id_}")
+        and status is not None
+        and status == seen.raw_status
+        and changed_at in (None, seen.platform_at)
+    )
+
+
+def _rest_job_fact(job: dict[str, Any]) -> JobFact | None:
+    """REST does not tell which jobs are manual; a `created` one counts as such, for the same reason."""
+    return _job_fact({**job, "manual": True})
 
 
 def together(repository: str) -> str:

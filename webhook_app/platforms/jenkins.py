@@ -218,6 +218,7 @@ def _built(source: Source, path: _Path, build: dict[str, Any]) -> Observation:
     state, conclusion = _RESULTS.get(result or "", _UNKNOWN_RESULT) if over else (State.IN_PROGRESS, None)
     started_at = _read.moment(build.get("timestamp"))
     duration = _duration(build.get("duration"))
+    expected = _duration(build.get("estimatedDuration")) if building else None
     return replace(
         _about(source, path, ObservedBy.POLL),
         state=state,
@@ -228,6 +229,7 @@ def _built(source: Source, path: _Path, build: dict[str, Any]) -> Observation:
         started_at=started_at,
         ended_at=started_at + duration if over and started_at and duration is not None else None,
         progress=_read.percent(_read.mapping(build.get("executor")).get("progress")) if building else None,
+        expected_seconds=expected.total_seconds() if expected else None,
         doubtful=not building and result is None,
     )
 
@@ -238,6 +240,19 @@ def follow_up(source: Source, seen: Observation) -> Request | None:
 
 
 def parse_follow_up(seen: Observation, answer: Answer) -> Observation:
+    """Nothing to add."""
+    return seen
+
+
+def jobs_request(source: Source, target: PollTarget) -> Request | None:
+    """None: the build itself tells its percent and how long it will take.
+
+    The stages (`wfapi/describe`) would cost a request more and say less: those to come are not listed.
+    """
+    return None
+
+
+def parse_jobs(source: Source, seen: Observation, answer: Answer) -> Observation:
     """Nothing to add."""
     return seen
 
