@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from tests.facts import NOON, PACE, at, github, gitlab, job
-from webhook_app import builds, db, models, polling
+from webhook_app import builds, db, models, polling, progress
 from webhook_app.builds import PollFailed
 from webhook_app.lifecycle import Act, Conclusion, Detail, Observation, ObservedBy, State
 from webhook_app.platforms import Source
@@ -113,6 +113,25 @@ def test_progress_rises_with_jobs_and_never_falls(engine):
     record(engine, github(None, jobs=(job(1, "in_progress", 1, 4),)))
     assert row(engine)["progress"] == 50
     assert types(engine) == ["build.in_progress", "build.progress"]
+
+
+def matrix(count):
+    """What GitHub pushes about a run with so many jobs: each is queued, runs, and is done."""
+    yield github(P)
+    for status in ("queued", "in_progress", "completed"):
+        for number in range(1, count + 1):
+            yield github(None, jobs=(job(number, status, 5 * (status == "completed"), 5),))
+
+
+@pytest.mark.parametrize("at_once", [1, 64])
+def test_a_matrix_of_many_jobs_does_not_flood_its_subscribers(engine, at_once):
+    told = list(matrix(60))
+    for first in range(0, len(told), at_once):
+        record(engine, *told[first : first + at_once])
+    assert (row(engine)["progress"], row(engine)["progress_basis"]) == (98, "steps")
+    percents = [made["data"]["progress"] for made in events(engine) if made["type"] == "build.progress"]
+    steps = [percent // progress.EVENT_STEP for percent in percents]
+    assert steps == list(range(1, 20))
 
 
 def test_a_script_tells_details_and_each_is_one_event(engine):

@@ -165,6 +165,25 @@ def test_a_report_is_folded_into_a_copy():
     assert known["tasks_done"] == 1
 
 
+# ---- events
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (0, 4, False),
+        (0, 5, True),
+        (4, 5, True),
+        (5, 9, False),
+        (9, 10, True),
+        (12, 99, True),
+        (95, 99, False),
+    ],
+)
+def test_each_fifth_percent_is_worth_an_event(before, after, told):
+    assert progress.is_worth_telling(before, after) is told
+
+
 # ---- the status word
 
 

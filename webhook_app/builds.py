@@ -312,7 +312,7 @@ def _take_facts(draft: _Draft, seen: Observation) -> None:
 
 
 def _take_progress(draft: _Draft, seen: Observation) -> bool:
-    """Fold jobs, reports and told percentages in; did the whole percent rise?  It never falls."""
+    """Fold jobs, reports and told percentages in; it never falls.  Did it rise enough for an event?"""
     row = draft.row
     told = None
     if seen.jobs:
@@ -334,8 +334,9 @@ def _take_progress(draft: _Draft, seen: Observation) -> bool:
         told = progress.Progress(100, row["progress_basis"])
     if told is None or told.percent <= row["progress"]:
         return False
+    tell = progress.is_worth_telling(row["progress"], told.percent) and not State(row["state"]).terminal
     draft.change({"progress": told.percent, "progress_basis": told.basis})
-    return not State(row["state"]).terminal
+    return tell
 
 
 _JOB_RANK = {JobStatus.QUEUED: 0, JobStatus.MANUAL: 0, JobStatus.IN_PROGRESS: 1, JobStatus.COMPLETED: 2}

@@ -13,6 +13,9 @@ from webhook_app.lifecycle import Detail, JobStatus, State
 PLANNED, EXECUTED, PREPARED = 10, 70, 80
 """Progress API: 0-10 planning, 10-70 tasks, 70-80 deployment preparation, 80-100 deployment."""
 
+EVENT_STEP = 5
+"""A `build.progress` event tells each fifth percent that is reached: at most 19 in an attempt."""
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -20,6 +23,11 @@ class Progress:
 
     percent: int
     basis: str
+
+
+def is_worth_telling(before: int, after: int) -> bool:
+    """Is a rise from `before` to `after` percent worth a `build.progress` event?"""
+    return after // EVENT_STEP > before // EVENT_STEP
 
 
 def of_jobs(jobs: Mapping[str, Mapping[str, Any]], complete: bool) -> Progress | None:
