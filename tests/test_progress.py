@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.facts import at
 from webhook_app import progress
 from webhook_app.lifecycle import Detail, JobStatus, State
-from webhook_app.progress import Progress
+from webhook_app.progress import Expectation, Progress
 
 
 def jobs(*told):
@@ -182,6 +183,97 @@ def test_a_report_is_folded_into_a_copy():
 )
 def test_each_fifth_percent_is_worth_an_event(before, after, told):
     assert progress.is_worth_telling(before, after) is told
+
+
+# ---- history
+
+
+@pytest.mark.parametrize(
+    ("seconds", "q", "expected"),
+    [
+        ([60], 0, 60), ([60], 0.5, 60), ([60], 1, 60),
+        ([30, 10, 20], 0.5, 20), ([10, 20], 0.5, 15), ([10, 20, 30, 40], 0.5, 25),
+        ([10, 20, 30, 40], 0, 10), ([10, 20, 30, 40], 1, 40), ([0, 10], 0.9, 9),
+    ],
+)  # fmt: skip
+def test_a_quantile_lies_between_two_runs_in_proportion(seconds, q, expected):
+    expectation = Expectation.of(seconds)
+    assert expectation.quantile(q) == pytest.approx(expected)
+    assert expectation.count == len(seconds)
+
+
+DURATIONS = st.lists(st.floats(0.001, 1e6), min_size=1, max_size=20)
+
+
+@given(DURATIONS, st.floats(0, 1), st.floats(0, 1))
+def test_quantiles_ascend_within_the_runs(seconds, one, other):
+    expectation = Expectation.of(seconds)
+    lower, upper = expectation.quantile(min(one, other)), expectation.quantile(max(one, other))
+    assert min(seconds) <= lower <= upper * (1 + 1e-9)
+    assert upper <= max(seconds) * (1 + 1e-9)
+
+
+def running(started=0.0, expected=None, percent=0, basis="none", **more):
+    """The columns of a running build that its status is made of."""
+    report = {progress.EXPECTED: expected} if expected else {}
+    build = {"state": "in_progress", "waiting": False, "started_at": at(started), "report": report}
+    return build | {"progress": percent, "progress_basis": basis} | more
+
+
+@pytest.mark.parametrize(
+    ("build", "elapsed", "eta"),
+    [
+        (running(expected=[60, 100, 140]), 0, 100),
+        (running(expected=[60, 100, 140]), 50, 50),
+        (running(expected=[60, 100, 140]), 80, 40),  # of those that took longer: 100 and 140
+        (running(expected=[60, 100, 140]), 139.75, 0.2),
+        (running(expected=[60, 100, 140]), 140, None),  # overdue: nobody knows
+        (running(expected=[60, 100, 140]), 1e9, None),
+        (running(expected=[100]), -30, 100),  # the platform's clock is ahead of ours
+        (running(), 10, None),
+        (running(expected=[100], state="queued"), 10, None),
+        (running(expected=[100], state="failed"), 10, None),
+        (running(expected=[100], waiting=True), 10, None),
+        (running(expected=[100]) | {"started_at": None}, 10, None),
+    ],
+)
+def test_the_time_that_is_left(build, elapsed, eta):
+    assert progress.eta_seconds(build, at(elapsed)) == eta
+
+
+@given(DURATIONS, st.integers(-1_000_000, 10_000_000))
+def test_the_time_that_is_left_is_never_negative(seconds, elapsed):
+    eta = progress.eta_seconds(running(expected=sorted(seconds)), at(elapsed))
+    assert (eta is None) is (elapsed >= max(seconds))
+    assert eta is None or 0 <= eta <= max(seconds) + 0.05  # it is rounded
+
+
+LAG = progress.LAG.total_seconds()
+
+
+@pytest.mark.parametrize(
+    ("build", "elapsed", "shown"),
+    [
+        (running(), 50, Progress(0, "none")),
+        (running(expected=[100]), 50, Progress(50, "history")),
+        (running(expected=[50, 100, 150]), 50.9, Progress(50, "history")),
+        (running(expected=[100]), 94, Progress(94, "history")),
+        (running(expected=[100]), 1e6, Progress(95, "history")),
+        (running(expected=[100]), -50, Progress(0, "none")),
+        (running(expected=[100], percent=60, basis="steps"), 50, Progress(60, "steps")),
+        (running(expected=[100], percent=50, basis="jobs"), 50, Progress(50, "jobs")),
+        (running(expected=[100], percent=49, basis="report"), 50, Progress(50, "history")),
+        (running(expected=[100], percent=99, basis="jobs"), 1e6, Progress(99, "jobs")),
+        (running(expected=[100], state="queued"), 50, Progress(0, "none")),
+        (running(expected=[100], waiting=True), 50, Progress(0, "none")),
+        (running(expected=[100], state="failed"), 50, Progress(0, "none")),
+        (running(report={progress.ESTIMATED: 70}, state="failed"), 50, Progress(70, "history")),
+        (running(report={progress.ESTIMATED: 70}, waiting=True), 50, Progress(70, "history")),
+        (running(report={progress.ESTIMATED: 70}, state="completed", percent=100), 0, Progress(100, "none")),
+    ],
+)
+def test_what_the_status_shows(build, elapsed, shown):
+    assert progress.shown(build, at(elapsed + LAG)) == shown
 
 
 # ---- the status word

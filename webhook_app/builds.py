@@ -133,6 +133,8 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
     draft = drafts.of(fact)
     if draft is None and (not isinstance(fact, Observation) or not fact.key):
         return Outcome(None, None, Act.DROP)
+    if draft is not None:
+        _keep_estimate(draft, now)
     if not isinstance(fact, Observation):
         assert draft is not None
         return _apply_silence(draft, fact, now, pace)
@@ -311,6 +313,13 @@ def _take_facts(draft: _Draft, seen: Observation) -> None:
         draft.change(values)
 
 
+def _keep_estimate(draft: _Draft, now: datetime) -> None:
+    """Keep what the status may have shown of history: the state that comes now may show less."""
+    report, estimated = draft.row["report"], progress.estimate(draft.row, now)
+    if estimated > report.get(progress.ESTIMATED, 0):
+        draft.change({"report": {**report, progress.ESTIMATED: estimated}})
+
+
 def _take_progress(draft: _Draft, seen: Observation) -> bool:
     """Fold jobs, reports and told percentages in; it never falls.  Did it rise enough for an event?"""
     row = draft.row
@@ -328,6 +337,8 @@ def _take_progress(draft: _Draft, seen: Observation) -> bool:
     if seen.detail is not None:
         report, told = progress.of_report(row["report"], seen.detail)
         draft.change({"report": report})
+    if seen.expected_seconds is not None:
+        draft.change({"report": {progress.EXPECTED: [seen.expected_seconds]} | row["report"]})
     if seen.progress is not None:
         told = progress.Progress(min(seen.progress, 99), "report")
     if row["state"] == State.COMPLETED.value:

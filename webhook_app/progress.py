@@ -1,11 +1,16 @@
-"""Percent done and what it rests on.  Pure.
+"""Percent done, what it rests on, and how long it will still take.  Pure.
 
 `basis` in spec words: `steps` (GitHub steps of jobs), `jobs` (jobs over / jobs known), `history`
-(reserved for durations of earlier runs), `report` (told by the build script or Jenkins), `none`.
+(time passed / what earlier runs took), `report` (told by the build script or Jenkins), `none`.
+
+A build's `progress` is what was told; events and lists carry it.  The status adds an estimate from
+history where that is more.  Neither ever falls within an attempt: what the attempt is expected to take
+is kept in its `report` from the first look on, and so is the estimate when something happens to it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 from webhook_app.lifecycle import Detail, JobStatus, State
@@ -23,6 +28,43 @@ class Progress:
 
     percent: int
     basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """How long earlier runs took: seconds, ascending, at least one."""
+
+    seconds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, seconds: Iterable[float]) -> "Expectation":
+        """From durations in any order."""
+        return cls(tuple(sorted(seconds)))
+
+    @property
+    def count(self) -> int:
+        """How many runs it rests on."""
+        return len(self.seconds)
+
+    @property
+    def median(self) -> float:
+        """Half of them took longer."""
+        return self.quantile(0.5)
+
+    def quantile(self, q: float) -> float:
+        """The seconds within which a share `q` (0 to 1) of the runs were over; between two, in proportion."""
+        at = q * (self.count - 1)
+        low = int(at)
+        high = min(low + 1, self.count - 1)
+        return self.seconds[low] + (at - low) * (self.seconds[high] - self.seconds[low])
+
+    def remaining(self, elapsed: float) -> float | None:
+        """Seconds to go for a run that has taken `elapsed`: the median of those that took longer.
+
+        None when none ever did: then nobody knows.
+        """
+        longer = [seconds for seconds in self.seconds if seconds > elapsed]
+        return Expectation(tuple(longer)).median - elapsed if longer else None
 
 
 def is_worth_telling(before: int, after: int) -> bool:
@@ -116,6 +158,62 @@ def _percent(report: Mapping[str, Any]) -> int:
     total = report["tasks_total"]
     share = min(done / total, 1.0) if total else 1 - 0.8**done  # approach the end, never reach it
     return int(PLANNED + (EXECUTED - PLANNED) * share) if done or report.get("planned") else 0
+
+
+# ---- history ---------------------------------------------------------------------------------
+
+EXPECTED, ESTIMATED = "expected_seconds", "estimated"
+"""Where a build's `report` keeps what this attempt is expected to take, and the percent estimated from it."""
+
+MOST_ESTIMATED = 95
+LAG = timedelta(seconds=5)
+"""The estimate of a running build is that of a moment ago: an end that is recorded while somebody reads, or
+by a machine whose clock is a little behind, then does not take anything back."""
+
+Build = Mapping[Any, Any]
+
+
+def is_running(build: Build) -> bool:
+    """Does it make progress with time?  Not while a person is awaited."""
+    return build["state"] == State.IN_PROGRESS.value and not build["waiting"] and bool(build["started_at"])
+
+
+def expectation(build: Build) -> Expectation | None:
+    """What this attempt is expected to take, as kept."""
+    seconds = build["report"].get(EXPECTED)
+    return Expectation(tuple(seconds)) if seconds else None
+
+
+def estimate(build: Build, now: datetime) -> int:
+    """Percent by the time that has passed, or what was kept of it if that is more; 0 without history."""
+    kept: int = build["report"].get(ESTIMATED, 0)
+    expected = expectation(build)
+    if expected is None or not is_running(build):
+        return kept
+    share = (now - build["started_at"]).total_seconds() / expected.median
+    return max(kept, min(int(100 * share), MOST_ESTIMATED))
+
+
+def shown(build: Build, now: datetime) -> Progress:
+    """What the status shows: the percent that was told, or the estimate where that is more."""
+    told = Progress(build["progress"], build["progress_basis"])
+    estimated = estimate(build, now - LAG)
+    return Progress(estimated, "history") if estimated > told.percent else told
+
+
+def eta_seconds(build: Build, now: datetime) -> float | None:
+    """Seconds until a running build is likely to end, never negative.
+
+    None: it does not run, has no history, or has taken longer than all runs before it.
+    """
+    expected = expectation(build)
+    if expected is None or not is_running(build):
+        return None
+    left = expected.remaining(max((now - build["started_at"]).total_seconds(), 0.0))
+    return None if left is None else round(left, 1)
+
+
+# ---- words -----------------------------------------------------------------------------------
 
 
 def status_word(state: State | None, report: Mapping[str, Any]) -> str:

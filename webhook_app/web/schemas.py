@@ -393,9 +393,13 @@ class ProgressStatus(Schema):
     status = _word(("unknown", "planning", "executing", "deploying", "completed", "failed"))
     state = _word(STATES, null=True)
     conclusion = _word(CONCLUSIONS, null=True)
-    progress = _out(fields.Integer)
+    progress = _out(fields.Integer, about="0 to 100; it never falls within an attempt.")
     progressBasis = _word(("steps", "jobs", "history", "report", "none"))  # noqa: N815
-    etaSeconds = _out(fields.Float, null=True)  # noqa: N815
+    etaSeconds = _out(  # noqa: N815
+        fields.Float,
+        null=True,
+        about="By earlier runs. Null: it does not run, has no history, or takes longer than all of them.",
+    )
     previewUrl = _out(Text, null=True)  # noqa: N815
     error = _out(Text, null=True)
     eventCount = _out(fields.Integer)  # noqa: N815

@@ -5,11 +5,12 @@ from typing import Any
 from flask import Response, jsonify, request
 from sqlalchemy import Connection
 
-from webhook_app import db, progress, queries
+from webhook_app import db, history, progress, queries
 from webhook_app.db import StoreUnavailable
 from webhook_app.lifecycle import State
 from webhook_app.queries import Row
 from webhook_app.settings import Settings
+from webhook_app.times import utc_now
 from webhook_app.web import problems, schemas
 from webhook_app.web.api.builds import github_sources
 from webhook_app.web.api.spec import Blueprint, operation
@@ -97,23 +98,38 @@ def _data(row: Row) -> dict[str, Any]:
 )  # fmt: skip
 def get_build_status(build_id: str) -> Any:
     """Tell how far a build is.  An unknown build has status `unknown`."""
-    with db.reading(state().engine) as connection:
-        build = _find(connection, build_id)
+    build, now = _foreseen(build_id), utc_now()
     if build is None:
         nothing = dict.fromkeys(schemas.ProgressStatus().fields)
         return nothing | {
             "buildId": build_id, "status": "unknown", "progress": 0, "progressBasis": "none", "eventCount": 0,
         }  # fmt: skip
+    shown = progress.shown(build, now)
     return {
         "buildId": build["build_id"],
         "status": progress.status_word(State(build["state"]), build["report"]),
         "state": build["state"],
         "conclusion": build["conclusion"],
-        "progress": build["progress"],
-        "progressBasis": build["progress_basis"],
-        "etaSeconds": None,
+        "progress": shown.percent,
+        "progressBasis": shown.basis,
+        "etaSeconds": progress.eta_seconds(build, now),
         "previewUrl": build["preview_url"],
         "error": build["error"],
         "eventCount": build["sequence"],
         "lastUpdate": build["updated_at"],
     }
+
+
+def _foreseen(build_id: str) -> Row | None:
+    """The build; one that runs with what it is expected to take, which the first look at it fixes."""
+    with db.reading(state().engine) as connection:
+        build = _find(connection, build_id)
+        if build is None or not progress.is_running(build) or progress.expectation(build):
+            return build
+        expected = history.expectations(connection, [build]).get(build["id"])
+    if expected is None:
+        return build
+    try:
+        return db.as_writer(state().engine, lambda write: history.keep(write, build, expected))
+    except StoreUnavailable:
+        return build  # it can be read, but not written: nothing is estimated that could be taken back
