@@ -15,9 +15,9 @@ from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
-from webhook_app import models
+from webhook_app import health, models
 from webhook_app.db import Write
 from webhook_app.platforms import Limits, Manners, PollError, PollFault
 
@@ -232,11 +232,8 @@ def apply(write: Write, pause: Pause, now: datetime) -> None:
         select(columns.paused_until, columns.pause_reason).where(columns.name == pause.source)
     ).one_or_none()
     until = max(pause.until, before.paused_until or pause.until) if before else pause.until
-    write.connection.execute(delete(models.sources).where(columns.name == pause.source))
-    write.connection.execute(
-        insert(models.sources),
-        {"name": pause.source, "paused_until": until, "pause_reason": pause.reason},
-    )
+    paused = {"name": pause.source, "paused_until": until, "pause_reason": pause.reason}
+    health.upsert(write.connection, models.sources, [paused])
     told = before is not None and before.pause_reason == pause.reason
     if pause.reason == PollFault.UNAUTHORIZED.value and not told:
         tell(
@@ -259,7 +256,9 @@ def clear(write: Write, source: str, now: datetime) -> None:
     """Forget a pause that is over after a read that worked; one that still holds was told to another read."""
     columns = models.sources.c
     write.connection.execute(
-        delete(models.sources).where(columns.name == source, columns.paused_until <= now)
+        update(models.sources)
+        .where(columns.name == source, columns.paused_until <= now)
+        .values(paused_until=None, pause_reason=None)
     )
 
 

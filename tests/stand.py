@@ -104,15 +104,19 @@ class Stand:
     def pauses(self):
         """Paused sources: seconds from now, and why."""
         with db.reading(self.engine) as connection:
-            rows = connection.execute(select(models.sources)).mappings()
+            paused = select(models.sources).where(models.sources.c.paused_until.is_not(None))
+            rows = connection.execute(paused).mappings()
             return {
                 row["name"]: ((row["paused_until"] - self.now()).total_seconds(), row["pause_reason"])
                 for row in rows
             }
 
-    def notices(self):
+    def notices(self, *kinds):
+        """What admins were told; without `kinds` all but the state of pushes."""
         with db.reading(self.engine) as connection:
-            return [dict(row) for row in connection.execute(select(models.notices)).mappings()]
+            told = [dict(row) for row in connection.execute(select(models.notices)).mappings()]
+        health = ("source.deaf", "source.hears")
+        return [one for one in told if (one["kind"] in kinds if kinds else one["kind"] not in health)]
 
     def requests(self):
         return {name: server.count() for name, server in self.servers.items()}

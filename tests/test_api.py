@@ -17,7 +17,18 @@ from hypothesis import strategies as st
 from sqlalchemy import event, insert, select, text, update
 
 from tests.facts import NOON, PACE, at, github, gitlab, job
-from webhook_app import builds, db, deliveries, endpoints, models, queries, queues, settings, subscribers
+from webhook_app import (
+    builds,
+    db,
+    deliveries,
+    endpoints,
+    health,
+    models,
+    queries,
+    queues,
+    settings,
+    subscribers,
+)
 from webhook_app.app import create_app
 from webhook_app.builds import PollFailed, Unchanged
 from webhook_app.lifecycle import Detail, Observation, ObservedBy, State
@@ -1168,29 +1179,32 @@ def test_notifications_are_read_once(api):
     api("POST", "/api/notifications/99/read", 404)
 
 
-def test_sources_tell_when_they_were_last_heard_of(api, monkeypatch):
-    api.record(github(P, run=1), now=at(50))
-    api.record(github(P, run=1, by="poll"), now=at(70))
+def test_sources_tell_their_push_health(api):
+    api.record(github(Q, run=1), github(Q, run=2), now=at(50))
+    late = {"by": "poll", "platform_at": at(200)}
+    api.record(github(P, run=1, **late), github(Q, run=2, **late), now=at(200))
     api.record(gitlab(P, 0, None), now=at(10))
-    pause = {"name": "gitlab", "paused_until": utc_now() + timedelta(hours=1), "pause_reason": "rate_limited"}
-    over = {"name": "github", "paused_until": NOON - timedelta(days=900), "pause_reason": "unauthorized"}
-    db.in_transaction(
-        api.engine, lambda connection: connection.execute(insert(models.sources), [pause, over])
-    )
-    for recent in (2000, 1):  # with 1, github is no longer among the newest builds
-        monkeypatch.setattr(queries, "RECENT_BUILDS", recent)
-        listed = api("GET", "/api/sources")
-        assert listed["next_cursor"] is None
-        found = {item["name"]: item for item in listed["items"]}
-        assert set(found) == {"github", "gitlab", "jenkins", "script"}
-        assert found["github"] == {
-            "name": "github", "platform": "github", "can_poll": True, "paused_until": None,
-            "pause_reason": None,
-            "last_push_at": "2026-11-01T12:00:50Z", "last_poll_at": "2026-11-01T12:01:10Z",
-        }  # fmt: skip
-        assert found["gitlab"]["pause_reason"] == "rate_limited"
-        assert found["gitlab"]["paused_until"] is not None
-        assert (found["script"]["can_poll"], found["jenkins"]["last_push_at"]) == (False, None)
+    until = utc_now() + timedelta(hours=1)
+    over = NOON - timedelta(days=900)
+    pauses = {"gitlab": (until, "rate_limited"), "github": (over, "unauthorized")}
+    rows = [{"name": name, "paused_until": at_, "pause_reason": why} for name, (at_, why) in pauses.items()]
+    db.in_transaction(api.engine, lambda connection: health.upsert(connection, models.sources, rows))
+    listed = api("GET", "/api/sources")
+    assert listed["next_cursor"] is None
+    found = {item["name"]: item for item in listed["items"]}
+    assert set(found) == {"github", "gitlab", "jenkins", "script"}
+    age = found["github"].pop("newest_fact_age_seconds")
+    assert (utc_now() - at(200)).total_seconds() - age < 60
+    assert found["github"] == {
+        "name": "github", "platform": "github", "can_poll": True, "paused_until": None, "pause_reason": None,
+        "last_push_at": "2026-11-01T12:00:50Z", "last_poll_at": "2026-11-01T12:03:20Z", "pushes": 2,
+        "polls": 2, "missed_pushes": 1, "push_share": pytest.approx(2 / 3), "deaf_since": None, "budget": None,
+    }  # fmt: skip
+    assert found["gitlab"]["pause_reason"] == "rate_limited"
+    assert found["gitlab"]["paused_until"] is not None
+    silent = found["jenkins"]
+    assert (found["script"]["can_poll"], silent["last_push_at"], silent["pushes"]) == (False, None, 0)
+    assert (silent["push_share"], silent["newest_fact_age_seconds"]) == (None, None)
 
 
 def test_the_running_script(api):

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import bindparam, insert, select, update
 
-from webhook_app import deliveries, models, platforms, polling, progress, results, subscribers
+from webhook_app import deliveries, health, models, platforms, polling, progress, results, subscribers
 from webhook_app.db import Write
 from webhook_app.lifecycle import (
     Act,
@@ -53,13 +53,27 @@ Fact = Observation | PollFailed | Unchanged
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one fact: the build it went to (None: no such build), and what it changed."""
+    """What became of one fact: the build it went to (None: no such build), and what it changed.
+
+    `missed`: a change that a poll was first to tell, though a push should have.  `unchanged`: a poll said
+    that nothing changed.
+    """
 
     build: int | None
     build_id: str | None
     act: Act
     ask: bool = False
     events: int = 0
+    missed: bool = False
+    unchanged: bool = False
+
+    @property
+    def moved(self) -> bool:
+        """Did the build's state change?"""
+        return self.act in _MOVES
+
+
+_MOVES = (Act.CREATE, Act.MOVE, Act.REOPEN)
 
 
 @dataclass(slots=True)
@@ -84,6 +98,7 @@ def record(write: Write, facts: Sequence[Fact], now: datetime, pace: Pace) -> li
     """
     drafts = _load(write, facts)
     outcomes = [_apply(write, drafts, fact, now, pace) for fact in facts]
+    health.note(write.connection, facts, outcomes, now)
     touched = [draft for draft in drafts.distinct() if draft.dirty]
     _flush(write, touched, now)
     deliveries.plan(write, [event for draft in touched for event in draft.events], now)
@@ -139,17 +154,24 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
         assert draft is not None
         return _apply_silence(draft, fact, now, pace)
     told = draft is not None and not _is_only_named(draft.row)
+    polled = fact.observed_by is ObservedBy.POLL and not fact.ours
+    overtook = polled and (draft is None or polling.push_was_due(draft.row, now, pace))
     decided = verdict(_recorded(draft.row) if draft and told else None, fact)
     if draft is None:
         draft = _Draft(_blank(write, fact, now), new=True)
         drafts.add(draft)
     before = len(draft.events)
-    if fact.observed_by is ObservedBy.POLL and not draft.new and not fact.ours:
+    if polled and not draft.new:
         _begin_polling(draft, now)
     _apply_verdict(draft, fact, decided, now)
     _schedule(draft, fact, decided, now, pace)
     return Outcome(
-        draft.row["id"], draft.row["build_id"], decided.act, decided.ask, len(draft.events) - before
+        draft.row["id"],
+        draft.row["build_id"],
+        decided.act,
+        decided.ask,
+        len(draft.events) - before,
+        missed=overtook and decided.act in _MOVES,
     )
 
 
@@ -164,7 +186,8 @@ def _apply_silence(draft: _Draft, fact: PollFailed | Unchanged, now: datetime, p
         else:
             draft.change(polling.after_poll(draft.row, now, pace, ask=False))
         _give_up_when_overdue(draft, now)
-    return Outcome(draft.row["id"], draft.row["build_id"], Act.ENRICH, events=len(draft.events) - before)
+    events, unchanged = len(draft.events) - before, isinstance(fact, Unchanged)
+    return Outcome(draft.row["id"], draft.row["build_id"], Act.ENRICH, events=events, unchanged=unchanged)
 
 
 def _is_only_named(row: Row) -> bool:

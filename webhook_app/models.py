@@ -282,6 +282,18 @@ sources = Table(
     Column("name", Text, primary_key=True),
     Column("paused_until", Moment),
     Column("pause_reason", Text),
+    Column("pushes", Id, nullable=False, server_default="0"),
+    Column("polls", Id, nullable=False, server_default="0"),
+    Column("changes_pushed", Id, nullable=False, server_default="0"),
+    Column("changes_polled", Id, nullable=False, server_default="0"),
+    Column("missed_in_row", Integer, nullable=False, server_default="0"),
+    Column("refused_in_row", Integer, nullable=False, server_default="0"),
+    Column("push_share", Float),
+    Column("since", Moment),
+    Column("last_push_at", Moment),
+    Column("last_poll_at", Moment),
+    Column("last_missed_at", Moment),
+    Column("deaf_since", Moment),
     comment="What we learned about a source while polling it.",
 )
 
@@ -333,6 +345,48 @@ unchanged = Table(
     Column("read_at", Moment, nullable=False),
     Index("ix_unchanged_read_at", "read_at"),
     comment="ETags, each good for one token, and the keys of the builds that the answer showed.",
+)
+
+repositories = Table(
+    "repositories",
+    metadata,
+    Column("source", Text, primary_key=True),
+    Column("repository", Text, primary_key=True),
+    Column("missed_at", Moment),
+    Column("seen_at", Moment),
+    comment="Repositories of which a push was missed, and when last.",
+)
+
+hooks = Table(
+    "hooks",
+    metadata,
+    Column("source", Text, primary_key=True),
+    Column("repository", Text, primary_key=True),
+    Column("looked_at", Moment),
+    Column("next_look_at", Moment),
+    Column("refused", Boolean, nullable=False, server_default=text("false")),
+    Column("alert", Text),
+    comment="Our webhooks at the platforms, as far as we looked.",
+)
+
+redeliveries = Table(
+    "redeliveries",
+    metadata,
+    Column("source", Text, primary_key=True),
+    Column("hook_id", Text, primary_key=True),
+    Column("guid", Text, primary_key=True),
+    Column("asked_at", Moment, nullable=False),
+    comment="Deliveries that the platform was asked to send again; once each.",
+)
+
+relay = Table(
+    "relay",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("alive_at", Moment, nullable=False),
+    Column("down_from", Moment),
+    Column("down_until", Moment),
+    comment="One row: when we last lived, and our last absence.",
 )
 
 notices = Table(

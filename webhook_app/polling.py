@@ -125,6 +125,18 @@ def _backoff(build: Columns, errors: int, pace: Pace) -> float:
     return max(usual, min(wait, MOST_BACKOFF_SECONDS))
 
 
+def push_was_due(build: Columns, now: datetime, pace: Pace) -> bool:
+    """Should a push have told of a change by now?
+
+    Not of a build that only a request named (its repository may push to nobody), and not shortly after a
+    push: then the poll was made because the push left something open.
+    """
+    last_push: datetime | None = build["last_push_at"]
+    if last_push is None:
+        return not build["requested"]
+    return now - last_push >= timedelta(seconds=pace.freshness_seconds)
+
+
 def is_polling(build: Columns) -> bool:
     """Is it being polled (or about to be, because somebody asked)?"""
     return build["polling"] in ("requested", "active")

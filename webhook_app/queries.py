@@ -14,7 +14,6 @@ from sqlalchemy import (
     Connection,
     Select,
     bindparam,
-    func,
     or_,
     select,
     tuple_,
@@ -31,7 +30,6 @@ Row = Mapping[Any, Any]
 LARGEST_ID = 2**63 - 1
 """A cursor before the newest row: with it the first page is the same statement as all others."""
 
-RECENT_BUILDS = 2000
 REPORT_EVENTS = 50
 
 _b, _a, _e = models.builds.c, models.attempts.c, models.events.c
@@ -322,7 +320,7 @@ def delivery_attempts(connection: Connection, message: int, most: int) -> Sequen
     return connection.execute(statement).mappings().all()
 
 
-# ---- notices, sources ------------------------------------------------------------------------
+# ---- notices ---------------------------------------------------------------------------------
 
 
 def notices(before: int = LARGEST_ID, most: int = 50) -> Select[Any]:
@@ -338,39 +336,3 @@ def read_notice(connection: Connection, notice_id: int, now: datetime) -> Row | 
         update(models.notices).where(columns.id == notice_id, columns.read_at.is_(None)).values(read_at=now)
     )
     return connection.execute(select(models.notices).where(columns.id == notice_id)).mappings().one_or_none()
-
-
-def pauses(connection: Connection) -> dict[str, Row]:
-    """What we learned of the sources while polling them, by name."""
-    return {row["name"]: row for row in connection.execute(select(models.sources)).mappings()}
-
-
-def last_heard(connection: Connection, names: Collection[str]) -> dict[str, Row]:
-    """`last_push_at` and `last_poll_at` by source, from the builds.
-
-    Busy sources show in the newest builds; only for those that don't, all their builds are read.
-    """
-    recent = (
-        select(_b.source, _b.last_push_at, _b.last_poll_at)
-        .order_by(_b.id.desc())
-        .limit(RECENT_BUILDS)
-        .subquery()
-    )
-    heard = _by_source(connection, select(*_latest(recent.c)).group_by(recent.c.source))
-    quiet = [name for name in names if name not in heard]
-    if quiet:
-        rest = select(*_latest(_b)).where(_b.source.in_(quiet)).group_by(_b.source)
-        heard |= _by_source(connection, rest)
-    return heard
-
-
-def _latest(columns: Any) -> tuple[ColumnElement[Any], ...]:
-    return (
-        columns.source,
-        func.max(columns.last_push_at).label("last_push_at"),
-        func.max(columns.last_poll_at).label("last_poll_at"),
-    )
-
-
-def _by_source(connection: Connection, statement: Select[Any]) -> dict[str, Row]:
-    return {row["source"]: row for row in connection.execute(statement).mappings()}

@@ -599,8 +599,16 @@ class CreatedToken(Token):
     token = _out(Text)
 
 
+class Budget(Schema):
+    """What a token may still ask; null where the platform tells no limit."""
+
+    limit = _out(fields.Integer, null=True)
+    remaining = _out(fields.Integer, null=True)
+    reset_at = _out(Moment, null=True)
+
+
 class Source(Schema):
-    """A configured CI instance, and when it was last heard of."""
+    """A configured CI instance and its push health."""
 
     name = _out(Text)
     platform = _out(Text)
@@ -609,6 +617,13 @@ class Source(Schema):
     pause_reason = _out(Text, null=True)
     last_push_at = _out(Moment, null=True)
     last_poll_at = _out(Moment, null=True)
+    pushes = _out(fields.Integer)
+    polls = _out(fields.Integer)
+    missed_pushes = _out(fields.Integer)
+    push_share = _out(fields.Float, null=True)
+    newest_fact_age_seconds = _out(fields.Float, null=True)
+    deaf_since = _out(Moment, null=True)
+    budget = _out(fields.Nested, Budget, null=True)
 
 
 class ActiveRun(Schema):

@@ -1,12 +1,13 @@
 """What operators look at: events, inbound deliveries, notices, tokens, sources, and the running script."""
 
 import zlib
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
-from webhook_app import db, inbox, queries, queues, tokens
+from webhook_app import db, health, inbox, queries, queues, tokens
 from webhook_app.inbox import Receipt
 from webhook_app.queries import Row
+from webhook_app.settings import SourceSettings
 from webhook_app.times import utc_now
 from webhook_app.web import schemas
 from webhook_app.web.api import masking
@@ -149,28 +150,39 @@ def delete_token(token_id: str) -> Any:
 
 @operation(blueprint, "GET", "/sources", schemas.SourcePage)
 def list_sources() -> Any:
-    """List the configured sources with what was last heard of them."""
-    configured = state().settings.sources
+    """List the configured sources with their push health: who told what first, and what is left to ask.
+
+    `missed_pushes` counts changes that a poll was first to tell though a push should have; `push_share`
+    (0 to 1) weighs the last 200 changes; `deaf_since`: since when pushes are believed not to come at all.
+    """
     with db.reading(state().engine) as connection:
-        pauses = queries.pauses(connection)
-        heard = queries.last_heard(connection, list(configured))
+        told = health.snapshot(connection)
     now = utc_now()
-    items = []
-    for name, source in configured.items():
-        pause = pauses.get(name)
-        paused = pause if pause and pause["paused_until"] and pause["paused_until"] > now else {}
-        items.append(
-            {
-                "name": name,
-                "platform": source.source.platform,
-                "can_poll": source.can_poll and source.source.platform != "script",
-                "paused_until": paused.get("paused_until"),
-                "pause_reason": paused.get("pause_reason"),
-                "last_push_at": heard.get(name, {}).get("last_push_at"),
-                "last_poll_at": heard.get(name, {}).get("last_poll_at"),
-            }
-        )
-    return {"items": items, "next_cursor": None}
+    sources = state().settings.sources.items()
+    return {
+        "items": [_source(name, one, told.get(name, {}), now) for name, one in sources],
+        "next_cursor": None,
+    }
+
+
+_UNTOLD = dict.fromkeys(("pushes", "polls", "missed_pushes"), 0) | dict.fromkeys(
+    ("push_share", "last_push_at", "last_poll_at", "deaf_since")
+)
+
+
+def _source(name: str, settings: SourceSettings, told: Row, now: datetime) -> dict[str, Any]:
+    newest, until = told.get("newest_fact_at"), told.get("paused_until")
+    paused = until is not None and until > now
+    return {
+        "name": name,
+        "platform": settings.source.platform,
+        "can_poll": settings.can_poll and settings.source.platform != "script",
+        "paused_until": until if paused else None,
+        "pause_reason": told["pause_reason"] if paused else None,
+        **{field: told.get(field, untold) for field, untold in _UNTOLD.items()},
+        "newest_fact_age_seconds": (now - newest).total_seconds() if newest else None,
+        "budget": None,
+    }
 
 
 _TOLD = ("env", "origin", "command", "host", "pid", "stage", "message", "repo", "branch", "commit")

@@ -1,0 +1,341 @@
+"""Push health: what pushes told first, what only polls found, and when we could hear nothing at all.
+
+A change of a build that a poll is the first to tell is a missed push of its source, provided that pushes
+are expected: the source has a webhook secret, the change is younger than our listening, and the build is
+not one that only a request named.  Everything here is one row per source, kept in the transaction that
+records the facts.
+"""
+
+import time
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+
+from sqlalchemy import Connection, Engine, bindparam, insert, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from webhook_app import db, models
+from webhook_app.lifecycle import Observation, ObservedBy
+from webhook_app.models import Moment
+from webhook_app.times import iso, utc_now
+
+WINDOW = 200
+"""`push_share` is the plain share of the first so many changes, then weighs each new one by 1/200."""
+
+DEAF_AFTER = 5
+"""Changes in a row that polls were first to tell, without any push between: then admins are told."""
+
+RISKY_REFUSALS = 3
+"""GitLab mutes a hook after 4 failures in a row.
+https://docs.gitlab.com/user/project/integrations/webhooks/#auto-disabled-webhooks"""
+
+ABSENCE = timedelta(seconds=60)
+"""Silence of the sweep before a start that counts as an absence: four of its ticks."""
+
+
+class Told(Protocol):
+    """What became of a fact, as `builds.Outcome` has it and tells it."""
+
+    @property
+    def build_id(self) -> str | None: ...
+
+    @property
+    def unchanged(self) -> bool: ...
+
+    @property
+    def moved(self) -> bool: ...
+
+    @property
+    def missed(self) -> bool: ...
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What a batch of facts says of one source."""
+
+    pushes: int = 0
+    polls: int = 0
+    pushed: int = 0
+    missed: list[Observation] | None = None
+
+
+# ---- counting --------------------------------------------------------------------------------
+
+
+def note(connection: Connection, facts: Iterable[object], outcomes: Iterable[Told], now: datetime) -> None:
+    """Count facts that were just recorded, in the same transaction: one statement per source and kind.
+
+    `outcomes`: one per fact; `moved` is a change of state, `missed` one that a push should have told.
+    """
+    tallies: dict[str, _Tally] = {}
+    for fact, outcome in zip(facts, outcomes, strict=True):
+        if isinstance(fact, Observation) and not fact.ours:
+            _count(tallies.setdefault(fact.source, _Tally()), fact, outcome)
+        elif outcome.unchanged and outcome.build_id:
+            tallies.setdefault(outcome.build_id.partition(":")[0], _Tally()).polls += 1
+    for source, tally in tallies.items():
+        if tally.pushes:
+            _note_pushes(connection, source, tally, now)
+        if tally.polls:
+            _note_polls(connection, source, tally, now)
+
+
+def _count(tally: _Tally, fact: Observation, outcome: Told) -> None:
+    if fact.observed_by is not ObservedBy.POLL:
+        tally.pushes += 1
+        tally.pushed += outcome.moved
+        return
+    tally.polls += 1
+    if outcome.missed:
+        tally.missed = [*(tally.missed or ()), fact]
+
+
+_TIMES = dict.fromkeys(("since", "deaf_since", "last_push_at"), Moment)
+
+_PUSHED = (
+    text("""
+INSERT INTO sources (name, since, pushes, changes_pushed, push_share, last_push_at)
+VALUES (:name, :now, :pushes, :changes, :share, :now)
+ON CONFLICT (name) DO UPDATE SET
+  since = coalesce(sources.since, excluded.since),
+  pushes = sources.pushes + excluded.pushes,
+  changes_pushed = sources.changes_pushed + excluded.changes_pushed,
+  push_share = CASE WHEN excluded.changes_pushed = 0 THEN sources.push_share
+    ELSE 1 - (1 - coalesce(sources.push_share, 0)) *
+      CASE WHEN sources.changes_pushed + sources.changes_polled + excluded.changes_pushed <= :window
+      THEN (sources.changes_pushed + sources.changes_polled) * 1.0
+        / (sources.changes_pushed + sources.changes_polled + excluded.changes_pushed)
+      ELSE :kept END END,
+  missed_in_row = 0,
+  refused_in_row = 0,
+  last_push_at = excluded.last_push_at
+RETURNING deaf_since
+""")
+    .bindparams(bindparam("now", type_=Moment))
+    .columns(deaf_since=Moment)
+)
+
+
+def _note_pushes(connection: Connection, source: str, tally: _Tally, now: datetime) -> None:
+    values = {
+        "name": source,
+        "now": now,
+        "pushes": tally.pushes,
+        "changes": tally.pushed,
+        "share": 1.0 if tally.pushed else None,
+        "window": WINDOW,
+        "kept": (1 - 1 / WINDOW) ** tally.pushed,
+    }
+    deaf_since = connection.execute(_PUSHED, values).scalar_one()
+    if deaf_since is not None:
+        _hears_again(connection, source, deaf_since, now)
+
+
+_POLLED = (
+    text("""
+INSERT INTO sources (name, polls, last_poll_at) VALUES (:name, :polls, :now)
+ON CONFLICT (name) DO UPDATE SET polls = sources.polls + excluded.polls, last_poll_at = excluded.last_poll_at
+RETURNING since, deaf_since, last_push_at, changes_pushed, changes_polled, push_share, missed_in_row
+""")
+    .bindparams(bindparam("now", type_=Moment))
+    .columns(**_TIMES)
+)
+
+
+def _note_polls(connection: Connection, source: str, tally: _Tally, now: datetime) -> None:
+    row = connection.execute(
+        _POLLED, {"name": source, "polls": tally.polls, "now": now}
+    ).mappings().one()  # fmt: skip
+    missed = [seen for seen in tally.missed or () if _is_after(seen, row["since"])]
+    if not missed:
+        return
+    absence = connection.execute(select(models.relay.c.down_until)).scalar()
+    in_row = row["missed_in_row"] + sum(absence is None or _is_after(seen, absence) for seen in missed)
+    goes_deaf = row["deaf_since"] is None and in_row >= DEAF_AFTER
+    connection.execute(
+        update(models.sources)
+        .where(models.sources.c.name == source)
+        .values(
+            changes_polled=row["changes_polled"] + len(missed),
+            push_share=_less_share(row, len(missed)),
+            missed_in_row=in_row,
+            last_missed_at=now,
+            deaf_since=now if goes_deaf else row["deaf_since"],
+        )
+    )
+    _remember(connection, source, missed, now)
+    if goes_deaf:
+        _goes_deaf(connection, source, in_row, row["last_push_at"], now)
+
+
+def _is_after(seen: Observation, since: datetime | None) -> bool:
+    """Did it happen while pushes were expected?  What was over before we listened is history."""
+    at = seen.platform_at or seen.started_at
+    return since is not None and (at is None or at >= since)
+
+
+def _less_share(row: Any, missed: int) -> float:
+    """The share after so many more changes that no push told."""
+    before = row["changes_pushed"] + row["changes_polled"]
+    young = before + missed <= WINDOW
+    return (row["push_share"] or 0.0) * (before / (before + missed) if young else (1 - 1 / WINDOW) ** missed)
+
+
+def _remember(connection: Connection, source: str, missed: Sequence[Observation], now: datetime) -> None:
+    """Note the repositories: their deliveries are looked at, and their pace is the full one again."""
+    names = {seen.repository for seen in missed if seen.repository}
+    rows = [{"source": source, "repository": name, "missed_at": now, "seen_at": now} for name in names]
+    upsert(connection, models.repositories, rows)
+
+
+def upsert(connection: Connection, table: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Insert rows, or update those whose primary key is there; all rows have the same columns."""
+    if not rows:
+        return
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(table)
+    keys = [column.name for column in table.primary_key]
+    values = {name: statement.excluded[name] for name in rows[0] if name not in keys}
+    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=values), list(rows))
+
+
+# ---- what admins are told --------------------------------------------------------------------
+
+
+def tell(connection: Connection, kind: str, subject: str, message: str, now: datetime) -> None:
+    """Add a notice for admins (`GET /api/notifications`)."""
+    notice = {"kind": kind, "subject": subject, "text": message, "created_at": now}
+    connection.execute(insert(models.notices), notice)
+
+
+def _goes_deaf(
+    connection: Connection, source: str, missed: int, last_push_at: datetime | None, now: datetime
+) -> None:
+    heard = f"the last push came at {iso(last_push_at)}" if last_push_at else "no push ever came"
+    message = (
+        f"No pushes from {source}: polls were first to tell the last {missed} changes, and {heard}. "
+        "Builds are still polled, but later than a push would tell. See `buildrelay doctor`."
+    )
+    tell(connection, "source.deaf", source, message, now)
+
+
+def _hears_again(connection: Connection, source: str, deaf_since: datetime, now: datetime) -> None:
+    columns = models.sources.c
+    connection.execute(update(models.sources).where(columns.name == source).values(deaf_since=None))
+    message = f"Pushes from {source} come again; none was known to come since {iso(deaf_since)}."
+    tell(connection, "source.hears", source, message, now)
+
+
+def refused(connection: Connection, source: str, status: int, now: datetime) -> None:
+    """Count an error answer to a delivery of GitLab; tell admins when one more would mute the hook.
+
+    Any push that is taken ends the row.  `source` is configured; run in a write transaction.
+    """
+    count = connection.execute(_REFUSED, {"name": source, "now": now}).scalar_one()
+    if count == RISKY_REFUSALS:
+        message = (
+            f"The last {count} deliveries of {source} were answered with an error (HTTP {status}): "
+            "GitLab mutes a webhook after 4 in a row. If it is 401, the secret of the webhook is not ours: "
+            "see `buildrelay sources connect`."
+        )
+        tell(connection, "source.hook_at_risk", source, message, now)
+
+
+_REFUSED = text("""
+INSERT INTO sources (name, since, refused_in_row) VALUES (:name, :now, 1)
+ON CONFLICT (name) DO UPDATE SET refused_in_row = sources.refused_in_row + 1
+RETURNING refused_in_row
+""").bindparams(bindparam("now", type_=Moment))
+
+
+class Refusals:
+    """Error answers to deliveries of GitLab, counted at most once a second: who guesses makes no work."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._noted: dict[str, float] = {}
+
+    def note(self, source: str, status: int) -> None:
+        """Count one.  While the store is away nothing is counted: the hook itself is looked at each hour."""
+        clock = time.monotonic()
+        if clock - self._noted.get(source, -1.0) < 1.0:
+            return
+        self._noted[source] = clock
+        with suppress(db.StoreUnavailable):
+            db.in_transaction(self._engine, lambda held: refused(held, source, status, utc_now()))
+
+
+# ---- listening, and being away ---------------------------------------------------------------
+
+
+def listen(connection: Connection, names: Collection[str], now: datetime) -> None:
+    """From now on pushes are expected of the sources `names`, and of no others."""
+    rows = connection.execute(select(models.sources.c.name, models.sources.c.since)).all()
+    since = {row.name: row.since for row in rows}
+    new = [{"name": name, "since": now} for name in sorted(names) if since.get(name) is None]
+    gone = [{"name": name, "since": None} for name, at in since.items() if at and name not in names]
+    upsert(connection, models.sources, new)
+    upsert(connection, models.sources, gone)
+
+
+@dataclass(frozen=True, slots=True)
+class Absence:
+    """We could have lost pushes from then until then."""
+
+    began: datetime
+    ended: datetime
+
+
+def alive(connection: Connection, started_at: datetime, now: datetime) -> Absence | None:
+    """Note that we live; if for over a minute before `started_at` nobody did, tell admins, and return that.
+
+    `started_at`: when this process began.  A sweep that only comes late is no absence.
+    """
+    table = models.relay
+    before = connection.execute(select(table.c.alive_at)).scalar()
+    if before is None:
+        connection.execute(insert(table), {"id": 1, "alive_at": now})
+        return None
+    absence = Absence(before, started_at) if started_at - before > ABSENCE else None
+    values: dict[str, datetime] = {"alive_at": max(now, before)}
+    if absence:
+        values |= {"down_from": absence.began, "down_until": absence.ended}
+    connection.execute(update(table).values(values))
+    if absence:
+        _was_down(connection, absence)
+    return absence
+
+
+def _was_down(connection: Connection, absence: Absence) -> None:
+    seconds = (absence.ended - absence.began).total_seconds()
+    message = (
+        f"BuildRelay did not run from {iso(absence.began)} to {iso(absence.ended)} ({seconds:.0f} s): pushes "
+        "of that time may be lost. Recent builds are looked for at once, and GitHub and GitLab are asked for "
+        "failed deliveries."
+    )
+    tell(connection, "relay.was_down", "relay", message, absence.ended)
+
+
+def last_absence(connection: Connection) -> Absence | None:
+    """Our last absence; None if there was none."""
+    row = connection.execute(select(models.relay)).one_or_none()
+    return None if row is None or row.down_from is None else Absence(row.down_from, row.down_until)
+
+
+# ---- reading ---------------------------------------------------------------------------------
+
+
+def snapshot(connection: Connection) -> dict[str, dict[str, Any]]:
+    """Per source, for pages and metrics: the row of `sources`, and `missed_pushes`, `newest_fact_at`.
+
+    Counts are totals; `push_share` is 0 to 1, None while nothing changed; times are aware UTC or None.
+    """
+    rows = connection.execute(select(models.sources)).mappings()
+    return {row["name"]: {**row, **_derived(row)} for row in rows}
+
+
+def _derived(row: Any) -> dict[str, Any]:
+    heard = [at for at in (row["last_push_at"], row["last_poll_at"]) if at is not None]
+    return {"missed_pushes": row["changes_polled"], "newest_fact_at": max(heard, default=None)}
