@@ -404,3 +404,17 @@ def test_a_store_that_refuses_is_503_and_the_push_is_not_swallowed(server):
         connection.exec_driver_sql("ALTER TABLE counters_away RENAME TO counters")
         connection.commit()
     assert server.github(run()).json()["status"] == "accepted"
+
+
+def test_admins_are_told_before_gitlab_mutes_a_hook_that_we_refuse(server, wait_until):
+    stale = {"Content-Type": "application/json", "X-Gitlab-Event": "Pipeline Hook", "X-Gitlab-Token": "stale"}
+
+    def told():
+        assert server.post("/webhooks/gitlab", b"{}", stale).status_code == 401
+        with db.reading(server.engine) as connection:
+            kinds = connection.execute(select(models.notices.c.kind)).scalars().all()
+        return kinds == ["source.hook_at_risk"]
+
+    assert server.post("/webhooks/github", b"{}", {"Content-Type": "application/json"}).status_code == 401
+    assert not told(), "one refusal is none"
+    wait_until(told)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from flask import Flask
 
 from webhook_app import db, inbox, queues, settings
+from webhook_app.health import Refusals
 from webhook_app.inbox import Arrival, Receipt
 from webhook_app.settings import Settings
 from webhook_app.times import utc_now
@@ -44,4 +45,4 @@ def _state(values: Settings) -> State:
             bell.ring(queues.POLL)
         return receipts
 
-    return State(values, engine, redis, bell, pace, db.GroupCommit(take))
+    return State(values, engine, redis, bell, pace, db.GroupCommit(take), Refusals(engine))

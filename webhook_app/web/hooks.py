@@ -67,11 +67,20 @@ def _source(path: str) -> str | None:
 def _answer(held: State, source: str, environ: Environ) -> Response | Answer:
     """The answer to one delivery; no input and no fault escapes as an exception."""
     try:
-        return _receive(held, source, environ)
+        answer = _receive(held, source, environ)
+        if isinstance(answer, Response) and "HTTP_X_GITLAB_EVENT" in environ:
+            _note_refusal(held, source, answer.status_code)
+        return answer
     except StoreUnavailable as error:
         return store_unavailable(error)
     except Exception as error:  # noqa: BLE001  the last handler, as Flask has one
         return fault(error)
+
+
+def _note_refusal(held: State, source: str, status: int) -> None:
+    """GitLab mutes a hook that we refuse a few times in a row, without a word: somebody has to be told."""
+    if source in held.settings.sources:
+        held.refusals.note(source, status)
 
 
 def _receive(held: State, source: str, environ: Environ) -> Response | Answer:

@@ -8,6 +8,7 @@ from redis import Redis
 from sqlalchemy import Engine
 
 from webhook_app.db import GroupCommit
+from webhook_app.health import Refusals
 from webhook_app.inbox import Arrival, Receipt
 from webhook_app.platforms import Source
 from webhook_app.polling import Pace
@@ -25,6 +26,7 @@ class State:
     bell: Bell
     pace: Pace
     take: GroupCommit[Arrival, Receipt]
+    refusals: Refusals
 
     @property
     def sources(self) -> Mapping[str, Source]:
