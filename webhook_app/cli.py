@@ -18,7 +18,9 @@ from webhook_app import (
     destinations,
     endpoints,
     formats,
+    health,
     queries,
+    registration,
     replays,
     results,
     settings,
@@ -29,8 +31,9 @@ from webhook_app import (
 )
 from webhook_app.embedded import EmbeddedError
 from webhook_app.lifecycle import Conclusion, State
+from webhook_app.platforms import PollError
 from webhook_app.sealing import SealError
-from webhook_app.settings import Settings, SettingsError
+from webhook_app.settings import Settings, SettingsError, SourceSettings
 from webhook_app.times import iso, utc_now
 
 REDIS_SECONDS = 2.0
@@ -61,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_subscribers(commands)
     _add_deliveries(commands)
     _add_tokens(commands)
+    _add_sources(commands)
     _command(commands, "rekey", _rekey, "Seal every stored secret with the newest of ENCRYPTION_KEYS.")
     return parser
 
@@ -393,6 +397,92 @@ def _redrive(chosen: argparse.Namespace) -> int:
     _ring(values)
     print(f"{count} are on their way")
     return 0
+
+
+# ---- sources ----------------------------------------------------------------------------------
+
+
+def _add_sources(commands: Any) -> None:
+    group = _group(commands, "sources", "The CI platforms, and our webhooks there.")
+    _command(group, "list", _list_sources, "List the configured sources.")
+    for name, help_ in (
+        ("connect", "Register our webhook in repositories, or set right the one that is there."),
+        ("disconnect", "Remove our webhook from repositories."),
+    ):
+        command = _command(group, name, _connect, help_)
+        command.set_defaults(connects=name == "connect")
+        command.add_argument("source", help="github, gitlab, or the name of a further source")
+        command.add_argument("repositories", nargs="+", metavar="repository")
+        command.add_argument("--url", type=_web_url, help="our address from outside (default: PUBLIC_URL)")
+        command.add_argument("--dry-run", action="store_true", help="say only what would be done")
+
+
+def _web_url(text: str) -> str:
+    try:
+        return settings.web_url(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error} is needed") from None
+
+
+def _list_sources(_chosen: argparse.Namespace) -> int:
+    values = _settings()
+    with db.reading(_engine(values)) as connection:
+        told = health.snapshot(connection)
+    for name, source in values.sources.items():
+        row = told.get(name, {})
+        secret = "secret" if source.webhook_secrets else "no secret"
+        token = "token" if source.source.token else "no token"
+        counts = f"{row.get('pushes', 0)} pushes, {row.get('missed_pushes', 0)} missed"
+        print(f"{name:<10} {source.source.platform:<8} {secret}, {token}  {counts}")
+        for repository in source.repositories:
+            print(f"           {repository}")
+    return 0
+
+
+def _connect(chosen: argparse.Namespace) -> int:
+    values = _settings()
+    source = values.sources.get(chosen.source)
+    if source is None or source.source.platform == "script":
+        known = ", ".join(name for name, one in values.sources.items() if one.source.platform != "script")
+        print(f"buildrelay: there is no source {chosen.source}: it is one of {known}", file=sys.stderr)
+        return 2
+    base = chosen.url or values.public_url
+    if not base:
+        print("buildrelay: --url or PUBLIC_URL is needed: where are we seen from outside?", file=sys.stderr)
+        return 2
+    address = registration.Address(chosen.source, base)
+    if source.source.platform == "jenkins":
+        print(_JENKINS.format(url=address.url))
+        return 0
+    done = [_connect_one(source, repository, address, chosen) for repository in chosen.repositories]
+    return 0 if all(done) else 1
+
+
+_JENKINS = """Jenkins has no API for this. In the Notification plugin of each job enter
+
+  Format    JSON
+  Protocol  HTTP
+  Event     All Events
+  URL       {url}
+
+and let it send the secret: as the header X-Build-Token, or as an X-Hub-Signature-256 signature."""
+
+
+def _connect_one(
+    source: SourceSettings, repository: str, address: registration.Address, chosen: argparse.Namespace
+) -> bool:
+    act = registration.connect if chosen.connects else registration.disconnect
+    try:
+        done = act(source, repository, address, dry_run=chosen.dry_run)
+    except (PollError, registration.RegistrationError) as error:
+        print(f"buildrelay: {repository}: {error}", file=sys.stderr)
+        if isinstance(error, PollError) and error.fault in registration.HIDDEN:
+            print(f"  the token needs: {registration.permission(source)}", file=sys.stderr)
+        return False
+    would = "would be " if chosen.dry_run and done.action != "absent" else ""
+    hook = f" (webhook {done.hook_id})" if done.hook_id else ""
+    print(f"{repository}: {would}{done.action}{hook}")
+    return True
 
 
 # ---- keys and tokens -------------------------------------------------------------------------

@@ -69,6 +69,7 @@ class Settings:
     heartbeat_timeout_seconds: float = 90.0
     allow_private_callbacks: bool = False
     public_progress: bool = False
+    public_url: str = ""
     dashboard_api_url: str = ""
     dashboard_api_key: str = field(default="", repr=False)
     delivery_retry_schedule: tuple[float, ...] = ()
@@ -193,6 +194,11 @@ def _url(*schemes: str) -> Callable[[str], str]:
     return read
 
 
+def web_url(text: str) -> str:
+    """An http or https URL, without a slash at its end; or `ValueError`, which says what is allowed."""
+    return _url("http", "https")(text)
+
+
 def _callback(text: str) -> str:
     """The operator's own target: http and private addresses are allowed."""
     if text:
@@ -259,7 +265,6 @@ def _log_level(text: str) -> str:
     return text.upper()
 
 
-_http = _url("http", "https")
 _timeout = _milliseconds(100, 60_000)
 
 VARIABLES: tuple[Variable, ...] = (
@@ -278,14 +283,14 @@ VARIABLES: tuple[Variable, ...] = (
         aliases=("OM_BUILD_EVENT_TOKEN",), secret=True,
     ),
     Variable("GITHUB_TOKEN", "", _text, "poll access to GitHub", secret=True),
-    Variable("GITHUB_API_URL", "https://api.github.com", _http, "GitHub's REST API"),
+    Variable("GITHUB_API_URL", "https://api.github.com", web_url, "GitHub's REST API"),
     Variable("GITHUB_REPOS", "", _repositories, "OWNER/REPO, comma separated: where runs are discovered"),
     Variable("ENABLE_GH", "true", _flag, "poll GitHub"),
     Variable("GITLAB_TOKEN", "", _text, "poll access to GitLab", secret=True),
-    Variable("GITLAB_URL", "https://gitlab.com", _http, "the GitLab instance"),
+    Variable("GITLAB_URL", "https://gitlab.com", web_url, "the GitLab instance"),
     Variable("GITLAB_PROJECTS", "", _words, "ids or paths, comma separated: where pipelines are discovered"),
     Variable("ENABLE_GITLAB", "true", _flag, "poll GitLab"),
-    Variable("JENKINS_URL", "", _http, "the Jenkins controller"),
+    Variable("JENKINS_URL", "", web_url, "the Jenkins controller"),
     Variable("JENKINS_USERNAME", "", _text, "user of the API token"),
     Variable("JENKINS_API_TOKEN", "", _text, "poll access to Jenkins", secret=True),
     Variable("JENKINS_JOBS", "", _words, "job paths, comma separated: where builds are discovered"),
@@ -305,6 +310,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("HEARTBEAT_TIMEOUT", "90", _number(1, 86400, "seconds"), "seconds without heartbeat, then a script build is failed"),
     Variable("ALLOW_PRIVATE_CALLBACKS", "false", _flag, "allow callbacks to loopback and private addresses"),
     Variable("PUBLIC_PROGRESS", "false", _flag, "the two progress endpoints need no token"),
+    Variable("PUBLIC_URL", "", web_url, "address of this BuildRelay from outside, to tell its webhooks from others'"),
     Variable("DASHBOARD_API_URL", "", _callback, "a subscriber that `migrate` and `up` make: gets `build.*`"),
     Variable("DASHBOARD_API_KEY", "", _header_text, "sent to it as `Authorization: Bearer …`", secret=True),
     Variable(
@@ -364,6 +370,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         heartbeat_timeout_seconds=values["HEARTBEAT_TIMEOUT"],
         allow_private_callbacks=values["ALLOW_PRIVATE_CALLBACKS"],
         public_progress=values["PUBLIC_PROGRESS"],
+        public_url=values["PUBLIC_URL"],
         dashboard_api_url=values["DASHBOARD_API_URL"],
         dashboard_api_key=values["DASHBOARD_API_KEY"],
         delivery_retry_schedule=values["DELIVERY_RETRY_SCHEDULE"],
@@ -528,7 +535,9 @@ def _further_source(entry: Any) -> SourceSettings:
         )
 
     return SourceSettings(
-        source=Source(name, platform, read("api_url", _http), read("token", _text), read("username", _text)),
+        source=Source(
+            name, platform, read("api_url", web_url), read("token", _text), read("username", _text)
+        ),
         enabled=read("enabled", _flag, "true"),
         webhook_secrets=read("webhook_secret", _words),
         timeout_seconds=read("timeout", _timeout, "30000"),

@@ -24,6 +24,8 @@ It offers (see `Platform`; scripts stop before the polling part, see `Polled`):
 * `named(source, build_id)`: an `Observation` that says no more than which build an id means, or None
 * `limits(answer)`: the `Limits` that an answer tells, or None
 
+A platform whose webhooks can be managed over its API also offers what `HookApi` names: see `hook_api()`.
+
 Header names are lower case.  Times are aware UTC.
 """
 
@@ -106,6 +108,51 @@ class Request:
 
     url: str
     headers: dict[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One outgoing request of any method, to be sent by `webhook_app.outbound`."""
+
+    method: str
+    url: str
+    headers: dict[str, str] = field(repr=False)
+    body: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """A webhook as it is registered at the platform.
+
+    `has_secret` None: the platform doesn't tell.  `alert`: why the platform sends nothing, or None.
+    `last_status`: HTTP status of the newest delivery, if it is told; 0 if there was no answer.
+    """
+
+    id: str
+    url: str
+    active: bool
+    events: frozenset[str]
+    has_secret: bool | None = None
+    alert: str | None = None
+    last_status: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HookDelivery:
+    """One try of one delivery, as the platform lists it; `envelope` is what our reception would see."""
+
+    id: str
+    envelope: Envelope
+    ok: bool
+    at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFacts:
+    """What the platform tells of our token; None or empty where it doesn't."""
+
+    scopes: tuple[str, ...] | None = None
+    expires_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +261,59 @@ class Polled(Platform, Protocol):
     def named(self, source: Source, build_id: str) -> Observation | None: ...
 
     def limits(self, answer: Answer) -> Limits | None: ...
+
+
+class HookApi(Protocol):
+    """What a platform module offers that can manage webhooks.  `parse_…` raise `PollError`.
+
+    `HOOK_EVENTS`: what our webhook has to ask for.  `DELIVERED_EVENTS`: deliveries that tell of builds, as
+    `Envelope.event` names them.  `HOOK_PERMISSION`: what a token needs for it, for people.
+    `next_deliveries`: the call for the page after this answer, or None.
+    """
+
+    HOOK_EVENTS: frozenset[str]
+    DELIVERED_EVENTS: frozenset[str]
+    HOOK_PERMISSION: str
+
+    def list_hooks(self, source: Source, repository: str) -> Call | None: ...
+
+    def parse_hooks(self, answer: Answer) -> tuple[Hook, ...]: ...
+
+    def create_hook(self, source: Source, repository: str, url: str, secret: str) -> Call: ...
+
+    def update_hook(self, source: Source, repository: str, hook_id: str, url: str, secret: str) -> Call: ...
+
+    def delete_hook(self, source: Source, repository: str, hook_id: str) -> Call: ...
+
+    def parse_hook(self, answer: Answer) -> Hook: ...
+
+    def list_deliveries(self, source: Source, repository: str, hook_id: str) -> Call: ...
+
+    def parse_deliveries(self, hook_id: str, answer: Answer) -> tuple[HookDelivery, ...]: ...
+
+    def next_deliveries(self, source: Source, answer: Answer) -> Call | None: ...
+
+    def redeliver(self, source: Source, repository: str, hook_id: str, delivery_id: str) -> Call: ...
+
+
+class TokenApi(Protocol):
+    """How a platform module asks what our token may do; `parse_token` raises `PollError`."""
+
+    def token_call(self, source: Source) -> Call: ...
+
+    def parse_token(self, answer: Answer) -> TokenFacts: ...
+
+
+def hook_api(name: str) -> HookApi | None:
+    """How the webhooks of a platform are managed; None if they can't be."""
+    module = find().get(name)
+    return cast(HookApi, module) if hasattr(module, "list_hooks") else None
+
+
+def token_api(name: str) -> TokenApi | None:
+    """How a platform's token is looked at; None if it has none."""
+    module = find().get(name)
+    return cast(TokenApi, module) if hasattr(module, "token_call") else None
 
 
 @cache

@@ -369,3 +369,13 @@ def _http_date(value: str) -> datetime | None:
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
     return found.replace(tzinfo=UTC) if found.tzinfo is None else found
+
+
+def done(answer: Answer) -> dict[str, Any]:
+    """The JSON object of a 2xx answer to a change, empty where it has none; or `PollError`."""
+    if not 200 <= answer.status < 300:
+        raise poll_error(answer)
+    try:
+        return loads(answer.body)
+    except NotJson:
+        return {}

@@ -12,6 +12,7 @@ REST: https://docs.github.com/en/rest/actions/workflow-runs
 * `check_run` shows foreign checks and doubles of jobs.  It says only that something happened.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,8 +25,11 @@ from webhook_app.lifecycle import Conclusion, JobFact, JobStatus, Observation, O
 from webhook_app.platforms import (
     Answer,
     BadSignature,
+    Call,
     Envelope,
     Headers,
+    Hook,
+    HookDelivery,
     Limits,
     Listing,
     Manners,
@@ -34,6 +38,7 @@ from webhook_app.platforms import (
     PollTarget,
     Request,
     Source,
+    TokenFacts,
     Unreadable,
     Webhook,
     _read,
@@ -390,3 +395,117 @@ def _run_of(check: dict[str, Any], repository: str | None) -> int | None:
         if found and found[1].casefold() == (repository or "").casefold():
             return int(found[2]) or None
     return None
+
+
+# ---- our webhook at GitHub -----------------------------------------------------------------------
+# https://docs.github.com/en/rest/repos/webhooks
+
+HOOK_EVENTS = frozenset({"workflow_run", "workflow_job"})
+DELIVERED_EVENTS = HOOK_EVENTS | {"check_run"}
+HOOK_PERMISSION = "repository permission Webhooks (read and write), or scope admin:repo_hook"
+
+
+def list_hooks(source: Source, repository: str) -> Call | None:
+    """`GET /repos/OWNER/REPO/hooks`; None if it is no repository."""
+    if not source.api_url or not _is_repository(repository):
+        return None
+    return _call(source, "GET", f"repos/{repository}/hooks?per_page=100")
+
+
+def _call(source: Source, method: str, path: str, content: object = None) -> Call:
+    body = b"" if content is None else json.dumps(content).encode()
+    headers = _headers(source) | ({"Content-Type": "application/json"} if body else {})
+    return Call(method, f"{source.api_url}/{path}", headers, body)
+
+
+def parse_hooks(answer: Answer) -> tuple[Hook, ...]:
+    """The webhooks of a repository, those of its organization not included."""
+    return tuple(map(_hook, _read.fetched_items(answer)))
+
+
+def parse_hook(answer: Answer) -> Hook:
+    """The webhook that was made or changed."""
+    return _hook(_read.done(answer))
+
+
+def _hook(data: dict[str, Any]) -> Hook:
+    config = _read.mapping(data.get("config"))
+    return Hook(
+        id=str(_read.whole(data.get("id")) or ""),
+        url=_read.text(config.get("url"), _read.URL_CHARS) or "",
+        active=data.get("active") is True,
+        events=frozenset(event for event in _read.items(data.get("events")) if isinstance(event, str)),
+        has_secret=bool(config.get("secret")),
+        alert=None if data.get("active") is True else "it is switched off",
+        last_status=_read.whole(_read.mapping(data.get("last_response")).get("code")),
+    )
+
+
+def create_hook(source: Source, repository: str, url: str, secret: str) -> Call:
+    """`POST …/hooks`."""
+    wanted = {"name": "web", **_wanted(url, secret)}
+    return _call(source, "POST", f"repos/{repository}/hooks", wanted)
+
+
+def update_hook(source: Source, repository: str, hook_id: str, url: str, secret: str) -> Call:
+    """`PATCH …/hooks/ID`; a `config` replaces the whole one, so it is sent whole."""
+    return _call(source, "PATCH", f"repos/{repository}/hooks/{hook_id}", _wanted(url, secret))
+
+
+def _wanted(url: str, secret: str) -> dict[str, Any]:
+    config = {"url": url, "content_type": "json", "secret": secret, "insecure_ssl": "0"}
+    return {"active": True, "events": sorted(HOOK_EVENTS), "config": config}
+
+
+def delete_hook(source: Source, repository: str, hook_id: str) -> Call:
+    """`DELETE …/hooks/ID`."""
+    return _call(source, "DELETE", f"repos/{repository}/hooks/{hook_id}")
+
+
+def list_deliveries(source: Source, repository: str, hook_id: str) -> Call:
+    """`GET …/hooks/ID/deliveries?status=failure`, newest first; GitHub keeps them for three days."""
+    return _call(source, "GET", f"repos/{repository}/hooks/{hook_id}/deliveries?status=failure&per_page=100")
+
+
+def parse_deliveries(hook_id: str, answer: Answer) -> tuple[HookDelivery, ...]:
+    """One page of deliveries; a redelivery has its first one's GUID and an id of its own."""
+    return tuple(
+        HookDelivery(
+            id=str(_read.whole(item.get("id")) or ""),
+            envelope=Envelope(
+                event=_read.text(item.get("event")) or "",
+                hook_id=hook_id,
+                delivery_id=_read.text(item.get("guid")) or "",
+            ),
+            ok=item.get("status") == "OK",
+            at=_read.moment(item.get("delivered_at")),
+        )
+        for item in _read.fetched_items(answer)
+    )
+
+
+def next_deliveries(source: Source, answer: Answer) -> Call | None:
+    """The page that the `Link` header names; its cursor is told nowhere else."""
+    url = _read.next_page(source, answer)
+    return Call("GET", url, _headers(source)) if url else None
+
+
+def redeliver(source: Source, repository: str, hook_id: str, delivery_id: str) -> Call:
+    """`POST …/deliveries/ID/attempts`: send it once more, with the same GUID."""
+    return _call(source, "POST", f"repos/{repository}/hooks/{hook_id}/deliveries/{delivery_id}/attempts")
+
+
+def token_call(source: Source) -> Call:
+    """`GET /rate_limit`: costs nothing, and any kind of token may ask."""
+    return _call(source, "GET", "rate_limit")
+
+
+def parse_token(answer: Answer) -> TokenFacts:
+    """Scopes are told of classic tokens, the expiry of personal ones; a server without limits answers 404."""
+    if answer.status != 404 or b"Rate limiting is not enabled" not in answer.body:
+        _read.fetched(answer)
+    scopes = answer.headers.get("x-oauth-scopes")
+    return TokenFacts(
+        tuple(scope.strip() for scope in scopes.split(",") if scope.strip()) if scopes else None,
+        _read.moment(answer.headers.get("github-authentication-token-expiration")),
+    )

@@ -17,6 +17,7 @@ tells them from late deliveries are job ids and GitLab's own clock, so both are 
   running exactly as it was read: else their ids may be those of a retry.
 """
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -30,8 +31,11 @@ from webhook_app.lifecycle import Conclusion, JobFact, JobStatus, Observation, O
 from webhook_app.platforms import (
     Answer,
     BadSignature,
+    Call,
     Envelope,
     Headers,
+    Hook,
+    HookDelivery,
     Limits,
     Listing,
     Manners,
@@ -40,6 +44,7 @@ from webhook_app.platforms import (
     PollTarget,
     Request,
     Source,
+    TokenFacts,
     Unreadable,
     Webhook,
     _read,
@@ -438,3 +443,125 @@ def _times(holders: Iterable[dict[str, Any]], *names: str) -> list[datetime]:
 
 def _latest(*times: datetime) -> datetime | None:
     return max(times, default=None)
+
+
+# ---- our webhook at GitLab -----------------------------------------------------------------------
+# https://docs.gitlab.com/api/project_webhooks/
+
+HOOK_EVENTS = frozenset({"pipeline_events", "job_events"})
+DELIVERED_EVENTS = frozenset({"Pipeline Hook", "Job Hook"})
+HOOK_PERMISSION = "a token with scope api and the role Maintainer"
+
+
+def list_hooks(source: Source, repository: str) -> Call | None:
+    """`GET /projects/ID/hooks`; None without a project."""
+    if not source.api_url or not repository:
+        return None
+    return _call(source, "GET", f"projects/{_read.path_part(repository)}/hooks?per_page=100")
+
+
+def _call(source: Source, method: str, path: str, content: object = None) -> Call:
+    body = b"" if content is None else json.dumps(content).encode()
+    headers = _headers(source) | ({"Content-Type": "application/json"} if body else {})
+    return Call(method, f"{source.api_url}/api/v4/{path}", headers, body)
+
+
+def parse_hooks(answer: Answer) -> tuple[Hook, ...]:
+    """The webhooks of a project, those of its groups not included."""
+    return tuple(map(_hook, _read.fetched_items(answer)))
+
+
+def parse_hook(answer: Answer) -> Hook:
+    """The webhook that was made or changed."""
+    return _hook(_read.done(answer))
+
+
+_MUTED = {"disabled": "GitLab has disabled it", "temporarily_disabled": "GitLab has muted it for a while"}
+
+
+def _hook(data: dict[str, Any]) -> Hook:
+    """Servers before 19.0 know no signing token, those before 17 may not tell of a token at all."""
+    told = [data[name] for name in ("signing_token_present", "token_present") if name in data]
+    alert = _MUTED.get(_read.text(data.get("alert_status")) or "")
+    return Hook(
+        id=str(_read.whole(data.get("id")) or ""),
+        url=_read.text(data.get("url"), _read.URL_CHARS) or "",
+        active=alert is None,
+        events=frozenset(event for event in HOOK_EVENTS if data.get(event) is True),
+        has_secret=any(present is True for present in told) if told else None,
+        alert=alert,
+    )
+
+
+def create_hook(source: Source, repository: str, url: str, secret: str) -> Call:
+    """`POST …/hooks`."""
+    return _call(source, "POST", f"projects/{_read.path_part(repository)}/hooks", _wanted(url, secret))
+
+
+def update_hook(source: Source, repository: str, hook_id: str, url: str, secret: str) -> Call:
+    """`PUT …/hooks/ID`."""
+    path = f"projects/{_read.path_part(repository)}/hooks/{hook_id}"
+    return _call(source, "PUT", path, _wanted(url, secret))
+
+
+def _wanted(url: str, secret: str) -> dict[str, Any]:
+    kind = "signing_token" if secret.startswith(signing.HMAC_PREFIX) else "token"
+    events = dict.fromkeys(sorted(HOOK_EVENTS), True)
+    return {"url": url, "push_events": False, "enable_ssl_verification": True, **events, kind: secret}
+
+
+def delete_hook(source: Source, repository: str, hook_id: str) -> Call:
+    """`DELETE …/hooks/ID`."""
+    return _call(source, "DELETE", f"projects/{_read.path_part(repository)}/hooks/{hook_id}")
+
+
+def list_deliveries(source: Source, repository: str, hook_id: str) -> Call:
+    """`GET …/hooks/ID/events`, newest first, of the last seven days.
+
+    Unfiltered: no filter shows those without an answer.  Few per page: each carries its whole body.
+    """
+    return _call(source, "GET", f"projects/{_read.path_part(repository)}/hooks/{hook_id}/events?per_page=20")
+
+
+def parse_deliveries(hook_id: str, answer: Answer) -> tuple[HookDelivery, ...]:
+    """One page of deliveries; a resent one has its first one's key and an id of its own."""
+    return tuple(map(_delivery, _read.fetched_items(answer)))
+
+
+def _delivery(item: dict[str, Any]) -> HookDelivery:
+    sent = {name.lower(): value for name, value in _read.mapping(item.get("request_headers")).items()}
+    status = str(item.get("response_status"))
+    key = _read.text(sent.get("webhook-id")) or _read.text(sent.get("idempotency-key"))
+    return HookDelivery(
+        id=str(_read.whole(item.get("id")) or ""),
+        envelope=Envelope(_read.text(sent.get("x-gitlab-event")) or "", "", key or ""),
+        ok=re.fullmatch("[23][0-9]{2}", status) is not None,
+        at=_read.moment(item.get("created_at")),
+    )
+
+
+def next_deliveries(source: Source, answer: Answer) -> Call | None:
+    """The page that the `Link` header names."""
+    url = _read.next_page(source, answer)
+    return Call("GET", url, _headers(source)) if url else None
+
+
+def redeliver(source: Source, repository: str, hook_id: str, delivery_id: str) -> Call:
+    """`POST …/events/ID/resend`: once more, with the same key; five a minute are allowed."""
+    path = f"projects/{_read.path_part(repository)}/hooks/{hook_id}/events/{delivery_id}/resend"
+    return _call(source, "POST", path)
+
+
+def token_call(source: Source) -> Call:
+    """`GET /personal_access_tokens/self`: personal, project and group tokens alike."""
+    return _call(source, "GET", "personal_access_tokens/self")
+
+
+def parse_token(answer: Answer) -> TokenFacts:
+    """Scopes and the day of the token's end; OAuth tokens (400) and small scopes (403) tell nothing."""
+    if answer.status == 400 or (answer.status == 403 and b"insufficient_scope" in answer.body):
+        return TokenFacts()
+    data = _read.fetched(answer)
+    scopes = tuple(scope for scope in _read.items(data.get("scopes")) if isinstance(scope, str))
+    day = _read.text(data.get("expires_at"))
+    return TokenFacts(scopes, _read.moment(f"{day}T00:00:00+00:00" if day else None))

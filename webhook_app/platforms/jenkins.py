@@ -27,6 +27,7 @@ from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
 from webhook_app.platforms import (
     Answer,
     BadSignature,
+    Call,
     Envelope,
     Headers,
     Limits,
@@ -38,6 +39,7 @@ from webhook_app.platforms import (
     PollTarget,
     Request,
     Source,
+    TokenFacts,
     Unreadable,
     Webhook,
     _read,
@@ -400,3 +402,17 @@ def _duration(value: object) -> timedelta | None:
     milliseconds = _read.whole(value)
     fits = milliseconds is not None and 0 <= milliseconds <= 366 * 86_400_000
     return timedelta(milliseconds=milliseconds) if fits and milliseconds is not None else None
+
+
+# ---- our token -----------------------------------------------------------------------------------
+
+
+def token_call(source: Source) -> Call:
+    """The front page, which an API token opens."""
+    return Call("GET", f"{source.api_url}/api/json?tree=mode", _headers(source))
+
+
+def parse_token(answer: Answer) -> TokenFacts:
+    """Jenkins tells nothing of a token but whether it is good."""
+    _read.fetched(answer)
+    return TokenFacts()

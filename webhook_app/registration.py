@@ -1,0 +1,217 @@
+"""Our webhooks at the platforms: found, registered, repaired, removed, and their failed deliveries.
+
+Here the pure calls of `platforms` are sent.  Everything raises `PollError` for what a platform or the
+network does; no secret is in any message.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from urllib.parse import urlsplit
+
+from webhook_app import outbound, platforms
+from webhook_app.destinations import OutboundError
+from webhook_app.platforms import Answer, Call, Hook, HookApi, HookDelivery, PollError, PollFault
+from webhook_app.settings import SourceSettings
+
+ANSWER_CAP_BYTES = 16 * 1024 * 1024
+MOST_PAGES = 10
+HIDDEN = (PollFault.FORBIDDEN, PollFault.NOT_FOUND)
+"""What a platform answers where the token may not see webhooks; GitHub and GitLab both hide with 404."""
+
+
+class RegistrationError(Exception):
+    """It can't be done so; the message says what would have to be different."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where deliveries of a source arrive.  `base` empty: our public address is not known."""
+
+    source: str
+    base: str = ""
+
+    @property
+    def url(self) -> str:
+        """The whole URL, without a known base only its path."""
+        return f"{self.base}/webhooks/{self.source}"
+
+    def is_at(self, url: str) -> bool:
+        """Does a registered URL lead here?  Without a known base its path decides."""
+        if self.base:
+            return _plain(url) == _plain(self.url)
+        return urlsplit(url).path.rstrip("/").endswith(self.url)
+
+
+def _plain(url: str) -> tuple[str, str, str]:
+    parts = urlsplit(url.rstrip("/"))
+    return parts.scheme, parts.netloc.casefold(), parts.path
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What was done, or (on a dry run) would be: created, updated, removed, absent; and to which hook."""
+
+    action: str
+    hook_id: str
+
+
+def ask(settings: SourceSettings, call: Call, timeout_seconds: float | None = None) -> Answer:
+    """Send one call; any status is an `Answer`, anything else a `PollError`."""
+    try:
+        reply = outbound.send(
+            call.method,
+            call.url,
+            call.headers,
+            call.body,
+            timeout_seconds=min(timeout_seconds or settings.timeout_seconds, settings.timeout_seconds),
+            byte_cap=ANSWER_CAP_BYTES,
+            guard=False,
+            follow_redirects=call.method == "GET",
+        )
+    except OutboundError as error:
+        raise PollError(PollFault.UNAVAILABLE, f"{error.reason}: {error}") from error
+    if reply.truncated:
+        raise PollError(PollFault.UNREADABLE, f"the answer has more than {ANSWER_CAP_BYTES} bytes")
+    return Answer(reply.status, reply.headers, reply.body)
+
+
+def find_hooks(
+    settings: SourceSettings, repository: str, timeout_seconds: float | None = None
+) -> tuple[Hook, ...]:
+    """The webhooks of a repository."""
+    api = _api(settings)
+    call = api.list_hooks(settings.source, repository)
+    if call is None:
+        raise RegistrationError(f"{repository!r} names no repository of {settings.source.name}")
+    return api.parse_hooks(ask(settings, call, timeout_seconds))
+
+
+def _api(settings: SourceSettings) -> HookApi:
+    api = platforms.hook_api(settings.source.platform)
+    if api is None:
+        raise RegistrationError(f"the webhooks of {settings.source.platform} are not managed from here")
+    return api
+
+
+def permission(settings: SourceSettings) -> str:
+    """What a token needs to manage webhooks, for people."""
+    return _api(settings).HOOK_PERMISSION
+
+
+def ours(hooks: Iterable[Hook], address: Address) -> Hook | None:
+    """Our webhook among those of a repository."""
+    return next((hook for hook in hooks if address.is_at(hook.url)), None)
+
+
+# ---- registering -----------------------------------------------------------------------------
+
+
+def connect(settings: SourceSettings, repository: str, address: Address, *, dry_run: bool = False) -> Done:
+    """Register our webhook, or set the one that is there right; raises `RegistrationError` as well.
+
+    Safe to repeat.  A webhook with another address is left alone.
+    """
+    api, source = _api(settings), settings.source
+    if not settings.webhook_secrets:
+        raise RegistrationError(f"{source.name} has no webhook secret: set one first")
+    found = ours(find_hooks(settings, repository), address)
+    if dry_run:
+        return Done("updated" if found else "created", found.id if found else "")
+    secret = settings.webhook_secrets[0]
+    call = (
+        api.update_hook(source, repository, found.id, address.url, secret)
+        if found
+        else api.create_hook(source, repository, address.url, secret)
+    )
+    made = api.parse_hook(ask(settings, call))
+    if made.has_secret is not True:
+        _withdraw(settings, repository, made, existed=found is not None)
+    return Done("updated" if found else "created", made.id)
+
+
+def _withdraw(settings: SourceSettings, repository: str, made: Hook, *, existed: bool) -> None:
+    """A server that ignores our kind of secret would send what we must refuse, until it mutes the hook."""
+    if not existed and made.id:
+        ask(settings, _api(settings).delete_hook(settings.source, repository, made.id))
+    raise RegistrationError(
+        f"{settings.source.name} kept no secret: signing tokens (whsec_…) need GitLab 19.0 or newer; "
+        "set any other text as the webhook secret"
+    )
+
+
+def disconnect(settings: SourceSettings, repository: str, address: Address, *, dry_run: bool = False) -> Done:
+    """Remove our webhook; no harm if there is none."""
+    found = ours(find_hooks(settings, repository), address)
+    if found is None:
+        return Done("absent", "")
+    if not dry_run:
+        answer = ask(settings, _api(settings).delete_hook(settings.source, repository, found.id))
+        if answer.status != 404:
+            _api(settings).parse_hook(answer)
+    return Done("removed", found.id)
+
+
+def faults(settings: SourceSettings, hook: Hook) -> list[str]:
+    """What is wrong with our webhook as it is registered, for people; empty if nothing is."""
+    missing = sorted(_api(settings).HOOK_EVENTS - hook.events)
+    return [
+        message
+        for wrong, message in (
+            (hook.alert is not None, hook.alert or ""),
+            (bool(missing), f"it does not send {', '.join(missing)}"),
+            (hook.has_secret is False, "it has no secret, so we refuse what it sends"),
+            (hook.last_status == 401, "we refused its last delivery (401): its secret is not ours"),
+        )
+        if wrong
+    ]
+
+
+def has_failed(hook: Hook) -> bool:
+    """Did its last delivery fail for another reason than a wrong secret?"""
+    return hook.last_status not in (None, 401) and not 200 <= (hook.last_status or 0) < 300
+
+
+# ---- failed deliveries -----------------------------------------------------------------------
+
+
+def failed_deliveries(
+    settings: SourceSettings, repository: str, hook: Hook, since: datetime
+) -> list[HookDelivery]:
+    """One try of each delivery about builds of which no try succeeded, oldest first, as far as `since`.
+
+    Its newest try: that one the platform keeps the longest.
+    """
+    tries: dict[str, list[HookDelivery]] = {}
+    for delivery in _deliveries(settings, repository, hook, since):
+        known = delivery.envelope.event in _api(settings).DELIVERED_EVENTS
+        if known and delivery.id and delivery.envelope.delivery_id:
+            tries.setdefault(delivery.envelope.delivery_id, []).append(delivery)
+    failed = [group[0] for group in tries.values() if not any(one.ok for one in group)]
+    return failed[::-1]
+
+
+def _deliveries(
+    settings: SourceSettings, repository: str, hook: Hook, since: datetime
+) -> Iterator[HookDelivery]:
+    api = _api(settings)
+    call: Call | None = api.list_deliveries(settings.source, repository, hook.id)
+    for _ in range(MOST_PAGES):
+        if call is None:
+            return
+        answer = ask(settings, call)
+        page = api.parse_deliveries(hook.id, answer)
+        yield from (one for one in page if one.at is None or one.at >= since)
+        if _is_before(page, since):
+            return
+        call = api.next_deliveries(settings.source, answer)
+
+
+def _is_before(page: Sequence[HookDelivery], since: datetime) -> bool:
+    return bool(page) and page[-1].at is not None and page[-1].at < since
+
+
+def redeliver(settings: SourceSettings, repository: str, hook: Hook, delivery: HookDelivery) -> None:
+    """Ask the platform to send a delivery once more."""
+    api = _api(settings)
+    api.parse_hook(ask(settings, api.redeliver(settings.source, repository, hook.id, delivery.id)))
