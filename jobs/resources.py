@@ -1,7 +1,8 @@
 """What a worker process holds: settings, engine, Redis, outgoing threads; made once, lazily, per process."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cache
 
 from redis import Redis
@@ -9,6 +10,7 @@ from sqlalchemy import Engine
 
 from webhook_app import db, queues, settings
 from webhook_app.polling import Pace
+from webhook_app.times import utc_now
 
 DELIVERY_THREADS = 128
 POLL_THREADS = 8
@@ -22,6 +24,7 @@ class Resources:
     engine: Engine
     redis: Redis
     threads: ThreadPoolExecutor
+    started_at: datetime = field(default_factory=utc_now)
 
     @property
     def pace(self) -> Pace:

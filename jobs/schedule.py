@@ -64,6 +64,7 @@ def table(values: Settings) -> tuple[Periodic, ...]:
             max(1, int(values.discovery_interval_seconds)),
             values.discovery_jitter_seconds,
         ),
+        Periodic(f"{TICK}redeliver", queues.REDELIVER, 60, 10.0),
     )
 
 

@@ -1,4 +1,4 @@
-"""The sweeping job: script builds whose heartbeat stayed away, and rows past their retention."""
+"""The sweeping job: we live; script builds whose heartbeat stayed away; rows past their retention."""
 
 import logging
 from datetime import datetime, timedelta
@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import delete, select
 
 from jobs.resources import Resources, resources
-from webhook_app import builds, db, models, queues
+from webhook_app import builds, db, health, models, queues
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
 from webhook_app.polling import Pace
 from webhook_app.times import utc_now
@@ -25,12 +25,25 @@ def sweep(held: Resources | None = None) -> None:
     pace = held.pace
     queues.answer(held.redis, queues.SWEEP)
     now = utc_now()
+    _wake_up(held, now)
     lost = db.as_writer(held.engine, lambda write: fail_silent(write, now, pace))
     if lost:
         log.info("heartbeat lost builds=%d", lost)
         queues.Bell(held.redis).ring(queues.DELIVER)
     before = now - timedelta(days=held.settings.retention_days)
     db.as_writer(held.engine, lambda write: forget(write, before))
+
+
+def _wake_up(held: Resources, now: datetime) -> None:
+    """Note that we live; after an absence look at once for what was missed."""
+    pushing = [name for name, source in held.settings.sources.items() if source.webhook_secrets]
+
+    def unit(write: db.Write) -> health.Absence | None:
+        health.listen(write.connection, pushing, now)
+        return health.alive(write.connection, held.started_at, now)
+
+    if db.as_writer(held.engine, unit):
+        queues.Bell(held.redis).ring(queues.DISCOVER, queues.REDELIVER)
 
 
 def fail_silent(write: db.Write, now: datetime, pace: Pace) -> int:

@@ -11,6 +11,7 @@ from redis import Redis
 from sqlalchemy import Engine, select, update
 
 from jobs import poll as poll_job
+from jobs import redeliver as redeliver_job
 from jobs import sweep as sweep_job
 from jobs.resources import Resources
 from webhook_app import builds, db, models, platforms, settings
@@ -40,6 +41,10 @@ class Stand:
 
     def now(self):
         return datetime.fromtimestamp(self.clock(), UTC)
+
+    def restart(self):
+        """From now on it is another process that works."""
+        self.held = replace(self.held, started_at=self.now())
 
     def poll(self, after=0.0):
         """The polling job, so many seconds later."""
@@ -138,9 +143,10 @@ def stands(engine, redis, monkeypatch):
             servers = {name: stack.enter_context(SERVERS[name](world)) for name in names}
             values = settings.load(environment(world, servers) | variables)
             threads = stack.enter_context(ThreadPoolExecutor(16))
-            for job in (poll_job, sweep_job):
+            for job in (poll_job, sweep_job, redeliver_job):
                 monkeypatch.setattr(job, "utc_now", lambda: datetime.fromtimestamp(clock(), UTC))
-            return Stand(engine, redis, clock, world, servers, Resources(values, engine, redis, threads))
+            held = Resources(values, engine, redis, threads, datetime.fromtimestamp(clock(), UTC))
+            return Stand(engine, redis, clock, world, servers, held)
 
         yield make
 

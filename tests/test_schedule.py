@@ -517,7 +517,7 @@ def test_each_tick_is_run_by_a_real_worker(redis_client, redis_url, store_url, m
     worker.work(burst=True, logging_level="ERROR")
     assert not any(redis_client.exists(queues.bell_key(bell)) for bell in queues.JOBS), "each has begun"
     failed = [Queue(bell, connection=redis_client).failed_job_registry.get_job_ids() for bell in queues.JOBS]
-    assert failed == [[], [], [], []]
+    assert failed == [[] for _ in queues.JOBS]
     assert {key.decode() for key in redis_client.scan_iter("rq:job:*")} == {
         Job.key_for(line.id) for line in table(settings.load())
     }

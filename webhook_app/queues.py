@@ -15,13 +15,14 @@ from rq import Queue, Worker
 
 log = logging.getLogger(__name__)
 
-DELIVER, POLL, SWEEP, DISCOVER = "deliver", "poll", "sweep", "discover"
+DELIVER, POLL, SWEEP, DISCOVER, REDELIVER = "deliver", "poll", "sweep", "discover", "redeliver"
 
 JOBS = {
     DELIVER: "jobs.deliver.deliver",
     POLL: "jobs.poll.poll",
     SWEEP: "jobs.sweep.sweep",
     DISCOVER: "jobs.poll.discover",
+    REDELIVER: "jobs.redeliver.redeliver",
 }
 """Queue and job by bell.  Each bell has a queue of its own, so that none waits for another."""
 
