@@ -1,6 +1,7 @@
 """The command `buildrelay`.  Exit codes: 0 done, 1 failed, 2 wrong use or setting."""
 
 import argparse
+import json
 import os
 import runpy
 import sys
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_deliveries(commands)
     _add_tokens(commands)
     _add_sources(commands)
+    doctor = _command(commands, "doctor", _doctor, "Check everything BuildRelay stands on; say the mend.")
+    doctor.add_argument("--json", action="store_true", help="the findings as JSON")
     _command(commands, "rekey", _rekey, "Seal every stored secret with the newest of ENCRYPTION_KEYS.")
     return parser
 
@@ -399,7 +402,7 @@ def _redrive(chosen: argparse.Namespace) -> int:
     return 0
 
 
-# ---- sources ----------------------------------------------------------------------------------
+# ---- sources, doctor -------------------------------------------------------------------------
 
 
 def _add_sources(commands: Any) -> None:
@@ -483,6 +486,17 @@ def _connect_one(
     hook = f" (webhook {done.hook_id})" if done.hook_id else ""
     print(f"{repository}: {would}{done.action}{hook}")
     return True
+
+
+def _doctor(chosen: argparse.Namespace) -> int:
+    from webhook_app import doctor
+
+    findings = doctor.examine(_settings())
+    if chosen.json:
+        print(json.dumps(doctor.as_json(findings), indent=2))
+    else:
+        print(*doctor.as_lines(findings), sep="\n")
+    return 0 if doctor.is_well(findings) else 1
 
 
 # ---- keys and tokens -------------------------------------------------------------------------
