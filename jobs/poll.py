@@ -16,7 +16,8 @@ from datetime import datetime, timedelta
 
 from jobs.resources import Resources, resources
 from jobs.schedule import ring_at
-from pollers import budget, client, credentials, discovery, repository, stale
+from pollers import adaptive, budget, client, credentials, discovery, repository, stale
+from pollers.adaptive import Trust
 from pollers.budget import Ledger, Spent
 from pollers.client import Client, Purse
 from pollers.credentials import Keyring
@@ -34,6 +35,7 @@ ROUND_SECONDS = 5.0
 """No read of a round begins later than this after its first."""
 
 PLACES_AT_ONCE = 64
+PUSHED_WELL = 0.5
 LEASE_MARGIN_SECONDS = 10.0
 SOON = timedelta(minutes=1)
 
@@ -71,6 +73,7 @@ class _Lane:
     sources: dict[str, SourceSettings]
     owner: str = field(default_factory=lambda: secrets.token_hex(8))
     ready_at: datetime | None = None
+    trust: dict[str, Trust] = field(default_factory=dict)
 
     @property
     def platform(self) -> str:
@@ -162,7 +165,12 @@ def _begin(lane: _Lane) -> tuple[Ledger, list[Place]] | None:
         paused = budget.paused(write.connection, now)
         awake = {name: source for name, source in lane.sources.items() if name not in paused}
         most = min(budget.allowance(ledger), PLACES_AT_ONCE)
-        return ledger, stale.work(write.connection, awake, now, most) if awake and most else []
+        places = stale.work(write.connection, awake, now, most) if awake and most else []
+        lane.trust = adaptive.trust(write.connection, awake, now) if places else {}
+        if lane.held.settings.adaptive_pace:
+            interval = lane.held.pace.interval_seconds
+            places = adaptive.ease(write, places, lane.trust, interval, now)
+        return ledger, places
 
     return db.as_writer(lane.held.engine, unit)
 
@@ -185,7 +193,7 @@ def _read(lane: _Lane, places: Sequence[Place], purse: Purse) -> list[Findings]:
             return Findings(place, fault=at)
         if place.source in troubled:
             return Findings(place)
-        found = repository.read(at, place, _terms(lane))
+        found = repository.read(at, place, _terms(lane, place.source))
         if found.fault is not None:
             troubled.add(place.source)
         return found
@@ -204,9 +212,11 @@ def _client(lane: _Lane, settings: SourceSettings, keyring: Keyring, purse: Purs
     )  # fmt: skip
 
 
-def _terms(lane: _Lane) -> Terms:
-    settings = lane.held.settings
-    return Terms(utc_now(), settings.push_freshness_seconds, 0.0)
+def _terms(lane: _Lane, source: str) -> Terms:
+    """A new build is left to its push for a moment, where most are pushed."""
+    freshness = lane.held.settings.push_freshness_seconds
+    is_pushed = (lane.trust.get(source, Trust()).share or 0.0) >= PUSHED_WELL
+    return Terms(utc_now(), freshness, min(freshness, discovery.GRACE_SECONDS) if is_pushed else 0.0)
 
 
 def _finish(lane: _Lane, ledger: Ledger, findings: Sequence[Findings], spent: Spent) -> int:
@@ -237,7 +247,8 @@ def _note_place(write: db.Write, lane: _Lane, found: Findings, now: datetime) ->
     """What the read of a place says about the place itself: when it is listed next, its other names."""
     source = found.place.source
     if found.listed:
-        discovery.listed(write, source, found.listed, found.wide, now, _next_list(lane, now))
+        next_at = _next_list(lane, now, _stretch(write, lane, found.place, now))
+        discovery.listed(write, source, found.listed, found.wide, now, next_at)
     if found.away:
         discovery.postpone(write, source, found.place.repositories, _next_list(lane, now))
     if found.refused is not None:
@@ -249,7 +260,15 @@ def _note_place(write: db.Write, lane: _Lane, found: Findings, now: datetime) ->
         discovery.tell_hidden(write, source, name, why, now)
 
 
-def _next_list(lane: _Lane, now: datetime) -> datetime:
+def _stretch(write: db.Write, lane: _Lane, place: Place, now: datetime) -> int:
+    """How many times more slowly than usual a place is listed."""
+    if not lane.held.settings.adaptive_pace:
+        return 1
+    known = adaptive.trust(write.connection, [place.source], now).get(place.source, Trust())
+    return 1 if known.missed & set(place.repositories) else known.list_stretch
+
+
+def _next_list(lane: _Lane, now: datetime, stretch: int = 1) -> datetime:
     settings = lane.held.settings
     jitter = random.uniform(0, settings.discovery_jitter_seconds)  # noqa: S311  spreads load, guards nothing
-    return now + timedelta(seconds=settings.discovery_interval_seconds + jitter)
+    return now + timedelta(seconds=settings.discovery_interval_seconds + jitter) * stretch

@@ -44,6 +44,7 @@ class Place:
 
     `since`: how long the stalest has waited.  `list_due`: their newest builds are to be listed anyway.
     `refused`: a list failed a while ago, it is not tried again yet.  `wide`: its lists have to be long.
+    `singly`: its builds are to be read one by one, there are few.
     `clocks`: the platform's own time of the last list of each, where it is known.
     """
 
@@ -53,6 +54,7 @@ class Place:
     list_due: bool = False
     refused: bool = False
     wide: bool = False
+    singly: bool = False
     due: list[Due] = field(default_factory=list)
     clocks: dict[str, datetime | None] = field(default_factory=dict)
 
@@ -64,7 +66,7 @@ class Place:
     @property
     def wants_list(self) -> bool:
         """Is there anything for a list to answer?"""
-        return self.list_due or (bool(self.listable) and not self.refused)
+        return self.list_due or (bool(self.listable) and not (self.refused or self.singly))
 
 
 _DUE = (

@@ -36,15 +36,16 @@ _now = models.builds.alias("now")
 _earlier = models.builds.alias("earlier")
 
 
-def expectations(connection: Connection, builds: Iterable[Row]) -> dict[int, Expectation]:
+def expectations(connection: Connection, builds: Iterable[Row], least: int = FEW) -> dict[int, Expectation]:
     """What builds are expected to take, by `id`; those without any history are left out.
 
-    However many builds there are: one statement for their branches, and one for those with fewer than
-    three earlier builds on their branch (another each where a repository, workflow or branch is unknown).
+    A branch with fewer than `least` earlier builds is judged by its workflow.  However many builds there
+    are: one statement for their branches, and one for those with fewer (another each where a repository,
+    workflow or branch is unknown).
     """
     builds = list(builds)
     found = _look_up(connection, builds, _BRANCH)
-    rest = [build for build in builds if build["id"] not in found or found[build["id"]].count < FEW]
+    rest = [build for build in builds if build["id"] not in found or found[build["id"]].count < least]
     return found | _look_up(connection, rest, _WORKFLOW)
 
 

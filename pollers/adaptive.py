@@ -1,0 +1,115 @@
+"""The adaptive pace: where pushes prove complete, builds still far from their end wait.
+
+A build is watched from the time by which a share of the earlier ones of its workflow and branch were over;
+until then nothing but its push is expected.  It is then read by itself: its ETag changes with it alone.
+New builds are looked for less often.  A missed push ends all that for its repository for a while, and a
+source that misses more than now and then is polled at the full pace.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection, bindparam, select, update
+
+from pollers.stale import Due, Place
+from webhook_app import history, models
+from webhook_app.db import Write
+from webhook_app.lifecycle import State
+
+SNAP_BACK = timedelta(minutes=3)
+LONGEST_WAIT = timedelta(minutes=30)
+ENOUGH = 8
+"""Fewer earlier builds say little about when the next may end at the earliest."""
+
+UNTOLD_INTERVALS = 4
+"""Without history, or before it has begun, a build is read so many times more slowly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """How much a source's pushes may be relied upon.
+
+    `share`: of the latest changes, those a push told first (0 to 1; None: not known).  `missed`: repositories
+    where one was missed a moment ago.
+    """
+
+    share: float | None = None
+    missed: frozenset[str] = frozenset()
+
+    @property
+    def watch_from(self) -> float | None:
+        """The share of earlier builds that must be over before one is watched; None: all the time."""
+        if self.share is None or self.share < 0.95:
+            return None
+        return 0.9 if self.share >= 0.997 else 0.35
+
+    @property
+    def list_stretch(self) -> int:
+        """How many times more slowly new builds are looked for."""
+        if self.share is None or self.share < 0.95:
+            return 1
+        return 30 if self.share >= 0.997 else 20
+
+
+def trust(connection: Connection, names: Collection[str], now: datetime) -> dict[str, Trust]:
+    """What is known of the pushes of these sources."""
+    s, r = models.sources.c, models.repositories.c
+    shares = connection.execute(select(s.name, s.push_share).where(s.name.in_(list(names))))
+    found = {row.name: Trust(row.push_share) for row in shares}
+    recent = select(r.source, r.repository).where(r.missed_at > now - SNAP_BACK, r.source.in_(list(names)))
+    for row in connection.execute(recent):
+        known = found.get(row.source, Trust())
+        found[row.source] = replace(known, missed=known.missed | {row.repository})
+    return found
+
+
+def ease(
+    write: Write,
+    places: Sequence[Place],
+    trusted: Mapping[str, Trust],
+    interval_seconds: float,
+    now: datetime,
+) -> list[Place]:
+    """The places, less the builds that can wait: those are due later."""
+    later: dict[int, datetime] = {}
+    rows = [due.row for place in places for due in place.due]
+    expected = history.expectations(write.connection, rows, least=ENOUGH)
+    for place in places:
+        known = trusted.get(place.source, Trust())
+        watch_from = known.watch_from
+        if watch_from is None or known.missed & set(place.repositories):
+            continue
+        place.singly = True
+        for due in place.listable:
+            begun = due.row["started_at"]
+            of_its_kind = expected.get(due.row["id"])
+            known_well = of_its_kind is not None and of_its_kind.count >= ENOUGH
+            if of_its_kind and known_well and begun and due.row["state"] == State.IN_PROGRESS:
+                until = begun + timedelta(seconds=of_its_kind.quantile(watch_from))
+            else:
+                until = _since(due, now) + timedelta(seconds=UNTOLD_INTERVALS * interval_seconds)
+            if until > now:
+                later[due.row["id"]] = min(until, now + LONGEST_WAIT)
+        place.due = [due for due in place.due if due.row["id"] not in later]
+    _postpone(write, later)
+    return [place for place in places if place.due or place.list_due]
+
+
+def _since(due: Due, now: datetime) -> datetime:
+    """When anything was last heard of it."""
+    heard = [due.row["last_push_at"], due.row["last_poll_at"]]
+    return max((moment for moment in heard if moment is not None), default=now - LONGEST_WAIT)
+
+
+_POSTPONE = (
+    update(models.builds)
+    .where(models.builds.c.id == bindparam("the_id"))
+    .values(next_poll_at=bindparam("until"))
+)
+
+
+def _postpone(write: Write, later: Mapping[int, datetime]) -> None:
+    if later:
+        rows = [{"the_id": id_, "until": until} for id_, until in later.items()]
+        write.connection.execute(_POSTPONE, rows)
