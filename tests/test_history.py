@@ -1,7 +1,7 @@
 """How long earlier builds took: which count, for whom, and along which index; on both databases."""
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import select, text, update
 
 from tests.facts import NOON, PACE, at, github
 from webhook_app import builds, db, history, models
@@ -113,6 +113,16 @@ def test_builds_without_names_have_their_line_as_well(engine):
 def test_what_lies_behind_many_open_builds_is_history_no_more(engine):
     record(engine, took(10, 1), *(github(Q, run=run) for run in range(2, 2 + history.LOOK_BACK)))
     assert expected(engine, 2) == {}
+
+
+@pytest.mark.parametrize(("distance", "known"), [(history.FARTHEST - 1, True), (history.FARTHEST, False)])
+def test_what_lies_far_back_is_history_no_more(engine, distance, known):
+    record(engine, took(10, 1))
+    (first,) = rows(engine, 1)
+    given = update(models.counters).values(builds=first["id"] + distance - 1)
+    db.as_writer(engine, lambda write: write.connection.execute(given))
+    record(engine, github(P, run=2))
+    assert (2 in expected(engine, 2)) is known
 
 
 def test_a_batch_takes_two_statements_however_many_builds_and_lines(engine, monkeypatch):

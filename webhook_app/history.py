@@ -22,6 +22,9 @@ Row = Mapping[Any, Any]
 
 LOOK_BACK = 200
 """So many of the newest builds are looked through for those that count."""
+FARTHEST = 250_000
+"""What lies so many builds back is no history: for a rare line among few, PostgreSQL may choose to walk down
+the ids of all builds, and has to stop somewhere."""
 MOST = 20
 """So many of those that count are taken, the newest."""
 FEW = 3
@@ -113,6 +116,7 @@ def _taken(unknown: tuple[bool, ...]) -> Select[Any]:
     equal = [_is_same(name, null) for name, null in zip(_BRANCH, unknown, strict=False)]
     walked = equal if len(equal) == len(_BRANCH) else equal[:2]
     looked_at = select(*(_earlier.c[name] for name in _NEEDED)).where(*walked)
+    looked_at = looked_at.where(_earlier.c.id > _now.c.id - FARTHEST)
     newest = looked_at.order_by(_earlier.c.id.desc()).limit(LOOK_BACK).correlate(_now).subquery("newest").c
     counted = select(newest.id, newest.attempt, newest.started_at, newest.ended_at).where(
         _is_same("workflow", unknown[2], newest), *_counts(newest)
