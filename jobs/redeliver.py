@@ -118,9 +118,25 @@ def _places(
     places: dict[Place, datetime | None] = dict.fromkeys(configured)
     if absence and now - absence.ended < SEEN_AFTER:
         places |= dict.fromkeys(_seen(connection, able, now))
-    return places | {
+    places |= {
         (row["source"], row["repository"]): row["missed_at"] for row in missed if row["source"] in able
     }
+    return _each_once(connection, places)
+
+
+def _each_once(
+    connection: Connection, places: Mapping[Place, datetime | None]
+) -> dict[Place, datetime | None]:
+    """Each repository under the name its platform gives it, with its last miss."""
+    columns = models.places.c
+    aliases = select(columns.source, columns.repository, columns.same_as).where(columns.same_as.is_not(None))
+    told = {(row.source, row.repository): row.same_as for row in connection.execute(aliases)}
+    once: dict[Place, datetime | None] = {}
+    for place, missed_at in places.items():
+        name = (place[0], told.get(place, place[1]))
+        times = [at for at in (missed_at, once.get(name)) if at is not None]
+        once[name] = max(times, default=None)
+    return once
 
 
 def _seen(connection: Connection, able: set[str], now: datetime) -> list[Place]:

@@ -1,6 +1,7 @@
 """Deliveries that we missed are asked for again: a real reception, the simulated platforms, one stepped clock."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -249,6 +250,18 @@ def test_a_look_that_was_cut_short_is_made_again(make_stand, relay, monkeypatch)
     assert attempts(stand, "github") > 0
 
 
+def test_two_workers_at_once_ask_once(make_stand, relay):
+    stand, sender = make_stand("github", 2)
+    connect(stand, "github")
+    sweep(stand)
+    stand.clock.advance(900)
+    sender.send_due()
+    restart(stand, relay)
+    with ThreadPoolExecutor(4) as workers:
+        list(workers.map(redeliver_job.redeliver, [stand.held] * 4))
+    assert attempts(stand, "github") == len(guids(stand)) > 0
+
+
 @ON_SQLITE
 def test_old_redeliveries_are_forgotten(make_stand, relay):
     stand, _ = make_stand("github", 1)
@@ -263,6 +276,23 @@ def test_old_redeliveries_are_forgotten(make_stand, relay):
 def guids(stand):
     with db.reading(stand.engine) as connection:
         return connection.execute(select(models.redeliveries.c.guid)).scalars().all()
+
+
+@ON_SQLITE
+def test_a_project_that_is_known_by_two_names_is_looked_at_once(make_stand, relay):
+    stand, _ = make_stand("gitlab", 3)
+    sweep(stand)
+    stand.clock.advance(120)
+    stand.discover()
+    stand.poll()
+    sources = stand.held.settings.sources
+    with db.reading(stand.engine) as connection:
+        looks = list(redeliver_job.due(connection, sources, stand.now()))
+    builds = {build.repository.full_name for build in stand.world.builds}
+    ids = {str(build.repository.id) for build in stand.world.builds}
+    assert {look.repository for look in looks if look.since} == builds, "their pushes were missed"
+    assert not ids & {look.repository for look in looks}
+    assert len(looks) == len(sources["gitlab"].repositories)
 
 
 @ON_SQLITE
