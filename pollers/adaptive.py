@@ -45,7 +45,7 @@ class Trust:
         """The share of earlier builds that must be over before one is watched; None: all the time."""
         if self.share is None or self.share < GOOD:
             return None
-        return 0.9 if self.share >= COMPLETE else 0.4
+        return 0.9 if self.share >= COMPLETE else 0.45
 
     @property
     def list_stretch(self) -> int:
