@@ -158,7 +158,7 @@ def _begin(lane: _Lane) -> tuple[Ledger, list[Place]] | None:
 
     def unit(write: db.Write) -> tuple[Ledger, list[Place]] | None:
         now = utc_now()
-        ledger = budget.take(write, lane.name, lane.platform, lane.owner, now + lane.lease, now)
+        ledger = budget.take(write, lane.name, list(lane.sources), lane.owner, now + lane.lease, now)
         if ledger is None:
             return None
         ledger = budget.reckoned(ledger, now, lane.manners, reserve)

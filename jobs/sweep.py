@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import delete, select
 
 from jobs.resources import Resources, resources
+from pollers import client
 from webhook_app import builds, db, health, models, queues
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
 from webhook_app.polling import Pace
@@ -30,6 +31,7 @@ def sweep(held: Resources | None = None) -> None:
     if lost:
         log.info("heartbeat lost builds=%d", lost)
         queues.Bell(held.redis).ring(queues.DELIVER)
+    db.as_writer(held.engine, lambda write: client.forget(write, now - timedelta(days=1)))
     before = now - timedelta(days=held.settings.retention_days)
     db.as_writer(held.engine, lambda write: forget(write, before))
 

@@ -20,6 +20,9 @@ from webhook_app.lifecycle import State
 COMPLETE, GOOD = 0.9995, 0.95
 """Shares of changes that pushes told first: none missed of the last four hundred or so, and one in twenty."""
 
+PROOF = 100
+"""Changes that a source must have had before its share says anything."""
+
 SNAP_BACK = timedelta(minutes=3)
 LONGEST_WAIT = timedelta(minutes=30)
 ENOUGH = 8
@@ -34,32 +37,42 @@ class Trust:
     """How much a source's pushes may be relied upon.
 
     `share`: of the latest changes, those a push told first (0 to 1; None: not known).  `missed`: repositories
-    where one was missed a moment ago.
+    where one was missed a moment ago.  `proven`: there were changes enough to tell.
     """
 
     share: float | None = None
     missed: frozenset[str] = frozenset()
+    proven: bool = True
 
     @property
     def watch_from(self) -> float | None:
         """The share of earlier builds that must be over before one is watched; None: all the time."""
-        if self.share is None or self.share < GOOD:
+        if not self._is_good:
             return None
-        return 0.9 if self.share >= COMPLETE else 0.45
+        return 0.9 if self._is_complete else 0.45
 
     @property
     def list_stretch(self) -> int:
         """How many times more slowly new builds are looked for."""
-        if self.share is None or self.share < GOOD:
+        if not self._is_good:
             return 1
-        return 30 if self.share >= COMPLETE else 20
+        return 30 if self._is_complete else 20
+
+    @property
+    def _is_good(self) -> bool:
+        return self.proven and self.share is not None and self.share >= GOOD
+
+    @property
+    def _is_complete(self) -> bool:
+        return self._is_good and self.share is not None and self.share >= COMPLETE
 
 
 def trust(connection: Connection, names: Collection[str], now: datetime) -> dict[str, Trust]:
     """What is known of the pushes of these sources."""
     s, r = models.sources.c, models.repositories.c
-    shares = connection.execute(select(s.name, s.push_share).where(s.name.in_(list(names))))
-    found = {row.name: Trust(row.push_share) for row in shares}
+    seen = s.changes_pushed + s.changes_polled
+    shares = connection.execute(select(s.name, s.push_share, seen).where(s.name.in_(list(names))))
+    found = {name: Trust(share, proven=changes >= PROOF) for name, share, changes in shares}
     recent = select(r.source, r.repository).where(r.missed_at > now - SNAP_BACK, r.source.in_(list(names)))
     for row in connection.execute(recent):
         known = found.get(row.source, Trust())

@@ -10,6 +10,7 @@ read twice at once.  The reckoning is pure:
 * `price`: the share of requests that cost budget lately; so many more may be sent than there is credit.
 """
 
+import math
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timedelta
@@ -29,6 +30,7 @@ BURST_SHARE = 0.02
 LEAST_BURST = 10.0
 LEAST_PRICE = 0.02
 PRICE_WEIGHT = 0.01
+LATELY_SECONDS = 600.0
 TURNS_BURST_SECONDS = 1.0
 """What is due together is spread by so little room for a burst, and then stays spread."""
 LEAST_WAIT_SECONDS = 1.0
@@ -42,7 +44,8 @@ class Ledger:
     """What a lane may ask, as reckoned at `reckoned_at`.
 
     `limit`, `remaining`, `reset_at`: as the platform told them last; None: it tells nothing.
-    `strikes`: limits hit in a row.  `requests`, `counted`: made ever, and those that cost budget.
+    `per_hour`: requests that cost budget, at the pace of the last ten minutes.  `strikes`: limits hit in a
+    row.  `requests`, `counted`: made ever, and those that cost budget.
     """
 
     reckoned_at: datetime
@@ -52,6 +55,7 @@ class Ledger:
     credit: float = LEAST_BURST
     turns: float = 10.0
     price: float = 1.0
+    per_hour: float = 0.0
     strikes: int = 0
     requests: int = 0
     counted: int = 0
@@ -73,7 +77,8 @@ def reckoned(ledger: Ledger, now: datetime, manners: Manners, reserve: float) ->
     seconds = max((now - ledger.reckoned_at).total_seconds(), 0.0)
     turns = min(ledger.turns + seconds * manners.per_minute / 60, _most_turns(manners))
     credit = min(ledger.credit + seconds * _rate(ledger, now, reserve), _most_credit(ledger, reserve))
-    return replace(ledger, reckoned_at=now, turns=turns, credit=credit)
+    per_hour = ledger.per_hour * math.exp(-seconds / LATELY_SECONDS)
+    return replace(ledger, reckoned_at=now, turns=turns, credit=credit, per_hour=per_hour)
 
 
 def _most_turns(manners: Manners) -> float:
@@ -129,6 +134,7 @@ def charged(ledger: Ledger, spent: Spent, now: datetime) -> Ledger:
         credit=ledger.credit - spent.counted,
         turns=ledger.turns - spent.requests,
         price=ledger.price * fade + spent.counted / spent.requests * (1 - fade),
+        per_hour=ledger.per_hour + spent.counted * 3600 / LATELY_SECONDS,
         requests=ledger.requests + spent.requests,
         counted=ledger.counted + spent.counted,
         limit=told.limit if told else ledger.limit,
@@ -155,13 +161,15 @@ _l = models.budgets.c
 _LEDGER = [entry.name for entry in fields(Ledger)]
 
 
-def take(write: Write, lane: str, platform: str, owner: str, until: datetime, now: datetime) -> Ledger | None:
+def take(
+    write: Write, lane: str, sources: Sequence[str], owner: str, until: datetime, now: datetime
+) -> Ledger | None:
     """Own the lane until then, dead or alive; None while somebody else owns it."""
     row = write.connection.execute(select(models.budgets).where(_l.lane == lane)).mappings().one_or_none()
-    ours: dict[str, Any] = {"owner": owner, "owned_until": until}
+    ours: dict[str, Any] = {"owner": owner, "owned_until": until, "sources": sorted(sources)}
     if row is None:
         ledger = Ledger(now)
-        blank = {"lane": lane, "platform": platform} | {name: getattr(ledger, name) for name in _LEDGER}
+        blank = {"lane": lane} | {name: getattr(ledger, name) for name in _LEDGER}
         write.connection.execute(insert(models.budgets), blank | ours)
         return ledger
     if row["owner"] not in (None, owner) and row["owned_until"] > now:

@@ -38,7 +38,7 @@ def test_how_far_a_share_of_pushed_changes_is_trusted(share, watch_from, stretch
 def trusted(make_stand):
     """`trusted(share, earlier)`: a stand whose pushes proved so complete, one running build, earlier ones of its kind."""
 
-    def make(share=1.0, earlier=10, pace="adaptive"):
+    def make(share=1.0, earlier=10, pace="adaptive", changes=100):
         stand = make_stand(
             ("github",), 1, kinds={"github": ["success"]}, speed=0.001, BUILD_POLL_PACE=pace,
             DISCOVERY_INTERVAL="3600",
@@ -48,12 +48,12 @@ def trusted(make_stand):
         for seconds in range(earlier):
             self_made(stand, build, seconds)
         stand.push(build, workflow="CI", branch="main", started_at=stand.now())
-        row = {"name": "github", "push_share": share}
+        row = {"name": "github", "push_share": share, "changes_pushed": changes}
         db.as_writer(
             stand.engine,
             lambda write: (
                 write.connection.execute(
-                    update(models.sources).where(models.sources.c.name == "github").values(push_share=share)
+                    update(models.sources).where(models.sources.c.name == "github").values(row)
                 ).rowcount
                 or write.connection.execute(insert(models.sources), row)
             ),
@@ -125,6 +125,13 @@ def test_a_missed_push_brings_its_repository_back_to_the_full_pace_for_a_while(t
     stand.poll(after=adaptive.SNAP_BACK.total_seconds())
     assert stand.row(build)["poll_count"] == 1
     assert stand.wait(build) > INTERVAL
+
+
+@ON_SQLITE
+def test_a_source_that_told_little_yet_has_proved_nothing(trusted):
+    stand, build = trusted(changes=99)
+    stand.poll(after=FRESH)
+    assert stand.row(build)["poll_count"] == 1
 
 
 @ON_SQLITE

@@ -1193,6 +1193,8 @@ def test_sources_tell_their_push_health(api):
     assert listed["next_cursor"] is None
     found = {item["name"]: item for item in listed["items"]}
     assert set(found) == {"github", "gitlab", "jenkins", "script"}
+    behind = found["github"].pop("behind_seconds")
+    assert (utc_now() - at(215)).total_seconds() - behind < 60, "it was polled at 200"
     age = found["github"].pop("newest_fact_age_seconds")
     assert (utc_now() - at(200)).total_seconds() - age < 60
     assert found["github"] == {
@@ -1205,6 +1207,25 @@ def test_sources_tell_their_push_health(api):
     silent = found["jenkins"]
     assert (found["script"]["can_poll"], silent["last_push_at"], silent["pushes"]) == (False, None, 0)
     assert (silent["push_share"], silent["newest_fact_age_seconds"]) == (None, None)
+
+
+def test_sources_tell_what_is_left_of_their_budget_and_what_will_be(api):
+    now = utc_now()
+    row = {
+        "lane": "github:api:1", "sources": ["github", "ghe"], "limit": 5000, "remaining": 4000,
+        "reset_at": now + timedelta(seconds=1800), "credit": 1.0, "turns": 1.0, "reckoned_at": now, "price": 0.4,
+        "per_hour": 1000.0, "strikes": 0, "requests": 900, "counted": 360,
+    }  # fmt: skip
+    with api.engine.connect().execution_options(writing=True) as connection, connection.begin():
+        connection.execute(insert(models.budgets), row)
+    found = {item["name"]: item for item in api("GET", "/api/sources")["items"]}
+    assert found["gitlab"]["budget"] is None
+    budget = found["github"]["budget"]
+    assert budget.pop("reset_at") is not None
+    assert abs(budget.pop("forecast_remaining") - 3500) < 5
+    assert budget == {
+        "limit": 5000, "remaining": 4000, "per_hour": 1000, "requests": 900, "counted": 360,
+    }  # fmt: skip
 
 
 def test_the_running_script(api):

@@ -264,7 +264,7 @@ def test_a_lane_has_one_owner_until_it_gives_it_back_or_dies(make_stand):
     def take(owner, later=0.0):
         at_ = now + timedelta(seconds=later)
         return db.as_writer(
-            stand.engine, lambda write: budget.take(write, "lane", "github", owner, until, at_)
+            stand.engine, lambda write: budget.take(write, "lane", ["github"], owner, until, at_)
         )
 
     ledger = take("a")
@@ -285,7 +285,7 @@ def test_a_lane_that_another_process_reads_is_left_to_it(make_stand):
     lane = credentials.lane(stand.held.settings.sources["github"])
     until = stand.now() + timedelta(seconds=2 * FRESH)
     db.as_writer(
-        stand.engine, lambda write: budget.take(write, lane, "github", "another", until, stand.now())
+        stand.engine, lambda write: budget.take(write, lane, ["github"], "another", until, stand.now())
     )
     stand.poll(after=FRESH)
     assert stand.requests()["github"] == 0

@@ -14,6 +14,7 @@ from sqlalchemy import (
     Connection,
     Select,
     bindparam,
+    func,
     or_,
     select,
     tuple_,
@@ -336,3 +337,22 @@ def read_notice(connection: Connection, notice_id: int, now: datetime) -> Row | 
         update(models.notices).where(columns.id == notice_id, columns.read_at.is_(None)).values(read_at=now)
     )
     return connection.execute(select(models.notices).where(columns.id == notice_id)).mappings().one_or_none()
+
+
+# ---- budgets ---------------------------------------------------------------------------------
+
+
+def budgets(connection: Connection) -> dict[str, Row]:
+    """What is left to ask of each source that is polled, by its name."""
+    rows = connection.execute(select(models.budgets)).mappings()
+    return {name: row for row in rows for name in row["sources"]}
+
+
+def behind(connection: Connection, names: Collection[str]) -> dict[str, datetime]:
+    """Since when the stalest build of each of these sources is due; a time to come: none is."""
+    rows = connection.execute(
+        select(_b.source, func.min(_b.next_poll_at).label("since"))
+        .where(_b.next_poll_at.is_not(None), _b.source.in_(list(names)))
+        .group_by(_b.source)
+    )
+    return {row.source: row.since for row in rows}

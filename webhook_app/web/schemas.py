@@ -600,11 +600,19 @@ class CreatedToken(Token):
 
 
 class Budget(Schema):
-    """What a token may still ask; null where the platform tells no limit."""
+    """What a token may still ask.  `limit`, `remaining` and `reset_at` are null where the platform is silent.
+
+    `per_hour`: what polling spends at the pace of the last ten minutes; `forecast_remaining`: what that
+    leaves at the reset.  `requests` and `counted`: made ever, and those of them that cost budget.
+    """
 
     limit = _out(fields.Integer, null=True)
     remaining = _out(fields.Integer, null=True)
     reset_at = _out(Moment, null=True)
+    per_hour = _out(fields.Integer)
+    forecast_remaining = _out(fields.Integer, null=True)
+    requests = _out(fields.Integer)
+    counted = _out(fields.Integer)
 
 
 class Source(Schema):
@@ -623,6 +631,7 @@ class Source(Schema):
     push_share = _out(fields.Float, null=True)
     newest_fact_age_seconds = _out(fields.Float, null=True)
     deaf_since = _out(Moment, null=True)
+    behind_seconds = _out(fields.Float)
     budget = _out(fields.Nested, Budget, null=True)
 
 

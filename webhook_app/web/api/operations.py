@@ -153,16 +153,31 @@ def list_sources() -> Any:
     """List the configured sources with their push health: who told what first, and what is left to ask.
 
     `missed_pushes` counts changes that a poll was first to tell though a push should have; `push_share`
-    (0 to 1) weighs the last 200 changes; `deaf_since`: since when pushes are believed not to come at all.
+    (0 to 1) weighs the last 200 changes; `deaf_since`: since when pushes are believed not to come at all;
+    `behind_seconds`: how long the stalest build has been due for its poll.
     """
+    sources, now = state().settings.sources, utc_now()
     with db.reading(state().engine) as connection:
         told = health.snapshot(connection)
-    now = utc_now()
-    sources = state().settings.sources.items()
-    return {
-        "items": [_source(name, one, told.get(name, {}), now) for name, one in sources],
-        "next_cursor": None,
-    }
+        budgets = queries.budgets(connection)
+        behind = queries.behind(connection, [name for name in sources if sources[name].can_poll])
+    items = [
+        _source(name, one, told.get(name, {}), now)
+        | {"budget": _budget(budgets.get(name), now)}
+        | {"behind_seconds": max((now - behind.get(name, now)).total_seconds(), 0.0)}
+        for name, one in sources.items()
+    ]
+    return {"items": items, "next_cursor": None}
+
+
+def _budget(row: Row | None, now: datetime) -> dict[str, Any] | None:
+    """What is left, and what will be at the reset at the present pace; None before the first read."""
+    if row is None:
+        return None
+    reset_at, forecast = row["reset_at"], None
+    if reset_at is not None and reset_at > now:
+        forecast = max(int(row["remaining"] - row["per_hour"] * (reset_at - now).total_seconds() / 3600), 0)
+    return {**row, "per_hour": int(row["per_hour"]), "forecast_remaining": forecast}
 
 
 _UNTOLD = dict.fromkeys(("pushes", "polls", "missed_pushes"), 0) | dict.fromkeys(
@@ -181,7 +196,6 @@ def _source(name: str, settings: SourceSettings, told: Row, now: datetime) -> di
         "pause_reason": told["pause_reason"] if paused else None,
         **{field: told.get(field, untold) for field, untold in _UNTOLD.items()},
         "newest_fact_age_seconds": (now - newest).total_seconds() if newest else None,
-        "budget": None,
     }
 
 
