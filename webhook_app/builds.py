@@ -10,9 +10,19 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import insert
 
-from webhook_app import deliveries, health, models, platforms, polling, progress, results, subscribers
+from webhook_app import (
+    bulk,
+    deliveries,
+    health,
+    models,
+    platforms,
+    polling,
+    progress,
+    results,
+    subscribers,
+)
 from webhook_app.db import Write
 from webhook_app.lifecycle import (
     Act,
@@ -108,10 +118,10 @@ def record(write: Write, facts: Sequence[Fact], now: datetime, pace: Pace) -> li
 class _Drafts:
     """The drafts of a batch, by key and by group."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, found: Iterable[Row]) -> None:
         self.by_key: dict[str, _Draft] = {}
         self.by_group: dict[str, _Draft] = {}
-        for row in rows:
+        for row in found:
             self.add(_Draft(row))
 
     def add(self, draft: _Draft) -> None:
@@ -131,17 +141,8 @@ class _Drafts:
 def _load(write: Write, facts: Sequence[Fact]) -> _Drafts:
     keys = {fact.key for fact in facts if fact.key}
     groups = {fact.group for fact in facts if isinstance(fact, Observation) and not fact.key and fact.group}
-    rows: list[Any] = []
-    if keys:
-        rows += write.connection.execute(_BY_KEY, {"keys": list(keys)})
-    if groups:
-        rows += write.connection.execute(_BY_GROUP, {"groups": list(groups)})
-    return _Drafts(dict(zip(_COLUMNS, row, strict=True)) for row in rows)
-
-
-_COLUMNS = [column.name for column in models.builds.c]
-_BY_KEY = select(models.builds).where(models.builds.c.key.in_(bindparam("keys", expanding=True)))
-_BY_GROUP = select(models.builds).where(models.builds.c.group_key.in_(bindparam("groups", expanding=True)))
+    found = bulk.find(write.connection, models.builds, "key", keys)
+    return _Drafts(found + bulk.find(write.connection, models.builds, "group_key", groups))
 
 
 def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace) -> Outcome:
@@ -536,37 +537,21 @@ def _poll_detail(row: Row) -> Row:
 
 # ---- writing ---------------------------------------------------------------------------------
 
-_MUTABLE = [column.name for column in models.builds.c if column.name not in ("id", "key", "created_at")]
-_UPDATE = (
-    update(models.builds)
-    .where(models.builds.c.id == bindparam("the_id"))
-    .values({name: bindparam(f"new_{name}") for name in _MUTABLE})
-)
-
 
 def _flush(write: Write, drafts: Sequence[_Draft], now: datetime) -> None:
     connection = write.connection
     for draft in drafts:
         draft.row["updated_at"] = now
-    new = [draft.row for draft in drafts if draft.new]
-    if new:
-        connection.execute(insert(models.builds), new)
-    changed = [draft.row for draft in drafts if not draft.new]
-    if changed:
-        connection.execute(
-            _UPDATE,
-            [{"the_id": row["id"]} | {f"new_{name}": row[name] for name in _MUTABLE} for row in changed],
-        )
-    superseded = [old for draft in drafts for old in draft.superseded]
-    if superseded:
-        connection.execute(insert(models.attempts), superseded)
+    bulk.insert(connection, models.builds, [draft.row for draft in drafts if draft.new])
+    bulk.update(connection, models.builds, [draft.row for draft in drafts if not draft.new])
+    bulk.insert(connection, models.attempts, [old for draft in drafts for old in draft.superseded])
     events = [event for draft in drafts for event in draft.events]
     for event in events:
         event["id"] = event["data"]["event_id"] = write.new_id("events")
     if events:
         if any(subscriber.wants_change for subscriber in subscribers.active(write)):
             results.note_changes(connection, events)
-        connection.execute(insert(models.events), events)
+        bulk.insert(connection, models.events, events)
 
 
 # ---- named by a request ----------------------------------------------------------------------

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import orjson
-from sqlalchemy import Connection, Engine, bindparam, create_engine, event, select, update
+from sqlalchemy import Connection, Engine, create_engine, event, select
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
-from webhook_app import models
+from webhook_app import bulk, models
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -160,15 +160,9 @@ class Write:
     def finish(self) -> None:
         """Store the ids given out; called once, last."""
         if self._given:
-            self.connection.execute(_GIVEN, {f"new_{name}": last for name, last in self.last.items()})
+            bulk.update(self.connection, models.counters, [self.last])
 
 
-_c = models.counters.c
-_GIVEN = (
-    update(models.counters)
-    .where(_c.id == 1)
-    .values({column.name: bindparam(f"new_{column.name}") for column in _c if column.name != "id"})
-)
 _LOCK_COUNTERS = select(models.counters).where(models.counters.c.id == 1).with_for_update()
 
 

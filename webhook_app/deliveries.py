@@ -20,7 +20,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, insert, select, text, tuple_, update
 
-from webhook_app import formats, models, signing, subscribers
+from webhook_app import bulk, formats, models, signing, subscribers
 from webhook_app.db import Write
 from webhook_app.formats import Told
 from webhook_app.retries import RetryPolicy, slow_down
@@ -41,15 +41,14 @@ def plan(write: Write, events: Sequence[Mapping[str, Any]], now: datetime) -> in
     if not events:
         return 0
     wanting = subscribers.active(write)
-    rows = [
+    messages = [
         _message(write, event, subscriber.id, now)
         for event in events
         for subscriber in wanting
         if subscriber.match(event["type"], event["data"], event["change"])
     ]
-    if rows:
-        write.connection.execute(insert(models.messages), rows)
-    return len(rows)
+    bulk.insert(write.connection, models.messages, messages)
+    return len(messages)
 
 
 def plan_one(write: Write, event: Mapping[str, Any], subscriber_id: str, now: datetime) -> str:

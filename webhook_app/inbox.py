@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Engine, bindparam, insert, select, update
+from sqlalchemy import Engine, bindparam, select, update
 
-from webhook_app import builds, models, platforms
+from webhook_app import builds, bulk, models, platforms
 from webhook_app.db import Write, as_writer
 from webhook_app.platforms import Headers, Source, Unreadable, Webhook
 from webhook_app.polling import Pace
@@ -92,30 +92,27 @@ def _take(write: Write, arrivals: Sequence[Arrival], now: datetime, pace: Pace) 
             known[key] = (row_id, "applied", None)
         fresh.append((place, arrival, row_id))
     taken, results = _apply(write, fresh, now, pace)
-    rows = [
+    kept = [
         _row(row_id, arrival, now) | results[row_id] for _, arrival, row_id in fresh if row_id not in again
     ]
-    if rows:
-        write.connection.execute(insert(models.inbound), rows)
+    bulk.insert(write.connection, models.inbound, kept)
     _settle(write, {row_id: result for row_id, result in results.items() if row_id in again})
     receipts |= taken
     return [receipts[place] for place in range(len(arrivals))]
 
 
-_i = models.inbound.c
-_KNOWN = (
-    select(_i.delivery_key, _i.id, _i.status, models.builds.c.build_id)
-    .outerjoin(models.builds, _i.build == models.builds.c.id)
-    .where(_i.delivery_key.in_(bindparam("keys", expanding=True)))
-)  # fmt: skip
+_KNOWN = """
+    SELECT i.delivery_key, i.id, i.status, b.build_id
+    FROM inbound i LEFT JOIN builds b ON b.id = i.build WHERE i.delivery_key
+"""
 
 
 def _known(write: Write, arrivals: Sequence[Arrival]) -> dict[str, tuple[int, str, str | None]]:
+    """Row id, status and build of the deliveries that came before, by key."""
     keys = [arrival.delivery_key for arrival in arrivals if arrival.delivery_key]
-    if not keys:
-        return {}
-    rows = write.connection.execute(_KNOWN, {"keys": keys})
-    return {row.delivery_key: (row.id, row.status, row.build_id) for row in rows}
+    return {
+        key: (id_, status, build) for key, id_, status, build in bulk.look_up(write.connection, _KNOWN, keys)
+    }
 
 
 def _row(row_id: int, arrival: Arrival, now: datetime) -> dict[str, Any]:

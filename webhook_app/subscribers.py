@@ -91,7 +91,7 @@ def filters(row: Row) -> Filters:
     return Filters(row["id"], **{name: tuple(row[name]) for name in _GLOBS}, format=row["format"])
 
 
-_cached: tuple[str, int, tuple[Filters, ...]] = ("", -1, ())
+_cached: tuple[Engine | None, int, tuple[Filters, ...]] = (None, -1, ())
 
 
 def active(write: Write) -> tuple[Filters, ...]:
@@ -100,15 +100,14 @@ def active(write: Write) -> tuple[Filters, ...]:
     `counters.subscribers_revision`, read under the writer's lock, says so.
     """
     global _cached  # noqa: PLW0603  a cache of one, checked by revision
-    database, revision, known = _cached
-    url = str(write.connection.engine.url)
-    if database == url and revision == write.last["subscribers_revision"]:
+    engine, revision, known = _cached
+    if engine is write.connection.engine and revision == write.last["subscribers_revision"]:
         return known
     columns = models.subscribers.c
     rows = write.connection.execute(select(models.subscribers).where(columns.state == "active"))
     found = tuple(filters(dict(row)) for row in rows.mappings())
     if not write.gave("subscribers_revision"):  # else it may yet be rolled back, and the number given again
-        _cached = (url, write.last["subscribers_revision"], found)
+        _cached = (write.connection.engine, write.last["subscribers_revision"], found)
     return found
 
 
