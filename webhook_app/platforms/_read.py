@@ -10,6 +10,7 @@ import json
 import re
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Any, NoReturn
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -143,12 +144,14 @@ def web_url(value: object) -> str | None:
     url = text(value, URL_CHARS + 1)
     if url is None or len(url) > URL_CHARS or not url.isprintable() or " " in url:
         return None
-    return url if url.startswith(("https://", "http://")) and _host(url) else None
+    return url if url.startswith(("https://", "http://")) and _host("/".join(url.split("/", 3)[:3])) else None
 
 
-def _host(url: str) -> str | None:
+@lru_cache(256)
+def _host(origin: str) -> str | None:
+    """The host of `https://HOST`; remembered, since most links lead to the same few."""
     try:
-        return urlsplit(url).hostname
+        return urlsplit(origin).hostname
     except ValueError:  # half an IPv6 address
         return None
 

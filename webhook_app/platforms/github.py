@@ -243,8 +243,11 @@ def _run(source: Source, run: dict[str, Any], repository: str | None, observed_b
     conclusion = _read.text(run.get("conclusion"))
     state, ended_as, waiting = _state(status, conclusion)
     updated_at = _read.moment(run.get("updated_at"))
-    return replace(
-        _about(source, _read.need_id(run, "workflow_run.id"), repository, observed_by),
+    return _about(
+        source,
+        _read.need_id(run, "workflow_run.id"),
+        repository,
+        observed_by,
         group=_suite(source, run.get("check_suite_id")),
         attempt=_attempt(run, "workflow_run.run_attempt"),
         state=state,
@@ -277,8 +280,10 @@ def _state(status: str, conclusion: str | None) -> tuple[State | None, Conclusio
     return (State.QUEUED if status in _NOT_BEGUN else None), None, status in _WAITING
 
 
-def _about(source: Source, run_id: int, repository: str | None, observed_by: ObservedBy) -> Observation:
-    """An observation that only names its run."""
+def _about(
+    source: Source, run_id: int, repository: str | None, observed_by: ObservedBy, **more: Any
+) -> Observation:
+    """An observation that names its run, and says what `more` says."""
     if not _is_repository(repository):
         raise Unreadable("repository.full_name: OWNER/REPO is needed")
     return Observation(
@@ -288,6 +293,7 @@ def _about(source: Source, run_id: int, repository: str | None, observed_by: Obs
         key=f"{source.name}:{run_id}",
         build_id=f"{source.name}:{(repository or '').replace('/', ':')}:{run_id}",
         repository=repository,
+        **more,
     )
 
 
@@ -347,8 +353,11 @@ def _job(source: Source, payload: dict[str, Any]) -> Observation:
     attempt = _attempt(job, "workflow_job.run_attempt")
     url = _read.web_url(job.get("html_url"))
     run_url = _RUN_URL.match(url) if url else None
-    return replace(
-        _about(source, run_id, _repository(payload, job), ObservedBy.PUSH),
+    return _about(
+        source,
+        run_id,
+        _repository(payload, job),
+        ObservedBy.PUSH,
         attempt=attempt,
         state=State.IN_PROGRESS if attempt and job.get("status") == "in_progress" else None,
         workflow=_read.text(job.get("workflow_name")),
@@ -379,7 +388,7 @@ def _check_run(source: Source, payload: dict[str, Any]) -> Webhook:
     group = _suite(source, _read.mapping(check.get("check_suite")).get("id"))
     run_id = _run_of(check, repository)
     if run_id is not None:
-        return Webhook((replace(_about(source, run_id, repository, ObservedBy.PUSH), group=group),))
+        return Webhook((_about(source, run_id, repository, ObservedBy.PUSH, group=group),))
     if group is None:
         return Webhook(ignored="the check names neither a run nor a suite")
     nameless = Observation(
