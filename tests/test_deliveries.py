@@ -103,6 +103,17 @@ def test_filters_are_globs_and_empty_means_all(engine, wanted, gets):
     assert bool(rows(engine)) is gets
 
 
+def test_message_ids_rise_with_time_and_are_not_to_be_guessed(engine):
+    subscribe(engine)
+    for second in (1, 2, 3):
+        record(engine, *(github(Q, run=10 * second + place) for place in range(9)), now=at(second))
+    ids = [row["message_id"] for row in rows(engine)]
+    assert [sorted(ids)[first : first + 9] for first in (0, 9, 18)] == [
+        sorted(ids[first : first + 9]) for first in (0, 9, 18)
+    ]
+    assert len({message_id[16:] for message_id in ids}) == 27
+
+
 def test_a_new_subscriber_counts_from_the_next_event_on(engine):
     record(engine, github(Q))
     subscribe(engine)
