@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from isal import isal_zlib
 from sqlalchemy import Engine, bindparam, select, update
 
 from webhook_app import builds, bulk, models, platforms
@@ -18,6 +19,7 @@ from webhook_app.platforms import Headers, Source, Unreadable, Webhook
 from webhook_app.polling import Pace
 
 COMPRESSION = 1
+"""ISA-L's: smaller than zlib's own 1, in a third of the time; `zlib` reads it."""
 KEPT_HEADERS = frozenset({
     "content-type", "user-agent", "x-github-event", "x-github-delivery", "x-github-hook-id",
     "x-gitlab-event", "x-gitlab-instance", "x-gitlab-event-uuid", "idempotency-key", "webhook-id",
@@ -28,12 +30,12 @@ KEPT_HEADERS = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A verified delivery, parsed.  `webhook` None: unreadable, for this `reason`."""
+    """A verified delivery, parsed.  `webhook` None: unreadable, for this `reason`.  `packed`: its body."""
 
     source: str
     envelope: platforms.Envelope
     headers: Headers
-    body: bytes
+    packed: bytes
     webhook: Webhook | None
     reason: str | None = None
 
@@ -66,7 +68,7 @@ def read(source: Source, headers: Headers, body: bytes) -> Arrival:
         webhook, reason = platform.parse_webhook(source, headers, body), None
     except Unreadable as error:
         webhook, reason = None, str(error)
-    return Arrival(source.name, envelope, headers, body, webhook, reason)
+    return Arrival(source.name, envelope, headers, isal_zlib.compress(body, COMPRESSION), webhook, reason)
 
 
 def take(engine: Engine, arrivals: Sequence[Arrival], now: datetime, pace: Pace) -> list[Receipt]:
@@ -124,7 +126,7 @@ def _row(row_id: int, arrival: Arrival, now: datetime) -> dict[str, Any]:
         "event": arrival.envelope.event,
         "delivery_id": arrival.envelope.delivery_id,
         "headers": {name: value for name, value in arrival.headers.items() if name in KEPT_HEADERS},
-        "body": zlib.compress(arrival.body, COMPRESSION),
+        "body": arrival.packed,
         "received_at": now,
     }
 
