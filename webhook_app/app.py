@@ -38,11 +38,13 @@ def _state(values: Settings) -> State:
     pace = settings.pace(values)
 
     def take(arrivals: Sequence[Arrival]) -> list[Receipt]:
-        receipts = inbox.take(engine, arrivals, utc_now(), pace)
+        return inbox.take(engine, arrivals, utc_now(), pace)
+
+    def ring(receipts: Sequence[Receipt]) -> None:
         if any(receipt.events for receipt in receipts):
             bell.ring(queues.DELIVER)
         if any(receipt.ask for receipt in receipts):
             bell.ring(queues.POLL)
-        return receipts
 
-    return State(values, engine, redis, bell, pace, db.GroupCommit(take), Refusals(engine))
+    take_together = db.GroupCommit(take, after=ring)
+    return State(values, engine, redis, bell, pace, take_together, Refusals(engine))

@@ -87,7 +87,6 @@ def _prepare_sqlite(engine: Engine, synchronous: str) -> None:
             f"synchronous={synchronous}",
             "foreign_keys=ON",
             "cache_size=-16000",
-            "wal_autocheckpoint=4000",
         ):
             connection.execute(f"PRAGMA {pragma}")
 
@@ -185,10 +184,17 @@ class GroupCommit(Generic[Argument, Result]):
     The first thread to come runs at once; what arrives meanwhile goes together in the next run.  Only
     under load, when groups were large, a leader waits a few milliseconds for those that keep coming.
     A unit that fails with company is repeated alone for each, so a bad argument costs only itself.
+    `after` is told the results once nobody waits for them any more; it must not raise.
     """
 
-    def __init__(self, run: Callable[[Sequence[Argument]], Sequence[Result]], most: int = 64) -> None:
+    def __init__(
+        self,
+        run: Callable[[Sequence[Argument]], Sequence[Result]],
+        after: Callable[[Sequence[Result]], object] = len,
+        most: int = 64,
+    ) -> None:
         self._run = run
+        self._after = after
         self._most = most
         self._mutex = threading.Lock()
         self._waiting: list[_Seat[Argument, Result]] = []
@@ -229,6 +235,7 @@ class GroupCommit(Generic[Argument, Result]):
                     self._waiting[0].call.release()
             for seat in seats[1:]:
                 seat.call.release()
+        self._after([seat.result for seat in seats if seat.error is None])  # type: ignore[misc]
 
     def _await_company(self) -> None:
         """Under load, let those come who came last time, as long as they keep coming.
