@@ -55,8 +55,13 @@ def look_up(connection: Connection, query: str, values: Collection[str]) -> Sequ
     text = f"{query} IN (SELECT value FROM json_each(?))"
     if connection.dialect.name == "postgresql":
         text, array = _one_by_one(query), list
+    return fetch(connection, text, (array([*values]),))
+
+
+def fetch(connection: Connection, text: str, parameters: Sequence[Any] = ()) -> Sequence[tuple[Any, ...]]:
+    """All rows of a statement in the driver's own words, as the driver gives them."""
     with _cursor(connection, text) as cursor:
-        found: list[tuple[Any, ...]] = cursor.execute(text, (array([*values]),)).fetchall()
+        found: list[tuple[Any, ...]] = cursor.execute(text, parameters).fetchall()
     return found
 
 
@@ -67,7 +72,7 @@ def _write(connection: Connection, how: "_Writing", rows: Sequence[Row]) -> None
 
 @contextmanager
 def _cursor(connection: Connection, text: str) -> Iterator[Any]:
-    """The driver's cursor, with its errors told as SQLAlchemy tells them."""
+    """The driver's cursor, its errors told as SQLAlchemy tells them; a lost connection empties the pool."""
     dialect, cursor = connection.dialect, connection.connection.cursor()
     driver_error = dialect.loaded_dbapi.Error
     try:
@@ -76,6 +81,7 @@ def _cursor(connection: Connection, text: str) -> Iterator[Any]:
         lost = dialect.is_disconnect(error, connection.connection.dbapi_connection, cursor)
         if lost:
             connection.invalidate(error)
+            connection.engine.dispose()
         raise DBAPIError.instance(
             text, None, error, driver_error, connection_invalidated=lost, dialect=dialect
         ) from error

@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import orjson
 from sqlalchemy import Connection, Engine, create_engine, event, select
+from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
@@ -162,15 +164,21 @@ class Write:
             bulk.update(self.connection, models.counters, [self.last])
 
 
+_COUNTERS = tuple(models.counters.c.keys())
 _LOCK_COUNTERS = select(models.counters).where(models.counters.c.id == 1).with_for_update()
+
+
+@lru_cache
+def _lock_counters(dialect: Dialect) -> str:
+    return str(_LOCK_COUNTERS.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
 
 
 def as_writer(engine: Engine, unit: Callable[[Write], Result]) -> Result:
     """`in_transaction`, as the one writer."""
 
     def locked(connection: Connection) -> Result:
-        row = connection.execute(_LOCK_COUNTERS).mappings().one()
-        write = Write(connection, dict(row))
+        (last,) = bulk.fetch(connection, _lock_counters(connection.dialect))
+        write = Write(connection, dict(zip(_COUNTERS, last, strict=True)))
         result = unit(write)
         write.finish()
         return result
@@ -225,7 +233,7 @@ class GroupCommit(Generic[Argument, Result]):
             self._await_company()
             seats = self._waiting[: self._most]
             del self._waiting[: self._most]
-            self._expected = len(seats)
+            self._expected = max(len(seats), self._expected * 3 // 4)
         try:
             self._serve(seats)
         finally:

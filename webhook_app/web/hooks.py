@@ -6,6 +6,7 @@ than verifying and parsing it does (`bench/` has the figures).  Everything else 
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -139,13 +140,14 @@ def _read_body(environ: Environ) -> bytes:
 
 def _headers(environ: Environ) -> dict[str, str]:
     """Header names in lower case, as the platform modules want them."""
-    found = {
-        name[5:].replace("_", "-").lower(): value
-        for name, value in environ.items()
-        if name.startswith("HTTP_")
-    }
+    found = {_header_name(name): value for name, value in environ.items() if name.startswith("HTTP_")}
     found["content-type"] = environ.get("CONTENT_TYPE", "")
     return found
+
+
+@lru_cache(256)
+def _header_name(variable: str) -> str:
+    return variable[5:].replace("_", "-").lower()
 
 
 def _take(held: State, settings: SourceSettings, headers: dict[str, str], body: bytes) -> Response | Answer:
