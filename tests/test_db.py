@@ -37,7 +37,7 @@ def test_a_lone_argument_does_not_wait_for_company():
     assert unit.groups == [["a"]]
 
 
-def _hold_and_fill(unit, group, arguments, wait_until):
+def _hold_and_fill(unit, group, arguments, wait_until, join=True):
     """Start one call that is held up, then the others behind it; their futures."""
     unit.go_on.clear()
     pool = ThreadPoolExecutor(16)
@@ -46,7 +46,7 @@ def _hold_and_fill(unit, group, arguments, wait_until):
     others = [pool.submit(group, argument) for argument in arguments]
     wait_until(lambda: len(group._waiting) == len(arguments))
     unit.go_on.set()
-    pool.shutdown(wait=True)
+    pool.shutdown(wait=join)
     return [first, *others]
 
 
@@ -68,6 +68,25 @@ def test_one_bad_argument_costs_the_others_nothing(wait_until):
     futures = _hold_and_fill(unit, GroupCommit(unit), ["a", "bad", "b"], wait_until)
     results = [future.exception() or future.result() for future in futures]
     assert [str(result) for result in results] == ["done first", "done a", "bad", "done b"]
+
+
+def test_what_follows_a_group_holds_up_neither_its_members_nor_the_next(wait_until):
+    """Ringing Redis may take half a second: only the thread that led waits for it."""
+    unit, told, heard = Recorder(), [], threading.Event()
+
+    def after(results):
+        told.append(list(results))
+        if len(told) == 2:
+            assert heard.wait(10)
+
+    group = GroupCommit(unit, after=after)
+    futures = _hold_and_fill(unit, group, ["a", "bad", "b"], wait_until, join=False)
+    wait_until(lambda: len(told) == 2)
+    wait_until(lambda: sum(future.done() for future in futures) == 3)  # all but the one that led
+    assert group("c") == "done c"
+    heard.set()
+    wait_until(lambda: all(future.done() for future in futures))
+    assert told[:2] == [["done first"], ["done a", "done b"]]  # a failure has no result
 
 
 def test_a_store_that_is_away_is_told_to_all_at_once(wait_until):

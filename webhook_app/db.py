@@ -36,7 +36,7 @@ UNAVAILABLE = (OperationalError, InterfaceError, ProgrammingError, PoolTimeout)
 
 
 CROWD = 4
-PATIENCE_SECONDS = 0.001
+PATIENCE_SECONDS = 0.002
 MOST_PATIENCE_SECONDS = 0.01
 """Group commit: from this size on a group waits for company, this long for the next, and so long in all."""
 
@@ -246,7 +246,7 @@ class GroupCommit(Generic[Argument, Result]):
         self._after([seat.result for seat in seats if seat.error is None])  # type: ignore[misc]
 
     def _await_company(self) -> None:
-        """Under load, let those come who came last time, as long as they keep coming.
+        """Under load, let those come who came lately, as long as they keep coming.
 
         After a large group its members are about to bring their next arguments; a leader that runs at
         once would run alone, and then with all of them, by turns.  A lone one never waits.
