@@ -60,6 +60,7 @@ class Source:
     """One configured CI instance, as far as a platform module needs it.
 
     `api_url` has no trailing slash; `token` and `username` are plain text, in memory only.
+    `lent`: the token is an access token lent for a time (GitHub App, OAuth), not one that a person made.
     """
 
     name: str
@@ -67,6 +68,19 @@ class Source:
     api_url: str = ""
     token: str = field(default="", repr=False)
     username: str = ""
+    lent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """An access token that a platform lent us until `expires_at`.
+
+    `refresh_token`: what gets the next one, if this platform gives such; with the old ones both end.
+    """
+
+    access_token: str = field(repr=False)
+    expires_at: datetime
+    refresh_token: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +118,12 @@ class PollTarget:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One outgoing GET, to be sent by `webhook_app.outbound`."""
+    """One outgoing request, to be sent by `webhook_app.outbound`."""
 
     url: str
     headers: dict[str, str] = field(repr=False)
+    method: str = "GET"
+    body: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

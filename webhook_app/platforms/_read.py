@@ -236,14 +236,26 @@ def path_part(value: str) -> str:
 _LONGEST_WAIT_SECONDS = 86_400.0
 
 
-def fetched(answer: Answer) -> dict[str, Any]:
-    """The JSON object of a 200 answer, or `PollError`."""
-    if answer.status != 200:
+def fetched(answer: Answer, status: int = 200) -> dict[str, Any]:
+    """The JSON object of a 200 (or `status`) answer, or `PollError`."""
+    if answer.status != status:
         raise poll_error(answer)
     try:
         return loads(answer.body)
     except NotJson as error:
-        raise PollError(PollFault.UNREADABLE, f"HTTP 200, but {error}") from error
+        raise PollError(PollFault.UNREADABLE, f"HTTP {status}, but {error}") from error
+
+
+def answered_at(answer: Answer) -> datetime | None:
+    """The platform's own clock when it answered; whole seconds."""
+    return _http_date(answer.headers.get("date", ""))
+
+
+def bearer(value: object, name: str) -> str:
+    """A token that fits into a header, however long, or `PollError`; the message does not hold it."""
+    if not isinstance(value, str) or not value.isascii() or not value.isprintable() or not value.strip():
+        raise PollError(PollFault.UNREADABLE, f"{name}: a token is needed")
+    return value
 
 
 def fetched_items(answer: Answer) -> list[dict[str, Any]]:

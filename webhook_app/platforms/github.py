@@ -16,9 +16,11 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
-from datetime import datetime
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from typing import Any
+
+import jwt
 
 from webhook_app import signing
 from webhook_app.lifecycle import Conclusion, JobFact, JobStatus, Observation, ObservedBy, State
@@ -27,6 +29,7 @@ from webhook_app.platforms import (
     BadSignature,
     Call,
     Envelope,
+    Grant,
     Headers,
     Hook,
     HookDelivery,
@@ -232,6 +235,84 @@ def named(source: Source, build_id: str) -> Observation | None:
     if parts is None or not _is_repository(f"{parts[1]}/{parts[2]}"):
         return None
     return _about(source, int(parts[3]), f"{parts[1]}/{parts[2]}", ObservedBy.POLL)
+
+
+# ---- the credentials of a GitHub App -------------------------------------------------------------
+
+# https://docs.github.com/en/apps/creating-github-apps/authenticating-with-a-github-app
+
+_BACKDATED_SECONDS = 60
+_JWT_SECONDS = 540
+"""GitHub takes at most 600 from its own clock on: ours may be a minute fast, and a minute slow."""
+
+_TOKEN_HOURS = timedelta(hours=1)
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """A GitHub App: `private_key` is RSA in PEM; without `installation_id` the installation is looked up."""
+
+    app_id: str
+    private_key: str = field(repr=False)
+    installation_id: str = ""
+
+
+def app_jwt(app: App, now: datetime) -> str:
+    """The App's own proof of identity (RS256), good for nine minutes; `now` as GitHub's clock has it."""
+    at = int(now.timestamp())
+    claims = {"iat": at - _BACKDATED_SECONDS, "exp": at + _JWT_SECONDS, "iss": app.app_id}
+    return jwt.encode(claims, app.private_key, algorithm="RS256")
+
+
+def clock(answer: Answer) -> datetime | None:
+    """GitHub's own time when it answered; whole seconds."""
+    return _read.answered_at(answer)
+
+
+def installation_request(source: Source, proof: str, repository: str) -> Request:
+    """`GET /repos/OWNER/REPO/installation`: where the App with the JWT `proof` is installed."""
+    url = f"{source.api_url}/repos/{repository}/installation"
+    return Request(url, _headers(replace(source, token=proof)))
+
+
+def parse_installation(answer: Answer) -> str:
+    """The installation's id; or raises `PollError`."""
+    return _installation_id(_read.fetched(answer))
+
+
+def installations_request(source: Source, proof: str) -> Request:
+    """`GET /app/installations`: all of the App's."""
+    return Request(f"{source.api_url}/app/installations?per_page=100", _headers(replace(source, token=proof)))
+
+
+def parse_installations(answer: Answer) -> tuple[str, ...]:
+    """The ids of the installations, at most 100; or raises `PollError`."""
+    return tuple(_installation_id(one) for one in _read.fetched_items(answer))
+
+
+def _installation_id(told: dict[str, Any]) -> str:
+    try:
+        return str(_read.need_id(told, "installation.id"))
+    except Unreadable as error:
+        raise PollError(PollFault.UNREADABLE, str(error)) from error
+
+
+def installation_token_request(source: Source, proof: str, installation_id: str) -> Request:
+    """`POST /app/installations/ID/access_tokens`: a token for all that the installation may see."""
+    url = f"{source.api_url}/app/installations/{_read.path_part(installation_id)}/access_tokens"
+    return Request(url, _headers(replace(source, token=proof)), "POST")
+
+
+def parse_installation_token(answer: Answer, now: datetime) -> Grant:
+    """The token of an hour; or raises `PollError`.  `now` is our clock, and `expires_at` is told by it.
+
+    Tokens are some 40 characters long, or several hundred (`ghs_APPID_JWT`).
+    """
+    told = _read.fetched(answer, 201)
+    token = _read.bearer(told.get("token"), "token")
+    expires_at, answered_at = _read.moment(told.get("expires_at")), _read.answered_at(answer)
+    lifetime = expires_at - (answered_at or now) if expires_at else _TOKEN_HOURS
+    return Grant(token, now + min(max(lifetime, timedelta(0)), _TOKEN_HOURS))
 
 
 # ---- runs ----------------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from webhook_app import signing
 from webhook_app.lifecycle import Conclusion, JobFact, JobStatus, Observation, ObservedBy, State
@@ -33,12 +33,14 @@ from webhook_app.platforms import (
     BadSignature,
     Call,
     Envelope,
+    Grant,
     Headers,
     Hook,
     HookDelivery,
     Limits,
     Listing,
     Manners,
+    NotJson,
     PollError,
     PollFault,
     PollTarget,
@@ -136,6 +138,8 @@ def poll_request(source: Source, target: PollTarget) -> Request | None:
 
 def _headers(source: Source) -> dict[str, str]:
     headers = {"Accept": "application/json", "User-Agent": _read.USER_AGENT}
+    if source.lent:
+        return headers | {"Authorization": f"Bearer {source.token}"}
     return headers | ({"PRIVATE-TOKEN": source.token} if source.token else {})
 
 
@@ -293,6 +297,61 @@ def _project_path(source: Source, url: str | None) -> str | None:
     path = urlsplit(url or "").path.removeprefix(urlsplit(source.api_url).path)
     found = _PIPELINE_PATH.fullmatch(path)
     return _read.text(found[1]) if found else None
+
+
+# ---- OAuth ---------------------------------------------------------------------------------------
+
+# https://docs.gitlab.com/api/oauth2/
+
+_OAUTH_SECONDS = 7200
+
+
+@dataclass(frozen=True, slots=True)
+class OAuth:
+    """An OAuth application and the first refresh token a person got for it."""
+
+    client_id: str
+    client_secret: str = field(repr=False)
+    refresh_token: str = field(repr=False)
+
+
+def refresh_request(source: Source, oauth: OAuth, refresh_token: str) -> Request:
+    """`POST /oauth/token`: from GitLab's answer on, both old tokens are void."""
+    asked = {
+        "grant_type": "refresh_token",
+        "refresh_token": refresh_token,
+        "client_id": oauth.client_id,
+        "client_secret": oauth.client_secret,
+    }
+    headers = _headers(replace(source, token="", lent=False))
+    headers["Content-Type"] = "application/x-www-form-urlencoded"
+    body = urlencode({name: value for name, value in asked.items() if value}).encode()
+    return Request(f"{source.api_url}/oauth/token", headers, "POST", body)
+
+
+def parse_refresh(answer: Answer, now: datetime) -> Grant:
+    """Both new tokens; or raises `PollError`: a refused refresh token or application is UNAUTHORIZED.
+
+    Where no new refresh token is told, the old one stays (RFC 6749 section 6).
+    """
+    if answer.status in (400, 401, 403):
+        raise PollError(PollFault.UNAUTHORIZED, f"HTTP {answer.status}{_oauth_reason(answer)}")
+    told = _read.fetched(answer)
+    return Grant(
+        _read.bearer(told.get("access_token"), "access_token"),
+        now + timedelta(seconds=_read.count(told.get("expires_in")) or _OAUTH_SECONDS),
+        _read.bearer(told["refresh_token"], "refresh_token") if "refresh_token" in told else "",
+    )
+
+
+def _oauth_reason(answer: Answer) -> str:
+    """`: invalid_grant: The provided …` (RFC 6749 section 5.2)."""
+    try:
+        told = _read.loads(answer.body)
+    except NotJson:
+        return ""
+    words = (_read.text(told.get("error"), 100), _read.text(told.get("error_description"), 300))
+    return "".join(f": {word}" for word in words if word)
 
 
 # ---- pipelines -----------------------------------------------------------------------------------
