@@ -4,6 +4,8 @@ import base64
 import re
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from sqlalchemy import make_url
 
 from webhook_app import settings
@@ -11,6 +13,16 @@ from webhook_app.settings import VARIABLES, SettingsError, load, pace
 
 KEY = base64.urlsafe_b64encode(b"k" * 32).decode()
 OTHER_KEY = base64.urlsafe_b64encode(b"o" * 32).decode()
+
+
+def private_key(key=None, form=serialization.PrivateFormat.PKCS8, password=None):
+    """A private key in PEM; RSA unless another is given."""
+    sealed = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    key = key or rsa.generate_private_key(65537, 2048)
+    return key.private_bytes(serialization.Encoding.PEM, form, sealed).decode()
+
+
+PEM = private_key()
 NAMES = [variable.name for variable in VARIABLES]
 BY_NAME = {variable.name: variable for variable in VARIABLES}
 
@@ -34,10 +46,18 @@ def of(name):
         "JENKINS_WEBHOOK_SECRET": lambda v: v.sources["jenkins"].webhook_secrets,
         "BUILD_EVENT_TOKEN": lambda v: v.build_event_tokens,
         "GITHUB_TOKEN": lambda v: v.sources["github"].source.token,
+        "GITHUB_APP_ID": lambda v: getattr(v.sources["github"].app, "app_id", ""),
+        "GITHUB_APP_PRIVATE_KEY": lambda v: getattr(v.sources["github"].app, "private_key", ""),
+        "GITHUB_APP_INSTALLATION_ID": lambda v: getattr(v.sources["github"].app, "installation_id", ""),
         "GITHUB_API_URL": lambda v: v.sources["github"].source.api_url,
         "GITHUB_REPOS": lambda v: v.sources["github"].repositories,
+        "GITHUB_OWNER": lambda v: "/".join(v.sources["github"].repositories).partition("/")[0],
+        "GITHUB_REPO": lambda v: "/".join(v.sources["github"].repositories).partition("/")[2],
         "ENABLE_GH": lambda v: v.sources["github"].enabled,
         "GITLAB_TOKEN": lambda v: v.sources["gitlab"].source.token,
+        "GITLAB_OAUTH_CLIENT_ID": lambda v: getattr(v.sources["gitlab"].oauth, "client_id", ""),
+        "GITLAB_OAUTH_CLIENT_SECRET": lambda v: getattr(v.sources["gitlab"].oauth, "client_secret", ""),
+        "GITLAB_OAUTH_REFRESH_TOKEN": lambda v: getattr(v.sources["gitlab"].oauth, "refresh_token", ""),
         "DASHBOARD_API_URL": lambda v: v.dashboard_api_url,
         "DASHBOARD_API_KEY": lambda v: v.dashboard_api_key,
         "GITLAB_URL": lambda v: v.sources["gitlab"].source.api_url,
@@ -47,6 +67,7 @@ def of(name):
         "JENKINS_USERNAME": lambda v: v.sources["jenkins"].source.username,
         "JENKINS_API_TOKEN": lambda v: v.sources["jenkins"].source.token,
         "JENKINS_JOBS": lambda v: v.sources["jenkins"].repositories,
+        "JENKINS_DEFAULT_JOB": lambda v: "".join(v.sources["jenkins"].repositories),
         "ENABLE_JENKINS": lambda v: v.sources["jenkins"].enabled,
         "BUILD_POLL_INTERVAL": lambda v: v.poll_interval_seconds,
         "BUILD_PUSH_FRESHNESS": lambda v: v.push_freshness_seconds,
@@ -85,10 +106,18 @@ GOOD = {
     "JENKINS_WEBHOOK_SECRET": ("s", ("s",)),
     "BUILD_EVENT_TOKEN": ("a,b", ("a", "b")),
     "GITHUB_TOKEN": ("ghs_" + "x" * 500, "ghs_" + "x" * 500),
+    "GITHUB_APP_ID": ("Iv23liAbc", "Iv23liAbc"),
+    "GITHUB_APP_PRIVATE_KEY": (PEM.strip().replace("\n", "\\n"), PEM.strip()),
+    "GITHUB_APP_INSTALLATION_ID": ("51234567", "51234567"),
     "GITHUB_API_URL": ("https://ghe.example.com/api/v3/", "https://ghe.example.com/api/v3"),
     "GITHUB_REPOS": ("octo/one, Octo/two.js", ("octo/one", "Octo/two.js")),
+    "GITHUB_OWNER": ("octo", "octo"),
+    "GITHUB_REPO": ("one.js", "one.js"),
     "ENABLE_GH": ("no", False),
     "GITLAB_TOKEN": ("glpat-x", "glpat-x"),
+    "GITLAB_OAUTH_CLIENT_ID": ("8f0a", "8f0a"),
+    "GITLAB_OAUTH_CLIENT_SECRET": ("gloas-x", "gloas-x"),
+    "GITLAB_OAUTH_REFRESH_TOKEN": ("abc", "abc"),
     "DASHBOARD_API_URL": ("http://dashboard.internal/api", "http://dashboard.internal/api"),
     "DASHBOARD_API_KEY": ("a key", "a key"),
     "GITLAB_URL": ("http://gitlab.internal:8080", "http://gitlab.internal:8080"),
@@ -98,6 +127,7 @@ GOOD = {
     "JENKINS_USERNAME": ("robot", "robot"),
     "JENKINS_API_TOKEN": ("11aa", "11aa"),
     "JENKINS_JOBS": ("folder/job one,nightly", ("folder/job one", "nightly")),
+    "JENKINS_DEFAULT_JOB": ("folder/a, b", "folder/a, b"),
     "ENABLE_JENKINS": ("Off", False),
     "BUILD_POLL_INTERVAL": ("250", 0.25),
     "BUILD_PUSH_FRESHNESS": ("0", 0.0),
@@ -122,6 +152,23 @@ GOOD = {
     "SQLITE_SYNCHRONOUS": ("normal", "NORMAL"),
 }
 
+COMPANY = {
+    "GITHUB_APP_ID": ["GITHUB_APP_PRIVATE_KEY"],
+    "GITHUB_APP_PRIVATE_KEY": ["GITHUB_APP_ID"],
+    "GITHUB_APP_INSTALLATION_ID": ["GITHUB_APP_ID", "GITHUB_APP_PRIVATE_KEY"],
+    "GITHUB_OWNER": ["GITHUB_REPO"],
+    "GITHUB_REPO": ["GITHUB_OWNER"],
+    "GITLAB_OAUTH_CLIENT_ID": ["GITLAB_OAUTH_REFRESH_TOKEN"],
+    "GITLAB_OAUTH_CLIENT_SECRET": ["GITLAB_OAUTH_CLIENT_ID", "GITLAB_OAUTH_REFRESH_TOKEN"],
+    "GITLAB_OAUTH_REFRESH_TOKEN": ["GITLAB_OAUTH_CLIENT_ID"],
+}
+"""Variables that mean nothing without others."""
+
+
+def company(name):
+    return {other: GOOD[other][0] for other in COMPANY.get(name, [])}
+
+
 WEB_URL = "a URL that begins with http:// or https://"
 BAD = {
     "DATABASE_URL": ["mysql://x", "x.db", "sqlite://", "sqlite:///:memory:", "postgresql"],
@@ -132,6 +179,16 @@ BAD = {
     "ENCRYPTION_KEYS": ["short", f"{KEY},short", KEY[:-2], "ü" * 44],
     "GITHUB_API_URL": ["ftp://x", "api.github.com", "https://", "https:///path", "https://[::1", "http://h:p"],
     "GITHUB_REPOS": ["octo", "octo/one,two", "https://github.com/octo/one", "octo/one two/three"],
+    "GITHUB_APP_ID": ["4 2", "https://github.com/apps/x"],
+    "GITHUB_APP_PRIVATE_KEY": [
+        "key.pem", PEM[:900], "-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----",
+        private_key(rsa.generate_private_key(65537, 1024)), private_key(password=b"pw"),
+        private_key(ec.generate_private_key(ec.SECP256R1())),
+    ],
+    "GITHUB_APP_INSTALLATION_ID": ["0", "octo"],
+    "GITLAB_OAUTH_CLIENT_ID": ["a b"],
+    "GITHUB_OWNER": ["octo/one", "a b"],
+    "GITHUB_REPO": ["octo/one", "one,two"],
     "ENABLE_GH": ["maybe", "2"],
     "DASHBOARD_API_URL": ["dashboard"],
     "GITLAB_URL": ["gitlab.com"],
@@ -163,7 +220,8 @@ BAD = {
 ANYTHING_GOES = {
     "ADMIN_TOKEN", "GITHUB_WEBHOOK_SECRET", "GITLAB_WEBHOOK_SECRET", "JENKINS_WEBHOOK_SECRET",
     "DASHBOARD_API_KEY", "BUILD_EVENT_TOKEN", "GITHUB_TOKEN", "GITLAB_TOKEN", "GITLAB_PROJECTS", "JENKINS_USERNAME",
-    "JENKINS_API_TOKEN", "JENKINS_JOBS",
+    "JENKINS_API_TOKEN", "JENKINS_JOBS", "JENKINS_DEFAULT_JOB", "GITLAB_OAUTH_CLIENT_SECRET",
+    "GITLAB_OAUTH_REFRESH_TOKEN",
 }  # fmt: skip
 
 
@@ -219,7 +277,7 @@ def test_each_default_is_what_its_table_says(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_good_value_is_taken(name):
     text, value = GOOD[name]
-    assert of(name)(load({name: text})) == value
+    assert of(name)(load({**company(name), name: text})) == value
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -255,7 +313,7 @@ def test_what_is_allowed_is_said_in_words(name, text, allowed):
 
 @pytest.mark.parametrize("name", sorted(ANYTHING_GOES))
 def test_secrets_and_names_are_taken_as_they_are(name):
-    load({name: "ü{}\\ \t;:'\"%s"})
+    load({**company(name), name: "ü{}\\ \t;:'\"%s"})
 
 
 # ---- nothing secret is shown
@@ -264,7 +322,8 @@ def test_secrets_and_names_are_taken_as_they_are(name):
 SECRETS = {
     name: f"hush-{number}"
     for number, name in enumerate(
-        name for name in NAMES if BY_NAME[name].secret and name not in ("ENCRYPTION_KEYS", "DATABASE_URL", "REDIS_URL")
+        name for name in NAMES if BY_NAME[name].secret and name not in COMPANY
+        and name not in ("ENCRYPTION_KEYS", "DATABASE_URL", "REDIS_URL")
     )
 }  # fmt: skip
 
@@ -282,6 +341,52 @@ def test_no_secret_shows_when_settings_are_printed():
 def test_a_password_in_an_address_is_refused_and_not_shown(name):
     line = refused({name: "https://robot:hush@example.com"})
     assert line == f"{name}=(secret): {WEB_URL}, without user or password in it, is needed"
+
+
+def test_what_lends_tokens_is_not_shown_and_takes_no_token_beside_it():
+    lender = {"GITHUB_APP_ID": "42", "GITHUB_APP_PRIVATE_KEY": PEM}
+    assert "PRIVATE KEY" not in repr(load(lender))
+    assert PEM not in refused({"GITHUB_APP_PRIVATE_KEY": PEM})
+    line = refused(lender | {"GITHUB_TOKEN": "hush"})
+    assert line == "GITHUB_TOKEN: it is set beside GITHUB_APP_ID: only one of them is needed"
+    lender = {
+        "GITLAB_OAUTH_CLIENT_ID": "a",
+        "GITLAB_OAUTH_REFRESH_TOKEN": "hush",
+        "GITLAB_OAUTH_CLIENT_SECRET": "hush",
+    }
+    assert "hush" not in repr(load(lender))
+    assert refused(lender | {"GITLAB_TOKEN": "hush"}).startswith(
+        "GITLAB_TOKEN: it is set beside GITLAB_OAUTH_CL"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [(name, one) for name, others in COMPANY.items() for one in others]
+)
+def test_what_means_nothing_alone_asks_for_the_other(name, missing):
+    environ = {name: GOOD[name][0], **company(name)}
+    del environ[missing]
+    assert refused(environ).startswith(f"{missing}='': a value is needed beside ")
+
+
+def test_the_key_of_an_app_may_lie_in_a_file_as_github_gives_it(tmp_path):
+    pem = private_key(form=serialization.PrivateFormat.TraditionalOpenSSL)
+    path = tmp_path / "app.private-key.pem"
+    path.write_text(pem)
+    environ = {"GITHUB_APP_ID": "42", "GITHUB_APP_PRIVATE_KEY_FILE": str(path)}
+    assert source(load(environ), "github").app.private_key == pem.strip()
+
+
+def test_the_one_repository_and_the_one_job_count_only_where_there_is_no_list():
+    one = {"GITHUB_OWNER": "octo", "GITHUB_REPO": "one", "JENKINS_DEFAULT_JOB": "nightly"}
+    assert source(load(one), "github").repositories == ("octo/one",)
+    assert source(load(one), "jenkins").repositories == ("nightly",)
+    listed = load(one | {"GITHUB_REPOS": "octo/two", "JENKINS_JOBS": "a,b"})
+    assert source(listed, "github").repositories == ("octo/two",)
+    assert source(listed, "jenkins").repositories == ("a", "b")
+    assert source(load({"GITHUB_OWNER": "octo", "GITHUB_REPOS": "octo/two"}), "github").repositories == (
+        "octo/two",
+    )
 
 
 # ---- files
@@ -343,6 +448,32 @@ def test_the_aliases_of_the_older_systems():
     assert {alias for variable in VARIABLES for alias in variable.aliases} == {
         "WORKER_POLL_INTERVAL", "WORKER_JITTER_SECONDS", "OM_BUILD_EVENT_TOKEN",
     }  # fmt: skip
+
+
+WORKER = """
+ENABLE_GH=true
+ENABLE_JENKINS=false
+WORKER_POLL_INTERVAL=60
+GITHUB_TOKEN=ghp_your_token_here
+GITHUB_REPOS=myorg/frontend-app,myorg/backend-api,myorg/infrastructure
+JENKINS_URL=http://jenkins.company.com
+JENKINS_USERNAME=jenkins-user
+JENKINS_API_TOKEN=your_api_token
+JENKINS_JOBS=myapp-pipeline,database-migrations
+DASHBOARD_API_URL=http://localhost:8000
+DASHBOARD_API_KEY=your-secure-api-key
+"""
+
+
+def test_the_environment_of_the_original_worker_is_read_as_it_stands():
+    values = load(dict(line.split("=", 1) for line in WORKER.split()))
+    assert [name for name, entry in values.sources.items() if entry.can_poll] == ["github", "gitlab"]
+    assert len(source(values, "github").repositories) == 3
+    assert source(values, "jenkins").repositories == ("myapp-pipeline", "database-migrations")
+    assert (values.dashboard_api_url, values.dashboard_api_key) == (
+        "http://localhost:8000",
+        "your-secure-api-key",
+    )
 
 
 # ---- databases
@@ -452,7 +583,7 @@ def test_the_sections_of_the_original_document_are_read(with_file):
 @pytest.mark.parametrize("written", [str.upper, str.lower])
 def test_each_setting_may_stand_in_the_file(with_file, name, written):
     text, value = GOOD[name]
-    assert of(name)(load(with_file(f"{written(name)}: '{text}'"))) == value
+    assert of(name)(load(with_file(f"{written(name)}: '{text}'", company(name)))) == value
 
 
 def test_plain_yaml_values_mean_what_they_say(with_file):
@@ -594,6 +725,23 @@ def test_further_sources_have_names_of_their_own(with_file):
     assert "abc" not in repr(values)
 
 
+def test_further_sources_may_get_their_tokens_lent(with_file):
+    key = PEM.replace("\n", "\n        ")
+    values = load(
+        with_file(
+            "sources:\n"
+            "  - name: ghe\n    platform: github\n    app_id: 42\n    app_installation_id: 7\n"
+            f"    app_private_key: |\n        {key}\n"
+            "  - name: lab\n    platform: gitlab\n    oauth_client_id: a\n    oauth_client_secret: hush\n"
+            "    oauth_refresh_token: hush\n"
+        )
+    )
+    app, oauth = source(values, "ghe").app, source(values, "lab").oauth
+    assert (app.app_id, app.private_key, app.installation_id) == ("42", PEM.strip(), "7")
+    assert (oauth.client_id, oauth.client_secret, oauth.refresh_token) == ("a", "hush", "hush")
+    assert "hush" not in repr(values)
+
+
 @pytest.mark.parametrize("text", ["sources:", "sources: []", "sources: null"])
 def test_no_further_sources(with_file, text):
     assert len(load(with_file(text)).sources) == 4
@@ -613,6 +761,16 @@ def test_no_further_sources(with_file, text):
         ("{name: GitHub, platform: github}", "the name 'GitHub' is taken"),
         ("{name: script, platform: gitlab}", "the name 'script' is taken"),
         ("{name: x, platform: github, tokn: y}", "'tokn' is no key of a source; allowed are ['api_url', "),
+        ("{name: x, platform: gitlab, app_id: 4}", "x: app_id: gitlab knows no such thing"),
+        ("{name: x, platform: github, oauth_client_id: 4}", "x: oauth_client_id: github knows no such thing"),
+        (
+            "{name: x, platform: github, app_id: 4}",
+            "x: app_private_key='': a value is needed beside sources: x: app_id",
+        ),
+        (
+            "{name: x, platform: github, app_id: 4, app_private_key: hush}",
+            "x: app_private_key=(secret): an RSA",
+        ),
         ("{name: x, platform: github, timeout: 5}", "x: timeout='5': a whole number from 100 to 60000 "),
         ("{name: x, platform: github, enabled: perhaps}", "x: enabled='perhaps': true or false is needed"),
         ("{name: x, platform: github, api_url: ghe}", f"x: api_url='ghe': {WEB_URL} is needed"),

@@ -14,10 +14,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.fernet import Fernet
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from webhook_app import destinations, embedded
-from webhook_app.platforms import Source
+from webhook_app.platforms import Source, github, gitlab
 from webhook_app.polling import Pace
 
 
@@ -30,6 +33,7 @@ class SourceSettings:
     """One CI instance: its public part for the platform module, and how we talk to it.
 
     `timeout_seconds` bounds one API call.  `repositories`: where runs are discovered.
+    `app` or `oauth`: what gets the token that `source` lacks (`pollers.credentials`).
     """
 
     source: Source
@@ -37,6 +41,8 @@ class SourceSettings:
     webhook_secrets: tuple[str, ...] = field(default=(), repr=False)
     timeout_seconds: float = 30.0
     repositories: tuple[str, ...] = ()
+    app: github.App | None = None
+    oauth: gitlab.OAuth | None = None
 
     @property
     def can_poll(self) -> bool:
@@ -159,6 +165,12 @@ def _text(text: str) -> str:
     return text
 
 
+def _word(text: str) -> str:
+    if re.search(r"[/,\s]", text):
+        raise ValueError("one name, without / and comma,")
+    return text
+
+
 def _directory(text: str) -> Path:
     try:
         return Path(text).expanduser().absolute()
@@ -229,6 +241,30 @@ def _fernet_keys(text: str) -> tuple[str, ...]:
     return keys
 
 
+def _app_key(text: str) -> str:
+    r"""A GitHub App's key; where a variable can't hold lines, `\n` stands for their ends."""
+    pem = text.replace("\\n", "\n")
+    try:
+        key = load_pem_private_key(pem.encode(), password=None) if text else None
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if text and not (isinstance(key, RSAPrivateKey) and key.key_size >= 2048):
+        raise ValueError("an RSA key in PEM without a password, as GitHub generates it,")
+    return pem
+
+
+def _id(text: str) -> str:
+    if text and not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", text):
+        raise ValueError("an id of letters and digits")
+    return text
+
+
+def _installation(text: str) -> str:
+    if text and not re.fullmatch(r"[1-9][0-9]{0,17}", text):
+        raise ValueError("a whole number above 0")
+    return text
+
+
 def _database(text: str) -> str:
     """SQLAlchemy's form; Heroku writes `postgres://`, which SQLAlchemy no longer takes."""
     if not text:
@@ -283,10 +319,18 @@ VARIABLES: tuple[Variable, ...] = (
         aliases=("OM_BUILD_EVENT_TOKEN",), secret=True,
     ),
     Variable("GITHUB_TOKEN", "", _text, "poll access to GitHub", secret=True),
+    Variable("GITHUB_APP_ID", "", _id, "instead of a token: a GitHub App's id or client id"),
+    Variable("GITHUB_APP_PRIVATE_KEY", "", _app_key, "its key in PEM, lines or `\\n`", secret=True),
+    Variable("GITHUB_APP_INSTALLATION_ID", "", _installation, "its installation; else that of the first repository"),
     Variable("GITHUB_API_URL", "https://api.github.com", web_url, "GitHub's REST API"),
     Variable("GITHUB_REPOS", "", _repositories, "OWNER/REPO, comma separated: where runs are discovered"),
+    Variable("GITHUB_OWNER", "", _word, "with `GITHUB_REPO`: the one repository, where `GITHUB_REPOS` is not set"),
+    Variable("GITHUB_REPO", "", _word, "see `GITHUB_OWNER`"),
     Variable("ENABLE_GH", "true", _flag, "poll GitHub"),
     Variable("GITLAB_TOKEN", "", _text, "poll access to GitLab", secret=True),
+    Variable("GITLAB_OAUTH_CLIENT_ID", "", _id, "instead of a token: an OAuth application"),
+    Variable("GITLAB_OAUTH_CLIENT_SECRET", "", _text, "its secret", secret=True),
+    Variable("GITLAB_OAUTH_REFRESH_TOKEN", "", _text, "the first refresh token; later ones are in the store", secret=True),
     Variable("GITLAB_URL", "https://gitlab.com", web_url, "the GitLab instance"),
     Variable("GITLAB_PROJECTS", "", _words, "ids or paths, comma separated: where pipelines are discovered"),
     Variable("ENABLE_GITLAB", "true", _flag, "poll GitLab"),
@@ -294,6 +338,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("JENKINS_USERNAME", "", _text, "user of the API token"),
     Variable("JENKINS_API_TOKEN", "", _text, "poll access to Jenkins", secret=True),
     Variable("JENKINS_JOBS", "", _words, "job paths, comma separated: where builds are discovered"),
+    Variable("JENKINS_DEFAULT_JOB", "", _text, "the one job, where `JENKINS_JOBS` is not set"),
     Variable("ENABLE_JENKINS", "true", _flag, "poll Jenkins"),
     Variable("BUILD_POLL_INTERVAL", "15000", _milliseconds(10, 86_400_000), "ms between polls of one stale build"),
     Variable("BUILD_PUSH_FRESHNESS", "60000", _milliseconds(0, 86_400_000), "ms for which a push keeps a build from being polled"),
@@ -338,8 +383,15 @@ _YAML_IGNORED = {f"platforms.{name}.retry_attempts" for name in ("github", "gitl
 _YAML_EMPTY = ("", "~", "null")
 _SOURCE_KEYS = {
     "name", "platform", "webhook_secret", "api_url", "token", "username", "repositories", "timeout", "enabled",
+    "app_id", "app_private_key", "app_installation_id",
+    "oauth_client_id", "oauth_client_secret", "oauth_refresh_token",
 }  # fmt: skip
-_SOURCE_SECRETS = {"webhook_secret", "token"}
+_SOURCE_SECRETS = {"webhook_secret", "token", "app_private_key", "oauth_client_secret", "oauth_refresh_token"}
+_SOURCE_READERS = {
+    "app_id": _id, "app_private_key": _app_key, "app_installation_id": _installation, "oauth_client_id": _id,
+}  # fmt: skip
+_FOREIGN = {"github": ("oauth_",), "gitlab": ("app_",), "jenkins": ("app_", "oauth_")}
+"""How the keys begin that mean nothing on a platform."""
 
 
 def load(environ: Mapping[str, str] | None = None) -> Settings:
@@ -472,7 +524,8 @@ def _sources(values: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, So
             enabled=values["ENABLE_GH"],
             webhook_secrets=values["GITHUB_WEBHOOK_SECRET"],
             timeout_seconds=values["GITHUB_API_TIMEOUT"],
-            repositories=values["GITHUB_REPOS"],
+            repositories=values["GITHUB_REPOS"] or _the_repository(values),
+            app=_app(_told("GITHUB", values), _spelled("GITHUB")),
         ),
         "gitlab": SourceSettings(
             source=Source("gitlab", "gitlab", values["GITLAB_URL"], values["GITLAB_TOKEN"]),
@@ -480,6 +533,7 @@ def _sources(values: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, So
             webhook_secrets=values["GITLAB_WEBHOOK_SECRET"],
             timeout_seconds=values["GITLAB_API_TIMEOUT"],
             repositories=values["GITLAB_PROJECTS"],
+            oauth=_oauth(_told("GITLAB", values), _spelled("GITLAB")),
         ),
         "jenkins": SourceSettings(
             source=Source(
@@ -492,7 +546,7 @@ def _sources(values: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, So
             enabled=values["ENABLE_JENKINS"],
             webhook_secrets=values["JENKINS_WEBHOOK_SECRET"] + values["BUILD_EVENT_TOKEN"],
             timeout_seconds=values["JENKINS_API_TIMEOUT"],
-            repositories=values["JENKINS_JOBS"],
+            repositories=values["JENKINS_JOBS"] or _the_job(values),
         ),
         "script": SourceSettings(
             source=Source("script", "script"),
@@ -505,6 +559,63 @@ def _sources(values: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, So
             raise SettingsError(f"sources: the name {entry.source.name!r} is taken; another one is needed")
         built_in[entry.source.name] = entry
     return built_in
+
+
+def _the_repository(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """`GITHUB_OWNER`/`GITHUB_REPO`, as the worker before this one had them."""
+    owner, repository = values["GITHUB_OWNER"], values["GITHUB_REPO"]
+    if not owner and not repository:
+        return ()
+    _need_both("GITHUB_OWNER", owner, "GITHUB_REPO", repository)
+    return (f"{owner}/{repository}",)
+
+
+def _the_job(values: Mapping[str, Any]) -> tuple[str, ...]:
+    return (values["JENKINS_DEFAULT_JOB"],) if values["JENKINS_DEFAULT_JOB"] else ()
+
+
+# Two functions of a source's key (`app_id`): its value, and how it is spelled where it was set.
+Told = Callable[[str], Any]
+Spelled = Callable[[str], str]
+
+
+def _spelled(prefix: str) -> Spelled:
+    return lambda key: f"{prefix}_{key.upper()}"
+
+
+def _told(prefix: str, values: Mapping[str, Any]) -> Told:
+    return lambda key: values[_spelled(prefix)(key)]
+
+
+def _app(told: Told, spelled: Spelled) -> github.App | None:
+    """The GitHub App of a source, if one is set."""
+    app_id, key, installation = told("app_id"), told("app_private_key"), told("app_installation_id")
+    if not app_id and not key and not installation:
+        return None
+    _need_both(spelled("app_id"), app_id, spelled("app_private_key"), key)
+    _need_one(spelled("token"), told("token"), spelled("app_id"))
+    return github.App(app_id, key, installation)
+
+
+def _oauth(told: Told, spelled: Spelled) -> gitlab.OAuth | None:
+    """The OAuth application of a source, if one is set; public ones have no secret."""
+    client, secret, first = told("oauth_client_id"), told("oauth_client_secret"), told("oauth_refresh_token")
+    if not client and not secret and not first:
+        return None
+    _need_both(spelled("oauth_client_id"), client, spelled("oauth_refresh_token"), first)
+    _need_one(spelled("token"), told("token"), spelled("oauth_client_id"))
+    return gitlab.OAuth(client, secret, first)
+
+
+def _need_both(name: str, value: str, other: str, other_value: str) -> None:
+    missing, present = (other, name) if value else (name, other)
+    if not value or not other_value:
+        raise SettingsError(f"{missing}='': a value is needed beside {present}")
+
+
+def _need_one(name: str, value: str, other: str) -> None:
+    if value:
+        raise SettingsError(f"{name}: it is set beside {other}: only one of them is needed")
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -529,11 +640,16 @@ def _further_source(entry: Any) -> SourceSettings:
     if platform not in ("github", "gitlab", "jenkins"):
         raise SettingsError(f"sources: {name}: platform={platform!r}: github, gitlab or jenkins is needed")
 
-    def read(key: str, how: Callable[[str], Any], default: str = "") -> Any:
-        return _read(
-            f"sources: {name}: {key}", _as_text(entry.get(key)) or default, how, key in _SOURCE_SECRETS
-        )
+    def spelled(key: str) -> str:
+        return f"sources: {name}: {key}"
 
+    def read(key: str, how: Callable[[str], Any], default: str = "") -> Any:
+        return _read(spelled(key), _as_text(entry.get(key)) or default, how, key in _SOURCE_SECRETS)
+
+    foreign = sorted(key for key in entry if key.startswith(_FOREIGN[platform]))
+    if foreign:
+        raise SettingsError(f"{spelled(foreign[0])}: {platform} knows no such thing")
+    told: Told = lambda key: read(key, _SOURCE_READERS.get(key, _text))  # noqa: E731
     return SourceSettings(
         source=Source(
             name, platform, read("api_url", web_url), read("token", _text), read("username", _text)
@@ -542,6 +658,8 @@ def _further_source(entry: Any) -> SourceSettings:
         webhook_secrets=read("webhook_secret", _words),
         timeout_seconds=read("timeout", _timeout, "30000"),
         repositories=read("repositories", _repositories if platform == "github" else _words),
+        app=_app(told, spelled),
+        oauth=_oauth(told, spelled),
     )
 
 
