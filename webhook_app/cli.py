@@ -19,6 +19,7 @@ from webhook_app import (
     destinations,
     endpoints,
     formats,
+    grants,
     health,
     queries,
     registration,
@@ -504,11 +505,13 @@ def _doctor(chosen: argparse.Namespace) -> int:
 
 def _rekey(_chosen: argparse.Namespace) -> int:
     values = _settings()
-    count, closed = subscribers.rekey(_engine(values), values.encryption_keys)
-    print(f"{count} sealed with the newest key")
-    for id_ in closed:
+    engine, keys = _engine(values), values.encryption_keys
+    count, closed = subscribers.rekey(engine, keys)
+    lent, lost = grants.rekey(engine, keys)
+    print(f"{count + lent} sealed with the newest key")
+    for id_ in closed + lost:
         print(f"buildrelay: the secrets of {id_} open with none of ENCRYPTION_KEYS", file=sys.stderr)
-    return 1 if closed else 0
+    return 1 if closed or lost else 0
 
 
 def _add_tokens(commands: Any) -> None:

@@ -390,6 +390,23 @@ relay = Table(
     comment="One row: when we last lived, and our last absence.",
 )
 
+credentials = Table(
+    "credentials",
+    metadata,
+    Column("identity", Text, primary_key=True),
+    Column("source", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("tokens", Text),
+    Column("expires_at", Moment),
+    Column("refreshed_at", Moment),
+    Column("refused_at", Moment),
+    Column("retry_at", Moment),
+    Column("failure", JSON),
+    Column("lease", Text),
+    Column("leased_until", Moment),
+    comment="Tokens that platforms lent us.  `tokens` is sealed JSON; `identity` digests what gets them.",
+)
+
 notices = Table(
     "notices",
     metadata,
