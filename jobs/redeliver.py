@@ -99,7 +99,7 @@ def due(connection: Connection, sources: Mapping[str, SourceSettings], now: date
 
 def _can_look(source: SourceSettings) -> bool:
     known = hook_api(source.source.platform) is not None
-    return known and source.can_poll and bool(source.source.token) and bool(source.webhook_secrets)
+    return known and source.can_poll and source.has_token and bool(source.webhook_secrets)
 
 
 Place = tuple[str, str]

@@ -11,11 +11,11 @@ import pytest
 from cryptography.fernet import Fernet
 from sqlalchemy import select
 
-from pollers import budget, credentials
-from pollers.credentials import Keyring, lane
+from pollers import budget
 from tests.stand import FRESH, ON_SQLITE, stands
 from tests.test_cli import NEW, OLD, Box, box  # noqa: F401
-from webhook_app import db, grants, models, outbound, platforms, sealing
+from webhook_app import credentials, db, grants, models, outbound, platforms, sealing
+from webhook_app.credentials import Keyring, lane
 from webhook_app.platforms import PollError, PollFault, PollTarget, Source, github, gitlab
 from webhook_app.settings import SourceSettings
 from webhook_app.simulated.github import GitHubServer, secondary_limit

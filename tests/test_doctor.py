@@ -15,6 +15,7 @@ from tests.stand import ON_SQLITE
 from webhook_app import builds, cli, db, doctor, health, models, queues, registration, settings
 from webhook_app.lifecycle import State
 from webhook_app.simulated.github import GitHubServer, html, rate_limited
+from webhook_app.simulated.github_access import App
 from webhook_app.simulated.gitlab import GitLabServer
 from webhook_app.simulated.httpd import Response, dropped, hang
 from webhook_app.simulated.jenkins import JenkinsServer
@@ -101,6 +102,19 @@ def test_a_healthy_relay_has_no_complaint(clinic):
     report = json.loads(out)
     assert (code, report["ok"]) == (0, True)
     assert {"check", "level", "what", "mend"} == set(report["checks"][0])
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_token_that_is_lent_is_looked_at_like_any_other(clinic, installed):
+    app, hub = App.create(), clinic.servers["github"]
+    hub.app = hub.access.app = app if installed else None
+    lender = {"GITHUB_TOKEN": "", "GITHUB_APP_ID": "4711", "GITHUB_APP_PRIVATE_KEY": app.private_key}
+    clinic.serve()
+    findings = clinic(**lender)
+    if installed:
+        assert findings == set()
+    else:
+        assert findings == {("fail", "github: no token is lent: unauthorized: HTTP 401: Bad credentials")}
 
 
 def test_what_is_not_running_is_named(clinic):

@@ -4,6 +4,7 @@ import pytest
 
 from tests.test_cli import box  # noqa: F401  a fixture
 from webhook_app.simulated.github import GitHubServer
+from webhook_app.simulated.github_access import App
 from webhook_app.simulated.gitlab import GitLabServer
 from webhook_app.simulated.httpd import Response
 from webhook_app.simulated.world import StepClock, World
@@ -55,6 +56,18 @@ def test_gitlab_hooks_get_a_signing_token_or_a_plain_one(box, platforms, monkeyp
     monkeypatch.setenv("GITLAB_WEBHOOK_SECRET", "plain")
     assert box("sources", "connect", "gitlab", GITLAB) == [f"{GITLAB}: updated (webhook {hook.id})"]
     assert [one.token for one in hooks(platforms["gitlab"])] == ["plain"]
+
+
+def test_a_lent_token_registers_as_well(box, platforms, monkeypatch):  # noqa: F811
+    app, server = App.create(), platforms["github"]
+    server.app = server.access.app = app
+    monkeypatch.setenv("GITHUB_TOKEN", "")
+    monkeypatch.setenv("GITHUB_APP_ID", "4711")
+    monkeypatch.setenv("GITHUB_APP_PRIVATE_KEY", app.private_key)
+    (line,) = box("sources", "connect", "github", GITHUB)
+    assert line.startswith(f"{GITHUB}: created")
+    monkeypatch.setenv("GITHUB_APP_INSTALLATION_ID", "8")
+    assert box("sources", "connect", "github", GITHUB, code=1) == "buildrelay: github: HTTP 404: Not Found"
 
 
 @pytest.mark.parametrize(("source", "repository"), [("github", GITHUB), ("gitlab", GITLAB)])

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, Engine
 
 from webhook_app import (
     VERSION,
+    credentials,
     db,
     deliveries,
     destinations,
@@ -435,7 +436,7 @@ def _list_sources(_chosen: argparse.Namespace) -> int:
     for name, source in values.sources.items():
         row = told.get(name, {})
         secret = "secret" if source.webhook_secrets else "no secret"
-        token = "token" if source.source.token else "no token"
+        token = "token" if source.has_token else "no token"
         counts = f"{row.get('pushes', 0)} pushes, {row.get('missed_pushes', 0)} missed"
         print(f"{name:<10} {source.source.platform:<8} {secret}, {token}  {counts}")
         for repository in source.repositories:
@@ -458,6 +459,11 @@ def _connect(chosen: argparse.Namespace) -> int:
     if source.source.platform == "jenkins":
         print(_JENKINS.format(url=address.url))
         return 0
+    try:
+        source = credentials.with_token(_engine(values), values.encryption_keys, source)
+    except PollError as error:
+        print(f"buildrelay: {chosen.source}: {error}", file=sys.stderr)
+        return 1
     done = [_connect_one(source, repository, address, chosen) for repository in chosen.repositories]
     return 0 if all(done) else 1
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from redis.exceptions import RedisError
 from sqlalchemy import text
 
-from webhook_app import db, health, migrations, platforms, queues, registration, up
+from webhook_app import credentials, db, health, migrations, platforms, queues, registration, up
 from webhook_app.platforms import Answer, Hook, PollError, PollFault, TokenFacts
 from webhook_app.registration import Address, RegistrationError
 from webhook_app.settings import Settings, SourceSettings
@@ -182,7 +182,7 @@ def _workers(missing: Sequence[str]) -> Iterator[Finding]:
 
 def _source(values: Settings, source: SourceSettings, until: float) -> Iterator[Finding]:
     name, told = source.source.name, _told(values, source.source.name)
-    in_use = bool(source.source.token or source.repositories or told.get("pushes") or told.get("polls"))
+    in_use = bool(source.has_token or source.repositories or told.get("pushes") or told.get("polls"))
     if not in_use:
         secret = "a webhook secret is set" if source.webhook_secrets else "no webhook secret"
         yield Finding(name, OK, f"not in use ({secret}, no token, no repositories)")
@@ -191,7 +191,7 @@ def _source(values: Settings, source: SourceSettings, until: float) -> Iterator[
         mend = "Set its webhook secret, and use `buildrelay sources connect`."
         yield Finding(name, WARN, "no webhook secret: pushes are refused, all is polled", mend)
     yield from _health(name, source, told)
-    if source.can_poll and (source.source.token or source.repositories):
+    if source.can_poll and (source.has_token or source.repositories):
         yield from _access(values, source, until)
     elif source.enabled:
         mend = "Set a token, so that builds whose pushes are lost still end."
@@ -249,6 +249,11 @@ def _access(values: Settings, source: SourceSettings, until: float) -> Iterator[
     name = source.source.name
     api = platforms.token_api(source.source.platform)
     assert api is not None
+    try:
+        source = _with_token(values, source)
+    except PollError as error:
+        yield _refused(name, "no token is lent", error)
+        return
     began = utc_now()
     try:
         answer = registration.ask(source, api.token_call(source.source), CALL_SECONDS)
@@ -263,6 +268,16 @@ def _access(values: Settings, source: SourceSettings, until: float) -> Iterator[
             yield Finding(name, WARN, f"{left} repositories were not looked at for want of time")
             return
         yield from _repository(values, source, repository)
+
+
+def _with_token(values: Settings, source: SourceSettings) -> SourceSettings:
+    engine = db.connect(values.database_url, values.sqlite_synchronous, pool_size=1)
+    try:
+        return credentials.with_token(engine, values.encryption_keys, source)
+    except db.StoreUnavailable as error:
+        raise PollError(PollFault.UNAVAILABLE, f"the store is away: {error}") from error
+    finally:
+        engine.dispose()
 
 
 def _refused(name: str, what: str, error: PollError) -> Finding:

@@ -33,7 +33,7 @@ class SourceSettings:
     """One CI instance: its public part for the platform module, and how we talk to it.
 
     `timeout_seconds` bounds one API call.  `repositories`: where runs are discovered.
-    `app` or `oauth`: what gets the token that `source` lacks (`pollers.credentials`).
+    `app` or `oauth`: what gets the token that `source` lacks (`webhook_app.credentials`).
     """
 
     source: Source
@@ -43,6 +43,11 @@ class SourceSettings:
     repositories: tuple[str, ...] = ()
     app: github.App | None = None
     oauth: gitlab.OAuth | None = None
+
+    @property
+    def has_token(self) -> bool:
+        """Is there a token, or what gets one?"""
+        return bool(self.source.token or self.app or self.oauth)
 
     @property
     def can_poll(self) -> bool:

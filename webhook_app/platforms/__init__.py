@@ -118,12 +118,10 @@ class PollTarget:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One outgoing request, to be sent by `webhook_app.outbound`."""
+    """One outgoing GET, to be sent by `webhook_app.outbound`."""
 
     url: str
     headers: dict[str, str] = field(repr=False)
-    method: str = "GET"
-    body: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

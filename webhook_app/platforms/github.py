@@ -269,10 +269,9 @@ def clock(answer: Answer) -> datetime | None:
     return _read.answered_at(answer)
 
 
-def installation_request(source: Source, proof: str, repository: str) -> Request:
+def installation_request(source: Source, proof: str, repository: str) -> Call:
     """`GET /repos/OWNER/REPO/installation`: where the App with the JWT `proof` is installed."""
-    url = f"{source.api_url}/repos/{repository}/installation"
-    return Request(url, _headers(replace(source, token=proof)))
+    return _call(replace(source, token=proof), "GET", f"repos/{repository}/installation")
 
 
 def parse_installation(answer: Answer) -> str:
@@ -280,9 +279,9 @@ def parse_installation(answer: Answer) -> str:
     return _installation_id(_read.fetched(answer))
 
 
-def installations_request(source: Source, proof: str) -> Request:
+def installations_request(source: Source, proof: str) -> Call:
     """`GET /app/installations`: all of the App's."""
-    return Request(f"{source.api_url}/app/installations?per_page=100", _headers(replace(source, token=proof)))
+    return _call(replace(source, token=proof), "GET", "app/installations?per_page=100")
 
 
 def parse_installations(answer: Answer) -> tuple[str, ...]:
@@ -297,10 +296,10 @@ def _installation_id(told: dict[str, Any]) -> str:
         raise PollError(PollFault.UNREADABLE, str(error)) from error
 
 
-def installation_token_request(source: Source, proof: str, installation_id: str) -> Request:
+def installation_token_request(source: Source, proof: str, installation_id: str) -> Call:
     """`POST /app/installations/ID/access_tokens`: a token for all that the installation may see."""
-    url = f"{source.api_url}/app/installations/{_read.path_part(installation_id)}/access_tokens"
-    return Request(url, _headers(replace(source, token=proof)), "POST")
+    path = f"app/installations/{_read.path_part(installation_id)}/access_tokens"
+    return _call(replace(source, token=proof), "POST", path)
 
 
 def parse_installation_token(answer: Answer, now: datetime) -> Grant:

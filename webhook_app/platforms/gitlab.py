@@ -315,7 +315,7 @@ class OAuth:
     refresh_token: str = field(repr=False)
 
 
-def refresh_request(source: Source, oauth: OAuth, refresh_token: str) -> Request:
+def refresh_request(source: Source, oauth: OAuth, refresh_token: str) -> Call:
     """`POST /oauth/token`: from GitLab's answer on, both old tokens are void."""
     asked = {
         "grant_type": "refresh_token",
@@ -326,7 +326,7 @@ def refresh_request(source: Source, oauth: OAuth, refresh_token: str) -> Request
     headers = _headers(replace(source, token="", lent=False))
     headers["Content-Type"] = "application/x-www-form-urlencoded"
     body = urlencode({name: value for name, value in asked.items() if value}).encode()
-    return Request(f"{source.api_url}/oauth/token", headers, "POST", body)
+    return Call("POST", f"{source.api_url}/oauth/token", headers, body)
 
 
 def parse_refresh(answer: Answer, now: datetime) -> Grant:
