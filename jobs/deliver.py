@@ -2,21 +2,22 @@
 
 The job's thread owns the database: it settles what came back and claims what is due in one
 transaction, while threads send over connections that stay open between messages and jobs.
+While it waits for slow answers it listens for the bell, so a subscriber that hangs delays nobody.
 """
 
 import logging
 import queue
 import random
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from redis.exceptions import RedisError
 from sqlalchemy import Connection
 
-from jobs.resources import Resources, resources
+from jobs.resources import Desk, Resources, resources
 from jobs.schedule import ring_at
 from webhook_app import VERSION, db, deliveries, endpoints, outbound, queues, subscribers
 from webhook_app.deliveries import Claim, Claimed, Tried
@@ -28,8 +29,11 @@ from webhook_app.times import utc_now
 log = logging.getLogger(__name__)
 
 USER_AGENT = f"BuildRelay/{VERSION}"
-IN_FLIGHT = 128
 LONGEST_DRAIN_SECONDS = 60.0
+LISTEN_SECONDS = 0.02
+"""While answers are awaited, the bell is looked at so often."""
+LOOK_SECONDS = 0.25
+"""And what is due without a bell: retries, and messages held back by a rate limit."""
 SOON = timedelta(hours=1)
 
 
@@ -40,7 +44,8 @@ def deliver(held: Resources | None = None) -> None:
     """
     held = held or resources()
     queues.answer(held.redis, queues.DELIVER)
-    count = _Drain(held).run()
+    with held.desk.one_job:
+        count = _Drain(held).run()
     if count:
         log.info("delivered tries=%d", count)
     _come_back(held)
@@ -55,58 +60,88 @@ def _come_back(held: Resources) -> None:
 
 @dataclass(slots=True)
 class _Drain:
-    """One run: how many messages of each subscriber are with the threads, and what they brought back."""
+    """One run: it attends the desk, and leaves what hangs to the next one."""
 
     held: Resources
-    busy: Counter[str] = field(default_factory=Counter)
-    results: "queue.SimpleQueue[Tried]" = field(default_factory=queue.SimpleQueue)
+    desk: Desk = field(init=False)
     policy: RetryPolicy = field(init=False)
 
     def __post_init__(self) -> None:
+        self.desk = self.held.desk
         self.policy = RetryPolicy(self.held.settings.delivery_retry_schedule, random.random)
 
     def run(self) -> int:
-        """Until nothing is due or the time is up; how many tries were made."""
-        until = time.monotonic() + LONGEST_DRAIN_SECONDS
+        """Until nothing is due and all is back, or the time is up; how many tries came back."""
+        with self.desk.lock:
+            self.desk.attended = True
+        try:
+            return self._drain(time.monotonic() + LONGEST_DRAIN_SECONDS)
+        finally:
+            with self.desk.lock:
+                self.desk.attended = False
+                self._turn(self._take(), claims=False)
+
+    def _drain(self, until: float) -> int:
         count = 0
         tried: list[Tried] = []
-        while True:
-            room = IN_FLIGHT - self.busy.total() if time.monotonic() < until else 0
-            claim, sentences = self._turn(tried, room)
-            for sentence in sentences:
-                self._carry_out(sentence)
+        while time.monotonic() < until:
+            claim = self._turn(tried)
             for message in claim.messages:
                 self._send(message, claim.subscribers[message.subscriber])
-            if not self.busy.total():
+            if not self.desk.room.subscribers:
                 return count
             tried = self._collect()
             count += len(tried)
+        self._turn(tried, claims=False)
+        queues.Bell(self.held.redis).ring(queues.DELIVER)
+        return count
 
-    def _turn(self, tried: Sequence[Tried], room: int) -> tuple[Claim, list[Sentence]]:
-        """Settle and claim in one transaction."""
-        timeout = self.held.settings.delivery_timeout_seconds
+    def _turn(self, tried: Sequence[Tried], claims: bool = True) -> Claim:
+        """Settle and claim in one transaction; then do to subscribers what follows from the tries."""
+        if not tried and not claims:
+            return Claim()
+        room, timeout = self.desk.room, self.held.settings.delivery_timeout_seconds
 
         def unit(connection: Connection) -> tuple[Claim, list[Sentence]]:
             now = utc_now()
             deliveries.settle(connection, tried, now, self.policy)
             sentences = endpoints.note(connection, tried, now)
-            claim = deliveries.claim(connection, now, room, self.busy, timeout) if room else Claim()
-            return claim, sentences
+            return deliveries.claim(connection, now, room, timeout) if claims else Claim(), sentences
 
-        return db.in_transaction(self.held.engine, unit)
+        claim, sentences = db.in_transaction(self.held.engine, unit)
+        for sentence in sentences:
+            self._carry_out(sentence)
+        return claim
 
     def _collect(self) -> list[Tried]:
-        """Wait for one result, and take along what else is there."""
-        tried = [self.results.get()]
-        while not self.results.empty():
-            tried.append(self.results.get())
-        for one in tried:
-            self.busy[one.message.subscriber] -= 1
-        return tried
+        """What came back; empty when the bell rang first, or it is time to look what is due."""
+        until = time.monotonic() + LOOK_SECONDS
+        while time.monotonic() < until:
+            try:
+                return self._take(self.desk.results.get(timeout=LISTEN_SECONDS))
+            except queue.Empty:
+                if self._is_called():
+                    break
+        return []
+
+    def _take(self, *first: tuple[Tried, Mapping[str, Any]]) -> list[Tried]:
+        """Note these as over, and all else that lies on the desk."""
+        back = list(first)
+        while not self.desk.results.empty():
+            back.append(self.desk.results.get())
+        for tried, subscriber in back:
+            self.desk.room.ended(subscriber, tried.reason is None)
+        return [tried for tried, _ in back]
+
+    def _is_called(self) -> bool:
+        try:
+            return queues.answer(self.held.redis, queues.DELIVER)
+        except RedisError:
+            return False  # what is due is found without it
 
     def _send(self, message: Claimed, subscriber: Mapping[str, Any]) -> None:
-        self.busy[message.subscriber] += 1
         self.held.threads.submit(self._try_and_report, message, subscriber)
+        self.desk.room.began(subscriber)
 
     def _try_and_report(self, message: Claimed, subscriber: Mapping[str, Any]) -> None:
         started_at, started = utc_now(), time.monotonic()
@@ -117,7 +152,19 @@ class _Drain:
             tried = Tried(
                 message, started_at, time.monotonic() - started, reason=f"internal_{type(error).__name__}"
             )
-        self.results.put(tried)
+        self._hand_in(tried, subscriber)
+
+    def _hand_in(self, tried: Tried, subscriber: Mapping[str, Any]) -> None:
+        with self.desk.lock:
+            if self.desk.attended:
+                self.desk.results.put((tried, subscriber))
+                return
+            self.desk.room.ended(subscriber, tried.reason is None)
+            try:
+                self._turn([tried], claims=False)
+            except db.StoreUnavailable as error:
+                log.warning("a try is not noted, its message will be sent again: %s", error)
+        queues.Bell(self.held.redis).ring(queues.DELIVER)
 
     def _carry_out(self, sentence: Sentence) -> None:
         db.as_writer(self.held.engine, lambda write: endpoints.carry_out(write, sentence, utc_now()))

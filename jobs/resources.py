@@ -1,19 +1,40 @@
 """What a worker process holds: settings, engine, Redis, outgoing threads; made once, lazily, per process."""
 
+import threading
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
+from queue import SimpleQueue
+from typing import Any
 
 from redis import Redis
 from sqlalchemy import Engine
 
 from webhook_app import db, queues, settings
+from webhook_app.deliveries import Tried
 from webhook_app.polling import Pace
+from webhook_app.room import IN_FLIGHT, Room
 from webhook_app.times import utc_now
 
-DELIVERY_THREADS = 128
 POLL_THREADS = 8
+
+
+@dataclass(slots=True)
+class Desk:
+    """Where the sending threads hand in how a try went, with the subscriber's row.
+
+    A delivery job attends it; requests that outlast one job are taken over by the next.  While nobody
+    attends it a thread settles its own try.  `lock` is held for handing in, and to come and go;
+    `room` belongs to whoever attends, else to the holder of the lock.
+    """
+
+    room: Room = field(default_factory=Room)
+    results: "SimpleQueue[tuple[Tried, Mapping[str, Any]]]" = field(default_factory=SimpleQueue)
+    attended: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    one_job: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +46,7 @@ class Resources:
     redis: Redis
     threads: ThreadPoolExecutor
     started_at: datetime = field(default_factory=utc_now)
+    desk: Desk = field(default_factory=Desk)
 
     @property
     def pace(self) -> Pace:
@@ -40,5 +62,6 @@ def resources() -> Resources:
         values,
         db.connect(values.database_url, values.sqlite_synchronous),
         queues.connect(values.redis_url),
-        ThreadPoolExecutor(max(DELIVERY_THREADS, POLL_THREADS), thread_name_prefix="outgoing"),
+        ThreadPoolExecutor(max(IN_FLIGHT, POLL_THREADS), thread_name_prefix="outgoing"),
+        desk=Desk(Room(per_host=values.delivery_host_concurrency)),
     )

@@ -33,6 +33,7 @@ from webhook_app.app import create_app
 from webhook_app.builds import PollFailed, Unchanged
 from webhook_app.lifecycle import Detail, Observation, ObservedBy, State
 from webhook_app.queries import BuildFilter
+from webhook_app.room import Room
 from webhook_app.times import utc_now
 from webhook_app.web.api import masking
 
@@ -980,7 +981,7 @@ def attempt(api, status, reason=None, now=None):
     policy = deliveries.RetryPolicy((60.0,), lambda: 0.5)
 
     def unit(connection):
-        claimed = deliveries.claim(connection, now, 30, {}, 15).messages
+        claimed = deliveries.claim(connection, now, Room(30), 15).messages
         tried = [deliveries.Tried(message, now, 0.25, status, reason, "the answer") for message in claimed]
         deliveries.settle(connection, tried, now, policy)
         endpoints.note(connection, tried, now)

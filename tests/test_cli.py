@@ -11,6 +11,7 @@ from webhook_app import builds, cli, db, deliveries, endpoints, models, sealing,
 from webhook_app.deliveries import Tried
 from webhook_app.lifecycle import State
 from webhook_app.retries import RetryPolicy
+from webhook_app.room import Room
 from webhook_app.times import utc_now
 
 OLD, NEW = (Fernet.generate_key().decode() for _ in range(2))
@@ -52,7 +53,7 @@ class Box:
 
         def unit(connection):
             now = utc_now()
-            taken = deliveries.claim(connection, now, 50, {}, 15).messages
+            taken = deliveries.claim(connection, now, Room(50), 15).messages
             tried = [Tried(one, now, 0.1, 500, "http_500") for one in taken]
             deliveries.settle(connection, tried, now, RetryPolicy((), lambda: 0.5))
             return [one.message_id for one in taken]

@@ -1,5 +1,6 @@
 """The outbox: who gets a message, in which order it is claimed, and what a try does to it."""
 
+from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 
@@ -13,6 +14,7 @@ from webhook_app import builds, db, deliveries, endpoints, models, signing, subs
 from webhook_app.deliveries import Tried
 from webhook_app.lifecycle import State
 from webhook_app.retries import RetryPolicy
+from webhook_app.room import CAUTION_IN_FLIGHT, Room
 
 Q, P, C = State.QUEUED, State.IN_PROGRESS, State.COMPLETED
 START = at(0)
@@ -31,10 +33,10 @@ def record(engine, *facts, now=START):
     db.as_writer(engine, lambda write: builds.record(write, facts, now, PACE))
 
 
-def claim(engine, now=START, room=200, busy=None):
-    return db.in_transaction(
-        engine, lambda connection: deliveries.claim(connection, now, room, busy or {}, 15)
-    ).messages
+def claim(engine, now=START, most=200, room=None):
+    """By a worker that lets everybody have half of `most` at once, unless it has a `room` of its own."""
+    room = room or Room(most, per_host=most, first=most)
+    return db.in_transaction(engine, lambda connection: deliveries.claim(connection, now, room, 15)).messages
 
 
 def settle(engine, *tries, now=START):
@@ -141,7 +143,7 @@ def test_messages_that_wait_never_hide_their_heads(engine):
     record(engine, *(github(P, run=run) for run in range(1, 6)), now=at(1))
     taken = []
     for _ in range(5):
-        again = claim(engine, at(31), room=6)
+        again = claim(engine, at(31), most=6)
         assert len(again) <= 3
         taken += [(message.data["number"], message.data["sequence"]) for message in again]
     assert sorted(taken) == [(run, 1) for run in range(1, 6)]
@@ -153,7 +155,7 @@ def test_messages_that_wait_never_hide_other_builds(engine):
     assert len(claim(engine)) == 5
     record(engine, *(github(P, run=run) for run in range(1, 6)), now=at(1))
     record(engine, github(Q, run=9), now=at(2))
-    assert [message.data["number"] for message in claim(engine, at(3), room=4)] == [9]
+    assert [message.data["number"] for message in claim(engine, at(3), most=4)] == [9]
 
 
 def test_a_stuck_message_holds_only_its_own_build(engine):
@@ -356,19 +358,46 @@ def test_nobody_can_fill_all_the_room(engine):
     many, few = subscribe(engine, sources=["github"]), subscribe(engine, sources=["gitlab"])
     record(engine, *[github(Q, run=run) for run in range(300)])
     record(engine, *[gitlab(Q, 0, {1: "queued"}, pipeline=number) for number in range(3)], now=at(1))
-    taken = claim(engine, at(2), room=128)
-    assert sum(message.subscriber == many for message in taken) == deliveries.MOST_IN_FLIGHT
+    taken = claim(engine, at(2), most=128)
+    assert sum(message.subscriber == many for message in taken) == 64
     assert sum(message.subscriber == few for message in taken) == 3
-    assert claim(engine, at(3), room=64, busy={many: 64}) == []
-    assert len(claim(engine, at(3), room=20, busy={many: 0})) == 10
+
+
+def test_whoever_has_the_least_under_way_comes_first(engine):
+    """However old the other one's backlog is."""
+    subscribe(engine, sources=["github"])
+    few = subscribe(engine, sources=["gitlab"])
+    record(engine, *[github(Q, run=run) for run in range(30)])
+    record(engine, gitlab(Q, 0, {1: "queued"}), now=at(1))
+    room = Room(5)
+    for row in rows(engine, models.subscribers):
+        room.began(row, 4 if row["id"] != few else 0)
+    assert [message.subscriber for message in claim(engine, at(2), room=room)] == [few]
 
 
 def test_a_failing_endpoint_gets_few_at_a_time(engine):
     subscribe(engine)
     record(engine, *[github(Q, run=run) for run in range(50)])
-    first = claim(engine, room=2)
+    first = claim(engine, most=2)
     settle(engine, *[went(message, 500) for message in first])
-    assert len(claim(engine)) == deliveries.CAUTION_IN_FLIGHT
+    assert len(claim(engine)) == CAUTION_IN_FLIGHT
+
+
+def test_the_subscribers_of_one_host_share_what_it_may_get(engine):
+    urls = ("https://one.example/a", "https://ONE.example:8443/b", "https://two.example/")
+    one, also_one, two = [subscribe(engine, url=url) for url in urls]
+    record(engine, *[github(Q, run=run) for run in range(50)])
+    room = Room(per_host=20, first=100)
+    taken = claim(engine, room=room)
+    found = Counter(message.subscriber for message in taken)
+    assert (found[one] + found[also_one], found[two]) == (20, 20)
+    by_id = {row["id"]: row for row in rows(engine, models.subscribers)}
+    for message in taken:
+        room.began(by_id[message.subscriber])
+    assert claim(engine, room=room) == []
+    room.ended(by_id[taken[0].subscriber], well=True)
+    (next_one,) = claim(engine, room=room)
+    assert (next_one.subscriber == two) is (taken[0].subscriber == two)
 
 
 def test_a_request_is_signed_the_same_body_on_every_try(engine):

@@ -9,7 +9,7 @@ a lane is sent; the others wait with it (`due_at` of the first) and are woken wh
 No lane waits for another.
 
 Fairness: each subscriber has a queue of its own (the index `ix_messages_due`).  A claim goes from
-queue to queue and takes at most half of the room that is left from each, so nobody can fill it all.
+queue to queue, first to those with the least under way, and takes from each what `room.Room` allows.
 """
 
 import secrets as random
@@ -24,14 +24,12 @@ from webhook_app import bulk, formats, models, signing, subscribers
 from webhook_app.db import Write
 from webhook_app.formats import Told
 from webhook_app.retries import RetryPolicy, slow_down
+from webhook_app.room import Room
 
 Row = dict[str, Any]
 
 LEASE_MARGIN_SECONDS = 15.0
 RESPONSE_CAP_BYTES = 16 * 1024
-MOST_IN_FLIGHT = 64
-"""Messages of one subscriber that one worker has on the way; those of one that fails are fewer."""
-CAUTION_IN_FLIGHT = 4
 MOST_SEEN = 500
 """So many due messages are looked at together once the first few all had to wait."""
 
@@ -199,51 +197,36 @@ class Claim:
     subscribers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def claim(
-    connection: Connection, now: datetime, room: int, busy: Mapping[str, int], timeout_seconds: float
-) -> Claim:
-    """Take up to `room` due messages for `timeout_seconds` plus a margin; at most one per lane.
+def claim(connection: Connection, now: datetime, room: Room, timeout_seconds: float) -> Claim:
+    """Take due messages for `timeout_seconds` plus a margin: as many as `room` allows, at most one per lane.
 
-    `busy`: how many messages of each subscriber the caller has on the way.  Run in a write
-    transaction; the caller sends after the commit.
+    Run in a write transaction; the caller sends after the commit, and keeps the books of `room` itself.
     """
     taken: list[int] = []
     rows: dict[str, Mapping[str, Any]] = {}
-    for row in [dict(row) for row in connection.execute(_QUEUES).mappings()]:
-        free = room - len(taken)
-        if free <= 0:
-            break
-        most = _quota(row, now, free, busy.get(row["id"], 0))
-        if most <= 0:
-            continue
-        due = _take_due(connection, row, now, most)
+    room = room.copy()
+    queues = [dict(row) for row in connection.execute(_QUEUES).mappings()]
+    for row in sorted(queues, key=lambda row: room.subscribers[row["id"]]):
+        due = _take_due(connection, row, now, room.allowed(row, now))
         if due:
             taken += due
             rows[row["id"]] = row
+            room.began(row, len(due))
+        if room.free <= 0:
+            break
     return Claim(_lease(connection, taken, rows, now, timeout_seconds), rows)
-
-
-def _quota(row: Mapping[str, Any], now: datetime, free: int, busy: int) -> int:
-    """How many messages this subscriber may get now: half of what is free, and what its state allows."""
-    if row["first_due_at"] > now or (row["slow_until"] is not None and row["slow_until"] > now):
-        return 0
-    if row["on_probation"]:
-        return 1 - busy
-    if row["failing_since"] is not None:
-        return CAUTION_IN_FLIGHT - busy
-    return min(MOST_IN_FLIGHT - busy, max(1, free // 2))
 
 
 def _take_due(connection: Connection, row: Mapping[str, Any], now: datetime, most: int) -> list[int]:
     """Ids of due messages that are the first of their lanes, as many as the pace allows."""
-    pace = _Pace(row["rate_limit_per_second"], row["paced_until"], now)
-    if row["rate_limit_per_second"]:
-        pace = _locked_pace(connection, row, now)
-    most = min(most, pace.allowed)
     if most <= 0:
         return []
-    taken = _due_heads(connection, row, now, most)
-    if taken and row["rate_limit_per_second"]:
+    if not row["rate_limit_per_second"]:
+        return _due_heads(connection, row, now, most)
+    pace = _locked_pace(connection, row, now)
+    most = min(most, pace.allowed)
+    taken = _due_heads(connection, row, now, most) if most > 0 else []
+    if taken:
         pace.spend(connection, row["id"], len(taken))
     return taken
 
@@ -274,14 +257,12 @@ def _due_heads(connection: Connection, row: Mapping[str, Any], now: datetime, mo
 class _Pace:
     """A rate limit as a bucket of one second: `until` is the time up to which messages are paid for."""
 
-    per_second: int | None
+    per_second: int
     until: datetime | None
     now: datetime
 
     @property
     def allowed(self) -> int:
-        if not self.per_second:
-            return MOST_IN_FLIGHT
         ahead = (self._start() - self.now).total_seconds()
         return max(0, int(self.per_second * (1.0 - ahead)))
 
@@ -289,7 +270,6 @@ class _Pace:
         return max(self.until or self.now, self.now)
 
     def spend(self, connection: Connection, subscriber_id: str, count: int) -> None:
-        assert self.per_second
         paid = self._start() + timedelta(seconds=count / self.per_second)
         connection.execute(update(models.subscribers).where(_s.id == subscriber_id).values(paced_until=paid))
 

@@ -60,7 +60,8 @@ from webhook_app.destinations import (
 IDLE_SECONDS = 60.0
 LIFETIME_SECONDS = 300.0
 SWEEP_SECONDS = 10.0
-IDLE_PER_ORIGIN = 32
+IDLE_PER_ORIGIN = 128
+"""As many as one subscriber may have under way (`room.MOST_IN_FLIGHT`): each closed one costs a handshake."""
 IDLE_IN_ALL = 512
 ADDRESSES_TRIED = 4
 """A name may resolve to many addresses that swallow packets; each one tried gets its share of the time."""

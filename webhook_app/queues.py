@@ -104,6 +104,6 @@ def is_served(redis: Redis, bell: str) -> bool:
         return False
 
 
-def answer(redis: Redis, bell: str) -> None:
-    """A job begins: from now on new work needs a new ring."""
-    redis.delete(bell_key(bell))
+def answer(redis: Redis, bell: str) -> bool:
+    """A job begins, or looks up from its work: from now on new work needs a new ring.  Had it been rung?"""
+    return bool(redis.delete(bell_key(bell)))

@@ -85,6 +85,7 @@ class Settings:
     dashboard_api_key: str = field(default="", repr=False)
     delivery_retry_schedule: tuple[float, ...] = ()
     delivery_timeout_seconds: float = 15.0
+    delivery_host_concurrency: int = 128
     retention_days: int = 90
     sqlite_synchronous: str = "FULL"
     log_level: str = "INFO"
@@ -368,6 +369,10 @@ VARIABLES: tuple[Variable, ...] = (
         "seconds before each retry, comma separated",
     ),
     Variable("DELIVERY_TIMEOUT", "15", _number(0.1, 60, "seconds"), "seconds for one delivery attempt"),
+    Variable(
+        "DELIVERY_HOST_CONCURRENCY", "128", _whole(1, 256),
+        "requests that one worker has under way at one host, whoever's",
+    ),
     Variable("RETENTION_DAYS", "90", _whole(1, 3650, "days"), "days that events, bodies and attempts are kept"),
     Variable("LOG_LEVEL", "info", _log_level, "debug, info, warning or error; `up` says warning"),
     Variable("SQLITE_SYNCHRONOUS", "FULL", _synchronous, "FULL survives a power cut, NORMAL a killed process"),
@@ -432,6 +437,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         dashboard_api_key=values["DASHBOARD_API_KEY"],
         delivery_retry_schedule=values["DELIVERY_RETRY_SCHEDULE"],
         delivery_timeout_seconds=values["DELIVERY_TIMEOUT"],
+        delivery_host_concurrency=values["DELIVERY_HOST_CONCURRENCY"],
         retention_days=values["RETENTION_DAYS"],
         sqlite_synchronous=values["SQLITE_SYNCHRONOUS"],
         log_level=values["LOG_LEVEL"],

@@ -1,0 +1,177 @@
+"""The delivery job at work: one that hangs delays nobody, and outlasts the job without being lost."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from cryptography.fernet import Fernet
+from sqlalchemy import select
+
+from jobs import deliver as job
+from jobs.resources import Desk, Resources
+from tests.facts import PACE, github
+from webhook_app import builds, db, models, queues, settings, subscribers
+from webhook_app.lifecycle import State
+from webhook_app.room import Room
+from webhook_app.simulated.subscriber import Subscriber
+from webhook_app.times import utc_now
+
+KEY = Fernet.generate_key().decode()
+
+
+@pytest.fixture
+def make_held(engine, redis_client):
+    """`make_held(**environment)`: what the job works with, on either database."""
+    with ThreadPoolExecutor(32) as threads:
+
+        def make(**more):
+            env = {"ENCRYPTION_KEYS": KEY, "ALLOW_PRIVATE_CALLBACKS": "true", **more}
+            values = settings.load(env)
+            desk = Desk(Room(per_host=values.delivery_host_concurrency))
+            return Resources(values, engine, redis_client, threads, desk=desk)
+
+        yield make
+
+
+@pytest.fixture
+def pair():
+    with Subscriber() as one, Subscriber() as two:
+        yield one, two
+
+
+def subscribe(held, endpoint, **more):
+    wanted = {"url": endpoint.url, "signing": "hmac", **more}
+    row, secret = db.as_writer(
+        held.engine, lambda write: subscribers.create(write, wanted, (KEY,), utc_now())
+    )
+    endpoint.add_secret(secret)
+    return row["id"]
+
+
+def record(held, *facts):
+    db.as_writer(held.engine, lambda write: builds.record(write, facts, utc_now(), PACE))
+
+
+def states(held, subscriber):
+    with db.reading(held.engine) as connection:
+        columns = models.messages.c
+        rows = connection.execute(select(columns.state, columns.attempts, columns.claim).where(
+            columns.subscriber == subscriber
+        ))  # fmt: skip
+        return [tuple(row) for row in rows]
+
+
+def tries(held):
+    with db.reading(held.engine) as connection:
+        return list(connection.execute(select(models.delivery_attempts.c.reason)).scalars())
+
+
+def test_while_one_hangs_new_messages_of_others_are_sent(make_held, pair, wait_until):
+    held = make_held(DELIVERY_TIMEOUT="60")
+    hanging, quick = pair
+    hanging.behave(hang=True)
+    stuck = subscribe(held, hanging)
+    record(held, github(State.QUEUED))
+    worker = threading.Thread(target=job.deliver, args=(held,))
+    worker.start()
+    try:
+        wait_until(lambda: [row[1] for row in states(held, stuck)] == [1])
+        good = subscribe(held, quick)
+        for run in range(2, 5):
+            record(held, github(State.QUEUED, run=run))
+            queues.enqueue_once(held.redis, queues.DELIVER)
+            wait_until(lambda run=run: len(quick.sequences(f"github:Octo:Repo:{run}")) == 1)
+        wait_until(lambda: {row[0] for row in states(held, good)} == {"delivered"})
+        assert {row[0] for row in states(held, stuck)} == {"pending"}
+        assert worker.is_alive()
+        assert tries(held) == [None] * 3
+    finally:
+        hanging.close()
+        worker.join(30)
+
+
+def test_what_falls_due_meanwhile_is_sent_without_a_bell(make_held, pair, wait_until):
+    held = make_held(DELIVERY_TIMEOUT="60", DELIVERY_RETRY_SCHEDULE="0.3")
+    hanging, failing = pair
+    hanging.behave(hang=True)
+    failing.behave(fail_first=1)
+    subscribe(held, hanging)
+    other = subscribe(held, failing)
+    record(held, github(State.QUEUED))
+    worker = threading.Thread(target=job.deliver, args=(held,))
+    worker.start()
+    try:
+        wait_until(lambda: states(held, other) == [("delivered", 2, None)])
+        assert worker.is_alive()
+    finally:
+        hanging.close()
+        worker.join(30)
+
+
+def test_a_try_that_outlasts_its_job_is_settled_by_itself(make_held, pair, wait_until, monkeypatch):
+    monkeypatch.setattr(job, "LONGEST_DRAIN_SECONDS", 0.1)
+    held = make_held(DELIVERY_TIMEOUT="0.8")
+    hanging, quick = pair
+    hanging.behave(hang=True)
+    stuck, good = subscribe(held, hanging), subscribe(held, quick)
+    record(held, github(State.QUEUED))
+    job.deliver(held)
+    wait_until(lambda: [row[0] for row in states(held, good)] == ["delivered"])
+    assert [(state, claim is None) for state, _, claim in states(held, stuck)] == [("pending", False)]
+    assert held.redis.get(queues.bell_key(queues.DELIVER))  # another job takes over at once
+    held.redis.flushall()
+    wait_until(lambda: states(held, stuck) == [("pending", 1, None)])
+    assert sorted(tries(held), key=str) == [None, "timeout"]
+    wait_until(lambda: held.redis.get(queues.bell_key(queues.DELIVER)))
+    assert not held.desk.room.subscribers
+
+
+def test_the_next_job_takes_over_what_the_last_one_left(make_held, pair, wait_until, monkeypatch):
+    monkeypatch.setattr(job, "LONGEST_DRAIN_SECONDS", 0.1)
+    held = make_held(DELIVERY_TIMEOUT="0.8")
+    hanging, _ = pair
+    hanging.behave(hang=True)
+    stuck = subscribe(held, hanging)
+    record(held, github(State.QUEUED), github(State.IN_PROGRESS, run=2))
+    job.deliver(held)
+    assert held.desk.room.subscribers == {stuck: 2}
+    monkeypatch.undo()
+    job.deliver(held)
+    assert tries(held) == ["timeout", "timeout"]
+    assert not held.desk.room.subscribers
+    assert {row[1] for row in states(held, stuck)} == {1}
+
+
+class Meter:
+    """How many requests were under way at once, at most."""
+
+    def __init__(self):
+        self.lock, self.now, self.most = threading.Lock(), 0, 0
+
+    def __enter__(self):
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.now -= 1
+
+
+def test_a_host_gets_no_more_at_once_than_its_bound_whoever_its_subscribers_are(make_held, monkeypatch):
+    held, meter = make_held(DELIVERY_HOST_CONCURRENCY="3"), Meter()
+    attempt = job.attempt
+
+    def metered(*arguments):
+        with meter:
+            return attempt(*arguments)
+
+    monkeypatch.setattr(job, "attempt", metered)
+    with Subscriber() as one, Subscriber() as two:  # two ports of one host
+        for endpoint in (one, two, one, two):
+            endpoint.behave(delay_seconds=0.02)
+            subscribe(held, endpoint, ordered=False)
+        record(held, *(github(State.QUEUED, run=run) for run in range(10)))
+        job.deliver(held)
+    assert meter.most == 3
+    assert tries(held) == [None] * 40
