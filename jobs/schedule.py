@@ -58,6 +58,7 @@ def table(values: Settings) -> tuple[Periodic, ...]:
         Periodic(f"{TICK}poll", queues.POLL, max(1, min(15, int(values.poll_interval_seconds)))),
         Periodic(f"{TICK}deliver", queues.DELIVER, 5),
         Periodic(f"{TICK}sweep", queues.SWEEP, 15),
+        Periodic(f"{TICK}replay", queues.REPLAY, 15),
         Periodic(
             f"{TICK}discover",
             queues.DISCOVER,

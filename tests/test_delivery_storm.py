@@ -182,5 +182,5 @@ def test_what_never_succeeds_is_dead_with_its_reason(
             worker.wait(15)
         with db.reading(engine) as connection:
             assert set(connection.execute(select(models.messages.c.reason)).scalars()) == {"http_500"}
-        assert replays.redrive(engine, None, "http_500", utc_now()) == 3
+        assert replays.redrive(engine, None, "http_500", utc_now()).count == 3
         assert counts(engine) == {"pending": 3}

@@ -1,13 +1,16 @@
 """Recovery: what a replay and a redrive send again, under which ids, in which order, and when interrupted."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from sqlalchemy import select
 
+from jobs import replay as replay_job
+from jobs.resources import Resources
 from tests.facts import at, github
 from tests.test_deliveries import POLICY, claim, record, rows, settle, subscribe, went
-from webhook_app import db, deliveries, endpoints, models, replays, subscribers
+from webhook_app import db, deliveries, endpoints, models, queues, replays, settings, subscribers
 from webhook_app.lifecycle import State
 from webhook_app.replays import Range
 
@@ -29,7 +32,17 @@ def count(engine, id_, wanted):
 
 
 def replay(engine, id_, wanted, now=NOW):
-    return replays.replay(engine, row_of(engine, id_), wanted, now)
+    """Begin, and go on as the job does; how many messages it is said to be about."""
+    started = replays.replay(engine, row_of(engine, id_), wanted, now)
+    return finish(engine, started, now)
+
+
+def finish(engine, started, now):
+    assert bool(rows(engine, models.recoveries)) is started.left
+    while replays.advance(engine, now) is not None:
+        pass
+    assert rows(engine, models.recoveries) == []
+    return started.count
 
 
 def drain(engine, now, status=200):
@@ -191,26 +204,82 @@ def test_portions_are_seamless(engine, small_portions):
     assert sorted(order(drain(engine, NOW))) == [(run, 1) for run in range(1, 10)]
 
 
-def test_killed_half_way_it_is_finished_by_running_it_again(engine, small_portions, monkeypatch):
+def test_killed_half_way_it_goes_on_where_it_was(engine, small_portions, monkeypatch):
     record(engine, *[github(Q, run=run) for run in range(1, 9)])
     one = subscribe(engine)
-    plan_for, calls = deliveries.plan_for, []
+    started = replays.replay(engine, row_of(engine, one), span(), NOW)
+    assert (started.count, started.left, len(rows(engine))) == (8, True, 3)
+    plan_for = deliveries.plan_for
 
-    def die_in_the_third(*arguments):
-        calls.append(arguments)
+    def die_after_writing(*arguments):
         plan_for(*arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(deliveries, "plan_for", die_in_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        replay(engine, one, span())
-    assert len(rows(engine)) == 6
+    with monkeypatch.context() as patched:
+        patched.setattr(deliveries, "plan_for", die_after_writing)
+        with pytest.raises(KeyboardInterrupt):
+            replays.advance(engine, NOW)
+    assert len(rows(engine)) == 3
     first = drain(engine, NOW)
-    monkeypatch.undo()
-    assert replay(engine, one, span(), at(2000)) == 2
-    assert sorted(order(first + drain(engine, at(2000)))) == [(run, 1) for run in range(1, 9)]
+    assert [replays.advance(engine, NOW) for _ in range(3)] == [3, 2, None]
+    assert sorted(order(first + drain(engine, NOW))) == [(run, 1) for run in range(1, 9)]
     assert len(rows(engine)) == 8
+
+
+def test_several_jobs_at_once_do_each_portion_once(engine, small_portions):
+    record(engine, *[github(Q, run=run) for run in range(1, 40)])
+    one = subscribe(engine)
+    assert replays.replay(engine, row_of(engine, one), span(), NOW).count == 39
+    with ThreadPoolExecutor(4) as threads:
+        done = list(threads.map(lambda _: replays.advance(engine, NOW), range(20)))
+    assert sum(filter(None, done)) == 36
+    assert len(rows(engine)) == 39
+
+
+def test_it_ends_when_its_subscriber_is_disabled_or_removed(engine, small_portions):
+    record(engine, *[github(Q, run=run) for run in range(1, 9)])
+    one, two = subscribe(engine), subscribe(engine)
+    for id_ in (one, two):
+        assert replays.replay(engine, row_of(engine, id_), span(), NOW).left
+    db.as_writer(engine, lambda write: endpoints.disable(write, one, "in this test", NOW))
+    db.as_writer(engine, lambda write: subscribers.remove(write, two))
+    assert [replays.advance(engine, NOW) for _ in range(2)] == [0, None]
+    assert {row["state"] for row in rows(engine)} == {"dead"}
+
+
+def test_the_count_agrees_with_what_is_sent_whatever_the_filters(engine):
+    record(
+        engine, github(Q, run=1), github(C, run=1), github(State.FAILED, run=2, branch="dev"),
+        github(Q, run=3, repository="Other/Repo"), github(Q, run=4, branch=None),
+    )  # fmt: skip
+    for wanted, expected in (
+        ({}, 5), ({"sources": ["git*"]}, 5), ({"repositories": ["octo/*"]}, 4), ({"branches": ["main"]}, 3),
+        ({"states": ["failed"]}, 1), ({"conclusions": ["success"]}, 1), ({"events": ["build.queued"]}, 3),
+        ({"events": ["build.queued"], "branches": ["m*"], "repositories": ["octo/repo"]}, 1),
+    ):  # fmt: skip
+        one = subscribe(engine, **wanted)
+        assert (count(engine, one, span()), replay(engine, one, span())) == (expected, expected), wanted
+
+
+def test_the_job_goes_on_until_nothing_is_left_and_rings(engine, redis_client, small_portions):
+    record(engine, *[github(Q, run=run) for run in range(1, 9)])
+    one = subscribe(engine)
+    held = Resources(settings.load({}), engine, redis_client, None)
+    assert replays.replay(engine, row_of(engine, one), span(), NOW).left
+    queues.enqueue_once(redis_client, queues.REPLAY)
+    replay_job.replay(held)
+    assert (len(rows(engine)), rows(engine, models.recoveries)) == (8, [])
+    assert redis_client.exists(queues.bell_key(queues.DELIVER))
+    assert not redis_client.exists(queues.bell_key(queues.REPLAY))
+
+
+def test_a_job_whose_time_is_up_comes_back(engine, redis_client, small_portions, monkeypatch):
+    monkeypatch.setattr(replay_job, "BUSY_SECONDS", 0)
+    record(engine, *[github(Q, run=run) for run in range(1, 9)])
+    one = subscribe(engine)
+    replays.replay(engine, row_of(engine, one), span(), NOW)
+    replay_job.replay(Resources(settings.load({}), engine, redis_client, None))
+    assert redis_client.exists(queues.bell_key(queues.REPLAY))
 
 
 # ---- redrive ---------------------------------------------------------------------------------
@@ -229,7 +298,7 @@ def graveyard(engine):
 
 
 def redrive(engine, subscriber=None, reason=None):
-    return replays.redrive(engine, subscriber, reason, at(90_000))
+    return finish(engine, replays.redrive(engine, subscriber, reason, at(90_000)), at(90_000))
 
 
 def test_dead_letters_are_counted_by_reason(engine, graveyard):

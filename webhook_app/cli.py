@@ -268,13 +268,13 @@ def _enable_subscriber(chosen: argparse.Namespace) -> int:
     return _done(found, f"{chosen.id} is active", chosen.id)
 
 
-def _ring(values: Settings) -> bool:
-    """Wake a worker; is there one?  If not, the next one to start finds the work."""
+def _ring(values: Settings, *more: str) -> bool:
+    """Wake a delivery worker (and ring `more`); is there one?  If not, the next to start finds the work."""
     from webhook_app import queues  # RQ: not for those who only migrate
 
     redis = queues.connect(values.redis_url, REDIS_SECONDS)
     with redis:
-        return queues.Bell(redis).ring(queues.DELIVER) and queues.is_served(redis, queues.DELIVER)
+        return queues.Bell(redis).ring(queues.DELIVER, *more) and queues.is_served(redis, queues.DELIVER)
 
 
 def _active(engine: Engine, id_: str) -> Mapping[str, Any] | None:
@@ -311,8 +311,8 @@ def _replay(chosen: argparse.Namespace) -> int:
     if chosen.dry_run:
         print(f"{replays.count(engine, row, span)} would be sent")
         return 0
-    print(f"{replays.replay(engine, row, span, now)} are on their way")
-    _ring(values)
+    print(f"{replays.replay(engine, row, span, now).count} are on their way")
+    _ring(values, "replay")
     return 0
 
 
@@ -398,9 +398,9 @@ def _redrive(chosen: argparse.Namespace) -> int:
     engine = _engine(values)
     if chosen.subscriber is not None and _active(engine, chosen.subscriber) is None:
         return 1
-    count = replays.redrive(engine, chosen.subscriber, chosen.reason, utc_now())
-    _ring(values)
-    print(f"{count} are on their way")
+    started = replays.redrive(engine, chosen.subscriber, chosen.reason, utc_now())
+    _ring(values, "replay")
+    print(f"{started.count} are on their way")
     return 0
 
 

@@ -265,6 +265,22 @@ delivery_attempts = Table(
     comment="One HTTP try of a message.",
 )
 
+recoveries = Table(
+    "recoveries",
+    metadata,
+    Column("id", Id, primary_key=True, autoincrement=True),
+    Column("kind", Text, nullable=False),
+    Column("subscriber", Text, ForeignKey("subscribers.id", ondelete="CASCADE")),
+    Column("reason", Text),
+    Column("since", Moment),
+    Column("until", Moment),
+    Column("only_missing", Boolean, nullable=False),
+    Column("after", Id, nullable=False),
+    Column("last", Id, nullable=False),
+    Column("created_at", Moment, nullable=False),
+    comment="Replays of events and redrives of messages: done up to id `after`, to do up to `last`.",
+)
+
 tokens = Table(
     "tokens",
     metadata,

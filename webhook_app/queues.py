@@ -15,7 +15,8 @@ from rq import Queue, Worker
 
 log = logging.getLogger(__name__)
 
-DELIVER, POLL, SWEEP, DISCOVER, REDELIVER = "deliver", "poll", "sweep", "discover", "redeliver"
+DELIVER, POLL, SWEEP, DISCOVER = "deliver", "poll", "sweep", "discover"
+REDELIVER, REPLAY = "redeliver", "replay"
 
 JOBS = {
     DELIVER: "jobs.deliver.deliver",
@@ -23,6 +24,7 @@ JOBS = {
     SWEEP: "jobs.sweep.sweep",
     DISCOVER: "jobs.poll.discover",
     REDELIVER: "jobs.redeliver.redeliver",
+    REPLAY: "jobs.replay.replay",
 }
 """Queue and job by bell.  Each bell has a queue of its own, so that none waits for another."""
 

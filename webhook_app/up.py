@@ -163,7 +163,7 @@ def workers(env: Mapping[str, str] | None = None) -> list[Child]:
     start = (sys.executable, "-m", "jobs.worker")
     return [
         Child("deliver", (*start, "deliver"), env),
-        Child("poll", (*start, "poll", "sweep", "discover", "redeliver"), env),
+        Child("poll", (*start, "poll", "sweep", "discover", "redeliver", "replay"), env),
     ]
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from webhook_app import db, deliveries, destinations, endpoints, queries, queues, replays, subscribers
 from webhook_app.destinations import OutboundError
 from webhook_app.queries import Row
-from webhook_app.replays import Range
+from webhook_app.replays import Range, Started
 from webhook_app.sealing import SealError
 from webhook_app.times import utc_now
 from webhook_app.web import schemas
@@ -204,7 +204,7 @@ def send_test_event(subscriber_id: str) -> Any:
 def replay_events(wanted: dict[str, Any], subscriber_id: str) -> Any:
     """Send again what the subscriber missed in a range, or all of it; each delivery keeps its id.
 
-    Its filters hold, as they are now.  A dry run (200) counts only.
+    Its filters hold, as they are now.  A dry run (200) counts only.  A large one goes on after the answer.
     """
     now = utc_now()
     span = Range(wanted["since"], wanted.get("until", now), wanted["only"] == "missing")
@@ -213,9 +213,12 @@ def replay_events(wanted: dict[str, Any], subscriber_id: str) -> Any:
     _need_active(row["state"])
     if wanted["dry_run"]:
         return {"count": replays.count(state().engine, row, span)}, 200
-    count = replays.replay(state().engine, row, span, now)
-    state().bell.ring(queues.DELIVER)
-    return {"count": count}
+    return _under_way(replays.replay(state().engine, row, span, now))
+
+
+def _under_way(started: Started) -> dict[str, int]:
+    state().bell.ring(queues.DELIVER, *([queues.REPLAY] if started.left else []))
+    return {"count": started.count}
 
 
 def _need_active(subscriber_state: str) -> None:
@@ -262,9 +265,7 @@ def redrive_deliveries(wanted: dict[str, Any]) -> Any:
     if subscriber_id is not None:
         with db.reading(state().engine) as connection:
             _need_active(_need(connection, subscriber_id)["state"])
-    count = replays.redrive(state().engine, subscriber_id, wanted.get("reason"), utc_now())
-    state().bell.ring(queues.DELIVER)
-    return {"count": count}
+    return _under_way(replays.redrive(state().engine, subscriber_id, wanted.get("reason"), utc_now()))
 
 
 def _need_delivery(connection: Connection, delivery_id: str) -> Row:

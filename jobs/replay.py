@@ -1,0 +1,34 @@
+"""The replay job: goes on with large replays and redrives, portion by portion."""
+
+import logging
+import time
+
+from jobs.resources import Resources, resources
+from webhook_app import queues, replays
+from webhook_app.times import utc_now
+
+log = logging.getLogger(__name__)
+
+BUSY_SECONDS = 2.0
+"""Then other jobs of this worker get their turn, and the bell brings us back."""
+
+
+def replay(held: Resources | None = None) -> None:
+    """Make due what replays and redrives have left, for a while; any number may run at once.
+
+    After each portion it pauses for as long as that took, so that others come to write.
+    `held`: what to work with; None (as a worker calls it) takes this process's own.
+    """
+    held = held or resources()
+    queues.answer(held.redis, queues.REPLAY)
+    bell = queues.Bell(held.redis)
+    until = time.monotonic() + BUSY_SECONDS
+    while (began := time.monotonic()) < until:
+        count = replays.advance(held.engine, utc_now())
+        if count is None:
+            return
+        log.info("replayed messages=%d", count)
+        if count:
+            bell.ring(queues.DELIVER)
+        time.sleep(time.monotonic() - began)
+    bell.ring(queues.REPLAY)
