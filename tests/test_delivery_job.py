@@ -175,3 +175,25 @@ def test_a_host_gets_no_more_at_once_than_its_bound_whoever_its_subscribers_are(
         job.deliver(held)
     assert meter.most == 3
     assert tries(held) == [None] * 40
+
+
+def test_a_subscriber_that_is_removed_meanwhile_costs_the_others_nothing(make_held, pair, wait_until):
+    held = make_held(DELIVERY_TIMEOUT="0.8")
+    hanging, quick = pair
+    hanging.behave(hang=True)
+    leaving = subscribe(held, hanging)
+    record(held, github(State.QUEUED))
+    worker = threading.Thread(target=job.deliver, args=(held,))
+    worker.start()
+    try:
+        wait_until(lambda: [row[1] for row in states(held, leaving)] == [1])
+        db.as_writer(held.engine, lambda write: subscribers.remove(write, leaving))
+        staying = subscribe(held, quick)
+        record(held, github(State.QUEUED, run=2))
+        worker.join(30)
+        job.deliver(held)
+    finally:
+        hanging.close()
+        worker.join(30)
+    assert states(held, staying) == [("delivered", 1, None)]
+    assert not held.desk.room.subscribers

@@ -372,9 +372,10 @@ def next_due(connection: Connection) -> datetime | None:
 def settle(connection: Connection, tries: Sequence[Tried], now: datetime, policy: RetryPolicy) -> None:
     """Record tries and move their messages on: delivered, later, or dead with the reason.
 
-    A try whose claim was lost to another worker still counts when it succeeded.  What the tries say
-    about their subscribers is `endpoints.note`.
+    A try whose claim was lost to another worker still counts when it succeeded; one whose message was
+    deleted meanwhile leaves nothing.  What the tries say about their subscribers is `endpoints.note`.
     """
+    tries = _of_kept_messages(connection, tries)
     if not tries:
         return
     connection.execute(insert(models.delivery_attempts), [_attempt_row(tried) for tried in tries])
@@ -387,6 +388,18 @@ def settle(connection: Connection, tries: Sequence[Tried], now: datetime, policy
         )
     dead = _put_back(connection, [tried for tried in tries if tried.reason is not None], now, policy)
     _wake_lanes(connection, [tried.message for tried in (*delivered, *dead)], now)
+
+
+def _of_kept_messages(connection: Connection, tries: Sequence[Tried]) -> Sequence[Tried]:
+    """Those whose message is still there, now locked: removing a subscriber deletes what is under way too."""
+    if not tries:
+        return ()
+    ids = {tried.message.id for tried in tries}
+    kept = set(connection.execute(_KEPT, {"ids": list(ids)}).scalars())
+    return tries if kept == ids else [tried for tried in tries if tried.message.id in kept]
+
+
+_KEPT = select(_m.id).where(_m.id.in_(bindparam("ids", expanding=True))).order_by(_m.id).with_for_update()
 
 
 def _attempt_row(tried: Tried) -> Row:
