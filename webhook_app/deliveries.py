@@ -13,12 +13,25 @@ queue to queue, first to those with the least under way, and takes from each wha
 """
 
 import secrets as random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, insert, select, text, tuple_, update
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    any_,
+    bindparam,
+    func,
+    insert,
+    literal_column,
+    select,
+    text,
+    update,
+)
 
 from webhook_app import bulk, formats, models, signing, subscribers
 from webhook_app.db import Write
@@ -145,6 +158,24 @@ def headers(
 
 # ---- claiming --------------------------------------------------------------------------------
 
+Among = Callable[[ColumnElement[Any], str], ColumnElement[bool]]
+
+
+def _among(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
+    """Is the column one of the values given by that name?"""
+    return column.in_(bindparam(name, expanding=True))
+
+
+def _among_array(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
+    """The same with one array: PostgreSQL takes and plans a hundred parameters slowly, each time anew."""
+    return column == any_(bindparam(name, type_=ARRAY(BigInteger)))
+
+
+def _per_store(make: Callable[[Among], Any]) -> dict[str, Any]:
+    """A statement for each kind of database, by the name of its dialect."""
+    return {"sqlite": make(_among), "postgresql": make(_among_array)}
+
+
 _m, _s, _e = models.messages.c, models.subscribers.c, models.events.c
 
 _WAITING = text(
@@ -171,22 +202,31 @@ _QUEUES = (
     .where(_s.state == "active")
     .order_by(_WAITING_TABLE.c.due_at)
 )
+_PENDING: ColumnElement[bool] = _m.state == literal_column("'pending'")
+"""Written into the statements: only so can every planner see that the partial indexes fit."""
 _DUE = (
-    select(_m.id, _m.subscriber, _m.build, _m.sequence)
-    .where(_m.state == "pending", _m.subscriber == bindparam("subscriber"), _m.due_at <= bindparam("now"))
+    select(_m.id, _m.build, _m.sequence)
+    .where(_PENDING, _m.subscriber == bindparam("subscriber"), _m.due_at <= bindparam("now"))
     .order_by(_m.due_at, _m.id)
     .limit(bindparam("most"))
     .with_for_update(skip_locked=True)
 )
-_CONTENT = (
-    select(
+_CONTENT = _per_store(
+    lambda among: select(
         _m.id, _m.message_id, _m.subscriber, _m.build, _m.attempts,
         _e.type, _e.timestamp, _e.data, _e.change,
     )
     .join(models.events, _m.event == _e.id)
-    .where(_m.id.in_(bindparam("ids", expanding=True)))
+    .where(among(_m.id, "ids"))
     .order_by(_m.id)
 )  # fmt: skip
+_TAKE = _per_store(
+    lambda among: (
+        update(models.messages)
+        .where(among(_m.id, "ids"))
+        .values(due_at=bindparam("until"), claim=bindparam("token"), attempts=_m.attempts + 1)
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,15 +278,11 @@ def _due_heads(connection: Connection, row: Mapping[str, Any], now: datetime, mo
         due = connection.execute(_DUE, {"subscriber": row["id"], "now": now, "most": seen}).all()
         if not due or not row["ordered"]:
             return [one.id for one in due]
-        lanes = {(one.subscriber, one.build) for one in due if one.build is not None}
-        heads = _heads(connection, lanes)
-        behind = [
-            one for one in due
-            if one.build is not None and heads.get((one.subscriber, one.build)) != one.sequence
-        ]  # fmt: skip
+        heads = _heads(connection, row["id"], {one.build for one in due if one.build is not None})
+        behind = [one for one in due if one.build is not None and heads.get(one.build) != one.sequence]
         late = {one.id for one in behind}
         free = [one.id for one in due if one.id not in late]
-        ready, waiting = _settle_lanes(connection, behind, heads, now)
+        ready, waiting = _settle_lanes(connection, row["id"], behind, heads, now)
         taken = list(dict.fromkeys(free + ready))[:most]
         if taken or not waiting:
             return taken
@@ -280,21 +316,39 @@ def _locked_pace(connection: Connection, row: Mapping[str, Any], now: datetime) 
     return _Pace(row["rate_limit_per_second"], until, now)
 
 
-def _heads(connection: Connection, lanes: Iterable[tuple[str, int]]) -> dict[tuple[str, int], int]:
-    """The sequence of the first pending message of each lane."""
+_HEADS = _per_store(
+    lambda among: (
+        select(_m.build, func.min(_m.sequence).label("first"))
+        .where(_PENDING, _m.subscriber == bindparam("subscriber"), among(_m.build, "builds"))
+        .group_by(_m.build)
+    )
+)
+_OF_LANES = _per_store(
+    lambda among: (
+        select(_m.id, _m.build, _m.sequence, _m.due_at)
+        .where(
+            _PENDING,
+            _m.subscriber == bindparam("subscriber"),
+            among(_m.build, "builds"),
+            among(_m.sequence, "sequences"),
+        )
+        .with_for_update(skip_locked=True)
+    )
+)
+_WAIT = update(models.messages).where(_m.id == bindparam("the_id")).values(due_at=bindparam("until"))
+
+
+def _heads(connection: Connection, subscriber: str, lanes: Iterable[int]) -> dict[int, int]:
+    """The sequence of the first pending message of each of a subscriber's builds."""
     wanted = list(lanes)
     if not wanted:
         return {}
-    rows = connection.execute(
-        select(_m.subscriber, _m.build, func.min(_m.sequence).label("first"))
-        .where(_m.state == "pending", tuple_(_m.subscriber, _m.build).in_(wanted))
-        .group_by(_m.subscriber, _m.build)
-    )
-    return {(row.subscriber, row.build): row.first for row in rows}
+    rows = connection.execute(_HEADS[connection.dialect.name], {"subscriber": subscriber, "builds": wanted})
+    return {row.build: row.first for row in rows}
 
 
 def _settle_lanes(
-    connection: Connection, behind: Sequence[Any], heads: Mapping[tuple[str, int], int], now: datetime
+    connection: Connection, subscriber: str, behind: Sequence[Any], heads: Mapping[int, int], now: datetime
 ) -> tuple[list[int], int]:
     """What becomes of messages that are due but not the first of their lanes.
 
@@ -303,27 +357,20 @@ def _settle_lanes(
     the due heads, and how many messages now wait.  The heads are locked, so a settlement that would
     wake a lane comes wholly before or after; those that another worker holds are its business.
     """
-    if not behind:
+    lanes = list({one.build for one in behind} & heads.keys())
+    if not lanes:
         return [], 0
-    lanes = {(row.subscriber, row.build) for row in behind} & heads.keys()
-    wanted = {(*lane, heads[lane]) for lane in lanes}
-    rows = connection.execute(
-        select(_m.id, _m.subscriber, _m.build, _m.due_at)
-        .where(_m.state == "pending", tuple_(_m.subscriber, _m.build, _m.sequence).in_(list(wanted)))
-        .with_for_update(skip_locked=True)
+    sequences = list({heads[build] for build in lanes})
+    found = connection.execute(
+        _OF_LANES[connection.dialect.name],
+        {"subscriber": subscriber, "builds": lanes, "sequences": sequences},
     ).all()
-    until = {(row.subscriber, row.build): row.due_at for row in rows if row.due_at > now}
-    waits = [
-        {"the_id": row.id, "until": until[row.subscriber, row.build]}
-        for row in behind
-        if (row.subscriber, row.build) in until
-    ]
+    firsts = [one for one in found if heads[one.build] == one.sequence]
+    until = {one.build: one.due_at for one in firsts if one.due_at > now}
+    waits = [{"the_id": one.id, "until": until[one.build]} for one in behind if one.build in until]
     if waits:
-        connection.execute(
-            update(models.messages).where(_m.id == bindparam("the_id")).values(due_at=bindparam("until")),
-            waits,
-        )
-    return [row.id for row in rows if row.due_at <= now], len(waits)
+        connection.execute(_WAIT, waits)
+    return [one.id for one in firsts if one.due_at <= now], len(waits)
 
 
 def _lease(
@@ -337,18 +384,15 @@ def _lease(
         return []
     token = random.token_hex(8)
     until = now + timedelta(seconds=timeout_seconds + LEASE_MARGIN_SECONDS)
-    connection.execute(
-        update(models.messages)
-        .where(_m.id.in_(ids))
-        .values(due_at=until, claim=token, attempts=_m.attempts + 1)
-    )
+    store = connection.dialect.name
+    connection.execute(_TAKE[store], {"ids": list(ids), "until": until, "token": token})
     return [
         Claimed(
             row.id, row.message_id, row.subscriber,
             _lane(row, rows),
             row.attempts, token, row.type, row.timestamp, row.data, row.change,
         )
-        for row in connection.execute(_CONTENT, {"ids": list(ids)})
+        for row in connection.execute(_CONTENT[store], {"ids": list(ids)})
     ]  # fmt: skip
 
 
@@ -395,11 +439,11 @@ def _of_kept_messages(connection: Connection, tries: Sequence[Tried]) -> Sequenc
     if not tries:
         return ()
     ids = {tried.message.id for tried in tries}
-    kept = set(connection.execute(_KEPT, {"ids": list(ids)}).scalars())
+    kept = set(connection.execute(_KEPT[connection.dialect.name], {"ids": list(ids)}).scalars())
     return tries if kept == ids else [tried for tried in tries if tried.message.id in kept]
 
 
-_KEPT = select(_m.id).where(_m.id.in_(bindparam("ids", expanding=True))).order_by(_m.id).with_for_update()
+_KEPT = _per_store(lambda among: select(_m.id).where(among(_m.id, "ids")).order_by(_m.id).with_for_update())
 
 
 def _attempt_row(tried: Tried) -> Row:
@@ -449,19 +493,22 @@ def _put_back(
     return [tried for tried, wait in zip(failed, waits, strict=True) if wait is None]
 
 
+_WAKE = (
+    update(models.messages)
+    .where(
+        _PENDING, _m.due_at > bindparam("now"), _m.claim.is_(None),
+        _m.subscriber == bindparam("the_subscriber"), _m.build == bindparam("the_build"),
+    )
+    .values(due_at=bindparam("now"))
+)  # fmt: skip
+
+
 def _wake_lanes(connection: Connection, settled: Sequence[Claimed], now: datetime) -> None:
     """Make due at once what waited behind these messages."""
-    lanes = list({message.lane for message in settled if message.lane is not None})
+    lanes = sorted({message.lane for message in settled if message.lane is not None})
     if lanes:
         connection.execute(
-            update(models.messages)
-            .where(
-                _m.state == "pending",
-                _m.due_at > now,
-                _m.claim.is_(None),
-                tuple_(_m.subscriber, _m.build).in_(lanes),
-            )
-            .values(due_at=now)
+            _WAKE, [{"the_subscriber": lane[0], "the_build": lane[1], "now": now} for lane in lanes]
         )
 
 
