@@ -4,9 +4,20 @@ import argparse
 import time
 from datetime import UTC, datetime
 
-from bench import latency, machine, memory, reception, relay, start, table
+from bench import claiming, fairness, latency, machine, memory, reception, relay, start, table
 
-PARTS = {module.PART: module.run for module in (reception, latency, relay, memory, start)}
+PARTS = {
+    module.PART: module.run
+    for module in (
+        reception,
+        latency,
+        relay,
+        fairness,
+        claiming,
+        memory,
+        start,
+    )
+}
 
 
 def main() -> None:

@@ -10,20 +10,17 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import count
 
 import orjson
 import requests
 import urllib3
 from sqlalchemy import Engine, func, select
 
-from bench import servers
+from bench import recording, servers
 from jobs import deliver
 from jobs.resources import resources
-from webhook_app import VERSION, builds, db, deliveries, models, subscribers
-from webhook_app.lifecycle import Observation, ObservedBy, State
+from webhook_app import VERSION, db, deliveries, models
 from webhook_app.signing import sign_v1
-from webhook_app.times import utc_now
 
 TIMES = 3
 MESSAGES = 3000
@@ -33,7 +30,6 @@ BATCH = 500
 PLAIN_THREADS, SLOW_THREADS = 16, 32
 
 Post = Callable[[str, bytes, dict[str, str]], int]
-_runs = count(1)
 
 
 def main() -> None:
@@ -59,34 +55,16 @@ def main() -> None:
 
 def _measure_job(engine: Engine, rates: list[float], urls: Sequence[str], events: int) -> list[bytes]:
     """Record one message per URL and event, and let the job send them; the bodies of the messages."""
-    wanted = [{"url": url, "signing": "hmac"} for url in urls]
-    keys = resources().settings.encryption_keys
-    made = db.as_writer(
-        engine, lambda write: [subscribers.create(write, one, keys, utc_now())[0]["id"] for one in wanted]
-    )
+    made = recording.subscribe(engine, urls)
     for at in range(0, events, BATCH):
-        _record(engine, min(BATCH, events - at))
+        recording.record(engine, min(BATCH, events - at), resources().pace)
     bodies = _bodies(engine)
     began = time.perf_counter()
     deliver.deliver()
     rates.append(len(bodies) / (time.perf_counter() - began))
     _check_all_delivered(engine)
-    db.as_writer(engine, lambda write: [subscribers.remove(write, one) for one in made])
+    recording.remove(engine, made)
     return bodies
-
-
-def _record(engine: Engine, number: int) -> None:
-    facts = [_queued(next(_runs)) for _ in range(number)]
-    db.as_writer(engine, lambda write: builds.record(write, facts, utc_now(), resources().pace))
-
-
-def _queued(run: int) -> Observation:
-    return Observation(
-        source="github", platform="github", observed_by=ObservedBy.PUSH, key=f"github:{run}",
-        build_id=f"github:octo-org:storefront:{run}", attempt=1, state=State.QUEUED, raw_status="queued",
-        repository="octo-org/storefront", workflow="CI", branch="main", commit="0123456789abcdef" * 2,
-        number=run, url=f"https://github.com/octo-org/storefront/actions/runs/{run}",
-    )  # fmt: skip
 
 
 def _bodies(engine: Engine) -> list[bytes]:

@@ -114,6 +114,21 @@ def receiver(delay_seconds: float, directory: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{child.stdout.readline().strip()}"
 
 
+def worker_environment(url: str, redis_url: str, directory: Path) -> dict[str, str]:
+    """What a worker needs that sends to subscribers on this machine."""
+    return machine.environment(
+        DATABASE_URL=url, REDIS_URL=redis_url, ENCRYPTION_KEYS=KEY, ALLOW_PRIVATE_CALLBACKS="true",
+        BUILDRELAY_DATA_DIR=str(directory), LOG_LEVEL="error",
+    )  # fmt: skip
+
+
+@contextmanager
+def worker(env: Mapping[str, str], directory: Path, *names: str) -> Iterator[int]:
+    """A worker process that serves these queues; its pid."""
+    with machine.process((PYTHON, "-m", "jobs.worker", *names), env, directory / "worker.log") as child:
+        yield child.pid
+
+
 @contextmanager
 def up(data_dir: Path, log_dir: Path) -> Iterator[Up]:
     """`buildrelay up`, ready."""
