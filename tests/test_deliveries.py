@@ -437,6 +437,18 @@ def test_rotation_signs_with_both_secrets_until_the_grace_is_over(engine):
     assert old[0] not in row["secrets"]
 
 
+def test_of_many_rotations_the_last_ones_count(engine):
+    one = subscribe(engine)
+
+    def rotate(write):
+        row = subscribers.get(write.connection, one)
+        return subscribers.rotate_secret(write, row, 604_800, KEYS, at(0))[0]
+
+    made = [db.as_writer(engine, rotate) for _ in range(15)]
+    live = subscribers.live_secrets(rows(engine, models.subscribers)[0], KEYS, at(1))
+    assert list(live) == made[: -subscribers.MOST_OLD_SECRETS - 2 : -1]
+
+
 def test_ed25519_shows_the_public_key_and_signs_with_the_private_one(engine):
     _, shown = db.as_writer(
         engine,

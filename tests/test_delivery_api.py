@@ -206,6 +206,17 @@ def test_a_test_that_nobody_sends_is_answered_at_once(api):
     assert bells(api) == {queues.DELIVER}
 
 
+def test_a_test_that_is_dead_before_it_was_sent_says_so(api):
+    """It waited behind another message, whose failure disabled the subscriber."""
+    made = subscribe(api)
+    message_id = db.as_writer(api.engine, lambda write: endpoints.plan_test(write, made["id"], utc_now()))
+    assert endpoints.await_answer(api.engine, message_id, 0).state == "pending"
+    disable(api, made)
+    assert endpoints.await_answer(api.engine, message_id, 60) == endpoints.Answer(
+        "dead", reason="subscriber_disabled"
+    )
+
+
 # ---- replay ----------------------------------------------------------------------------------
 
 

@@ -202,13 +202,18 @@ def _answer(engine: Engine, message_id: str) -> Answer | None:
     columns = models.delivery_attempts.c
     with reading(engine) as connection:
         row = connection.execute(
-            select(_m.state, columns.status_code, columns.reason, columns.response)
-            .join(models.delivery_attempts, columns.message == _m.id)
+            select(
+                _m.state, columns.status_code, func.coalesce(columns.reason, _m.reason), columns.response,
+                columns.id,
+            )
+            .outerjoin(models.delivery_attempts, columns.message == _m.id)
             .where(_m.message_id == message_id)
             .order_by(columns.number, columns.id)
             .limit(1)
-        ).one_or_none()
-    return None if row is None else Answer(*row)
+        ).one_or_none()  # fmt: skip
+    if row is None or (row.id is None and row.state == "pending"):
+        return None
+    return Answer(*row[:4])  # dead without a try: its subscriber was disabled meanwhile
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ CLEAN_RECORD: Row = {
 
 DEFAULT_GRACE_SECONDS = 86_400
 MOST_GRACE_SECONDS = 7 * 86_400
+MOST_OLD_SECRETS = 10
+"""Each one that is live adds a signature to every request; receivers cap their headers at some 8 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +208,7 @@ def remove(write: Write, subscriber_id: str) -> bool:
 def rotate_secret(
     write: Write, row: Row, grace_seconds: int, keys: Sequence[str], now: datetime
 ) -> tuple[str, datetime | None]:
-    """Give a new secret; the old one signs as well until the grace is over.
+    """Give a new secret; the old one signs as well until the grace is over, or ten newer ones came.
 
     Returns the new secret (or public key) in clear, this once, and when the previous one expires
     (None without grace).
@@ -218,7 +220,7 @@ def rotate_secret(
         for old, end in _secrets(row, keys)
         if grace_seconds and (end is None or end > now)
     ]
-    kept = [{"secret": secret, "until": None}, *live]
+    kept = [{"secret": secret, "until": None}, *live[:MOST_OLD_SECRETS]]
     change(write, row["id"], {"secrets": _seal(kept, keys)}, keys, now)
     return shown, until if live else None
 
