@@ -84,7 +84,7 @@ class _Drain:
     def _drain(self, until: float) -> int:
         count = 0
         tried: list[Tried] = []
-        while time.monotonic() < until:
+        while time.monotonic() < until and not self.desk.closing:
             claim = self._turn(tried)
             for message in claim.messages:
                 self._send(message, claim.subscribers[message.subscriber])
@@ -116,7 +116,7 @@ class _Drain:
     def _collect(self) -> list[Tried]:
         """What came back; empty when the bell rang first, or it is time to look what is due."""
         until = time.monotonic() + LOOK_SECONDS
-        while time.monotonic() < until:
+        while time.monotonic() < until and not self.desk.closing:
             try:
                 return self._take(self.desk.results.get(timeout=LISTEN_SECONDS))
             except queue.Empty:

@@ -27,12 +27,13 @@ class Desk:
 
     A delivery job attends it; requests that outlast one job are taken over by the next.  While nobody
     attends it a thread settles its own try.  `lock` is held for handing in, and to come and go;
-    `room` belongs to whoever attends, else to the holder of the lock.
+    `room` belongs to whoever attends, else to the holder of the lock.  `closing`: take nothing new.
     """
 
     room: Room = field(default_factory=Room)
     results: "SimpleQueue[tuple[Tried, Mapping[str, Any]]]" = field(default_factory=SimpleQueue)
     attended: bool = False
+    closing: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
     one_job: threading.Lock = field(default_factory=threading.Lock)
 

@@ -51,8 +51,9 @@ class PatientWorker(SimpleWorker):
         """Listen for no commands."""
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """End after the job under way."""
+        """End after the job under way; a delivery job begins nothing new, what it began is noted yet."""
         self.asked_to_end = True
+        resources().desk.closing = True
         super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
 
 

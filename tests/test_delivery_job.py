@@ -1,5 +1,8 @@
 """The delivery job at work: one that hangs delays nobody, and outlasts the job without being lost."""
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -175,6 +178,29 @@ def test_a_host_gets_no_more_at_once_than_its_bound_whoever_its_subscribers_are(
         job.deliver(held)
     assert meter.most == 3
     assert tries(held) == [None] * 40
+
+
+def test_a_worker_told_to_stop_begins_nothing_new_and_notes_what_it_began(
+    make_held, store_url, redis_url, tmp_path, wait_until
+):
+    held = make_held()
+    env = os.environ | {
+        "DATABASE_URL": store_url, "REDIS_URL": redis_url, "BUILDRELAY_DATA_DIR": str(tmp_path),
+        "ENCRYPTION_KEYS": KEY, "ALLOW_PRIVATE_CALLBACKS": "true",
+    }  # fmt: skip
+    with Subscriber() as slow:
+        slow.behave(delay_seconds=0.4)
+        one = subscribe(held, slow, ordered=False)
+        record(held, *(github(State.QUEUED, run=run) for run in range(400)))
+        queues.enqueue_once(held.redis, queues.DELIVER)
+        with subprocess.Popen([sys.executable, "-m", "jobs.worker", "deliver"], env=env) as worker:
+            wait_until(lambda: slow.report()["received"] > 20, 30)
+            worker.terminate()
+            assert worker.wait(30) == 0
+        received = slow.report()["received"]
+    assert 20 < received < 400
+    assert tries(held) == [None] * received
+    assert sorted(set(states(held, one))) == [("delivered", 1, None), ("pending", 0, None)]
 
 
 def test_a_subscriber_that_is_removed_meanwhile_costs_the_others_nothing(make_held, pair, wait_until):
