@@ -681,6 +681,18 @@ def _as_text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def secret_texts(settings: Settings) -> list[str]:
+    """Every secret that is set, passwords of the database and Redis included: none of it may be shown."""
+    found = [settings.admin_token, settings.dashboard_api_key, *settings.encryption_keys]
+    found += settings.build_event_tokens
+    for source in settings.sources.values():
+        found += [source.source.token, *source.webhook_secrets]
+        if source.source.token and source.source.username:
+            found.append(f"{source.source.username}:{source.source.token}")
+    found += [urlsplit(url).password or "" for url in (settings.database_url, settings.redis_url)]
+    return [text for text in found if text]
+
+
 def pace(settings: Settings) -> Pace:
     """The settings of polling, as the pure rules want them."""
     return Pace(
