@@ -24,6 +24,18 @@ It offers (see `Platform`; scripts stop before the polling part, see `Polled`):
 * `named(source, build_id)`: an `Observation` that says no more than which build an id means, or None
 * `limits(answer)`: the `Limits` that an answer tells, or None
 
+And for what a build leaves behind (see `FileApi` and `pollers.endings`):
+
+* `ended_jobs_request(source, target)`: the `Request` for the jobs of the target's attempt; None: it has none
+* `parse_ended_jobs(answer)`: an `EndedJob` for each, or raises `PollError`
+* `log_files(source, target, jobs, everything)`: the logs worth reading, those of failed jobs first
+* `log_tail(file, headers, after, most_bytes)`: for a log whose first `after` bytes were read, the `Request`
+  for its end and the place of its first byte, or None
+* `log_grows(headers)`: does the answer say that the log is not complete?
+* `annotations_request(source, target, job)`, `parse_annotations(answer)`: its words on a failed job
+* `artifacts_request(source, target)`, `parse_artifacts(answer)`: an `Artifact` for each
+* `artifact_request(source, target, ref)`: the `Request` that downloads one
+
 A platform whose webhooks can be managed over its API also offers what `HookApi` names: see `hook_api()`.
 
 Header names are lower case.  Times are aware UTC.
@@ -31,9 +43,9 @@ Header names are lower case.  Times are aware UTC.
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cache
 from typing import Protocol, cast
@@ -230,6 +242,46 @@ class PollError(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
+@dataclass(frozen=True, slots=True)
+class EndedJob:
+    """A job of a build that is over.  One that never `ran` has no log, and never will."""
+
+    id: int
+    name: str
+    failed: bool
+    ran: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LogFile:
+    """A log to read.  `zipped`: a ZIP that holds a text file for each job.
+
+    `tailed`: its end can be asked for alone (`log_tail`).
+    """
+
+    title: str
+    request: Request
+    zipped: bool = False
+    tailed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A file that a build left.
+
+    `ref` finds it again on its platform; `digest` is `sha256:HEX` of what a download brings, where the
+    platform tells it.
+    """
+
+    name: str
+    ref: str
+    size_bytes: int | None = None
+    digest: str | None = None
+    created_at: datetime | None = None
+    expires_at: datetime | None = None
+    expired: bool = False
+
+
 class Platform(Protocol):
     """What a platform module offers."""
 
@@ -275,6 +327,34 @@ class Polled(Platform, Protocol):
     def named(self, source: Source, build_id: str) -> Observation | None: ...
 
     def limits(self, answer: Answer) -> Limits | None: ...
+
+
+class FileApi(Polled, Protocol):
+    """A platform whose logs and artifacts can be read."""
+
+    def ended_jobs_request(self, source: Source, target: PollTarget) -> Request | None: ...
+
+    def parse_ended_jobs(self, answer: Answer) -> tuple[EndedJob, ...]: ...
+
+    def log_files(
+        self, source: Source, target: PollTarget, jobs: tuple[EndedJob, ...], everything: bool
+    ) -> tuple[LogFile, ...]: ...
+
+    def log_tail(
+        self, file: LogFile, headers: Headers, after: int, most_bytes: int
+    ) -> tuple[Request, int] | None: ...
+
+    def log_grows(self, headers: Headers) -> bool: ...
+
+    def annotations_request(self, source: Source, target: PollTarget, job: EndedJob) -> Request | None: ...
+
+    def parse_annotations(self, answer: Answer) -> tuple[str, ...]: ...
+
+    def artifacts_request(self, source: Source, target: PollTarget) -> Request | None: ...
+
+    def parse_artifacts(self, answer: Answer) -> tuple[Artifact, ...]: ...
+
+    def artifact_request(self, source: Source, target: PollTarget, ref: str) -> Request | None: ...
 
 
 class HookApi(Protocol):
@@ -324,6 +404,12 @@ def hook_api(name: str) -> HookApi | None:
     return cast(HookApi, module) if hasattr(module, "list_hooks") else None
 
 
+def file_api(name: str) -> FileApi | None:
+    """How logs and artifacts of a platform are read; None if it has none."""
+    module = find().get(name)
+    return cast(FileApi, module) if hasattr(module, "artifact_request") else None
+
+
 def token_api(name: str) -> TokenApi | None:
     """How a platform's token is looked at; None if it has none."""
     module = find().get(name)
@@ -345,3 +431,12 @@ def find() -> dict[str, Platform]:
 def polled() -> dict[str, Polled]:
     """Those of them that can be polled."""
     return {name: cast(Polled, module) for name, module in find().items() if hasattr(module, "MANNERS")}
+
+
+def newest(artifacts: Iterable[Artifact]) -> tuple[Artifact, ...]:
+    """One for each name, by name: after a re-run a list names them again."""
+    long_ago = datetime(1970, 1, 1, tzinfo=UTC)
+    by_name = {
+        one.name: one for one in sorted(artifacts, key=lambda artifact: artifact.created_at or long_ago)
+    }
+    return tuple(by_name[name] for name in sorted(by_name))

@@ -122,6 +122,18 @@ def count(value: object) -> int | None:
     return number if number is not None and number in _SIGNED_32 else None
 
 
+def size(value: object) -> int | None:
+    """A number of bytes, from 0."""
+    number = whole(value)
+    return number if number is not None and number >= 0 else None
+
+
+def sha256(value: object) -> str | None:
+    """`sha256:` and 64 hex digits, lower case; None for anything else, another algorithm included."""
+    told = (text(value) or "").casefold()
+    return told if re.fullmatch("sha256:[0-9a-f]{64}", told) else None
+
+
 def percent(value: object) -> int | None:
     """A number from 0 to 100, rounded down; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:

@@ -26,8 +26,10 @@ from webhook_app import signing
 from webhook_app.lifecycle import Conclusion, JobFact, JobStatus, Observation, ObservedBy, State
 from webhook_app.platforms import (
     Answer,
+    Artifact,
     BadSignature,
     Call,
+    EndedJob,
     Envelope,
     Grant,
     Headers,
@@ -35,6 +37,7 @@ from webhook_app.platforms import (
     HookDelivery,
     Limits,
     Listing,
+    LogFile,
     Manners,
     PollError,
     PollFault,
@@ -45,6 +48,7 @@ from webhook_app.platforms import (
     Unreadable,
     Webhook,
     _read,
+    newest,
 )
 
 NAME = "github"
@@ -597,4 +601,113 @@ def parse_token(answer: Answer) -> TokenFacts:
     return TokenFacts(
         tuple(scope.strip() for scope in scopes.split(",") if scope.strip()) if scopes else None,
         _read.moment(answer.headers.get("github-authentication-token-expiration")),
+    )
+
+
+# ---- logs and artifacts --------------------------------------------------------------------------
+
+_MOST_LOGS = 5
+"""Each log costs a request; with more failed jobs the first ones tell what is wrong."""
+
+_FAILURES = {"failure", "timed_out", "startup_failure"}
+
+
+def ended_jobs_request(source: Source, target: PollTarget) -> Request | None:
+    """`GET …/runs/ID/attempts/N/jobs`."""
+    return _below(source, target, f"/attempts/{target.attempt}/jobs?per_page=100")
+
+
+def _below(source: Source, target: PollTarget, path: str) -> Request | None:
+    run = poll_request(source, target)
+    return replace(run, url=run.url + path) if run else None
+
+
+def parse_ended_jobs(answer: Answer) -> tuple[EndedJob, ...]:
+    """The jobs of an attempt; or raises `PollError`.
+
+    A skipped job has no log, nor has one that was cancelled before its first step.
+    """
+    found = []
+    for job in map(_read.mapping, _read.items(_read.fetched(answer).get("jobs"))):
+        job_id, ended_as = _read.whole(job.get("id")), _read.text(job.get("conclusion"))
+        if job_id:
+            failed = ended_as in _FAILURES
+            ran = failed or (ended_as != "skipped" and bool(_read.items(job.get("steps"))))
+            found.append(EndedJob(job_id, _read.text(job.get("name")) or str(job_id), failed, ran))
+    return tuple(found)
+
+
+def log_files(
+    source: Source, target: PollTarget, jobs: tuple[EndedJob, ...], everything: bool
+) -> tuple[LogFile, ...]:
+    """The log of each failed job; of the whole attempt, as a ZIP, if `everything` is wanted or none failed.
+
+    Both answer with a redirect to a store that must not see our token; the address is good for a minute.
+    """
+    failed = [job for job in jobs if job.failed][:_MOST_LOGS]
+    if everything or not failed:
+        archive = _below(source, target, f"/attempts/{target.attempt}/logs")
+        return (LogFile("run", archive, zipped=True),) if archive and any(job.ran for job in jobs) else ()
+    place = f"{source.api_url}/repos/{target.repository}/actions/jobs"
+    return tuple(LogFile(job.name, Request(f"{place}/{job.id}/logs", _headers(source))) for job in failed)
+
+
+def log_tail(file: LogFile, headers: Headers, after: int, most_bytes: int) -> tuple[Request, int] | None:
+    """None: a log comes from its begin."""
+    return None
+
+
+def log_grows(headers: Headers) -> bool:
+    """No: there is no log before its job is over."""
+    return False
+
+
+def annotations_request(source: Source, target: PollTarget, job: EndedJob) -> Request | None:
+    """`GET /repos/OWNER/REPO/check-runs/JOB/annotations`: a job and its check run share their id."""
+    place = f"{source.api_url}/repos/{target.repository}/check-runs"
+    return Request(f"{place}/{job.id}/annotations?per_page=50", _headers(source))
+
+
+def parse_annotations(answer: Answer) -> tuple[str, ...]:
+    """`path:line: message` of each failure; or raises `PollError`."""
+    found = []
+    for note in _read.fetched_items(answer):
+        message, path = _read.text(note.get("message"), 1000), _read.text(note.get("path"))
+        if note.get("annotation_level") == "failure" and message:
+            line = _read.count(note.get("start_line"))
+            found.append(f"{path}:{line}: {message}" if path and path != ".github" else message)
+    return tuple(found)
+
+
+def artifacts_request(source: Source, target: PollTarget) -> Request | None:
+    """`GET …/runs/ID/artifacts`: of all attempts."""
+    return _below(source, target, "/artifacts?per_page=100")
+
+
+def parse_artifacts(answer: Answer) -> tuple[Artifact, ...]:
+    """The newest artifact of each name; or raises `PollError`.  `digest` is that of the ZIP."""
+    found = []
+    for one in map(_read.mapping, _read.items(_read.fetched(answer).get("artifacts"))):
+        artifact_id, name = _read.whole(one.get("id")), _read.text(one.get("name"))
+        if artifact_id and name:
+            found.append(
+                Artifact(
+                    name=name,
+                    ref=str(artifact_id),
+                    size_bytes=_read.size(one.get("size_in_bytes")),
+                    digest=_read.sha256(one.get("digest")),
+                    created_at=_read.moment(one.get("created_at")),
+                    expires_at=_read.moment(one.get("expires_at")),
+                    expired=one.get("expired") is True,
+                )
+            )
+    return newest(found)
+
+
+def artifact_request(source: Source, target: PollTarget, ref: str) -> Request | None:
+    """`GET /repos/OWNER/REPO/actions/artifacts/ID/zip`: a redirect to the store."""
+    if poll_request(source, target) is None or not re.fullmatch("[0-9]{1,19}", ref):
+        return None
+    return Request(
+        f"{source.api_url}/repos/{target.repository}/actions/artifacts/{ref}/zip", _headers(source)
     )

@@ -30,8 +30,10 @@ from webhook_app import signing
 from webhook_app.lifecycle import Conclusion, JobFact, JobStatus, Observation, ObservedBy, State
 from webhook_app.platforms import (
     Answer,
+    Artifact,
     BadSignature,
     Call,
+    EndedJob,
     Envelope,
     Grant,
     Headers,
@@ -39,6 +41,7 @@ from webhook_app.platforms import (
     HookDelivery,
     Limits,
     Listing,
+    LogFile,
     Manners,
     NotJson,
     PollError,
@@ -50,6 +53,7 @@ from webhook_app.platforms import (
     Unreadable,
     Webhook,
     _read,
+    newest,
 )
 
 NAME = "gitlab"
@@ -624,3 +628,100 @@ def parse_token(answer: Answer) -> TokenFacts:
     scopes = tuple(scope for scope in _read.items(data.get("scopes")) if isinstance(scope, str))
     day = _read.text(data.get("expires_at"))
     return TokenFacts(scopes, _read.moment(f"{day}T00:00:00+00:00" if day else None))
+
+
+# ---- logs and artifacts --------------------------------------------------------------------------
+
+_MOST_LOGS = 20
+
+
+def ended_jobs_request(source: Source, target: PollTarget) -> Request | None:
+    """`GET …/pipelines/ID/jobs`: the newest job of each name, with what it left."""
+    pipeline = poll_request(source, target)
+    return replace(pipeline, url=f"{pipeline.url}/jobs?per_page=100") if pipeline else None
+
+
+def parse_ended_jobs(answer: Answer) -> tuple[EndedJob, ...]:
+    """The jobs; or raises `PollError`.  One that was allowed to fail has not failed the pipeline."""
+    found = []
+    for job in _read.fetched_items(answer):
+        job_id, name = _read.whole(job.get("id")), _read.text(job.get("name"))
+        if job_id:
+            failed = job.get("status") == "failed" and job.get("allow_failure") is not True
+            ran = _has_begun(job) and job.get("erased_at") is None
+            found.append(EndedJob(job_id, name or str(job_id), failed, ran))
+    return tuple(found)
+
+
+def log_files(
+    source: Source, target: PollTarget, jobs: tuple[EndedJob, ...], everything: bool
+) -> tuple[LogFile, ...]:
+    """The traces of the failed jobs; of all that ran if `everything` is wanted or none failed."""
+    failed = [job for job in jobs if job.failed and job.ran]
+    others = [job for job in jobs if job.ran and not job.failed]
+    wanted = failed + others if everything or not any(job.failed for job in jobs) else failed
+    return tuple(
+        LogFile(job.name, request)
+        for job in wanted[:_MOST_LOGS]
+        if (request := _of_job(source, target, str(job.id), "trace")) is not None
+    )
+
+
+def _of_job(source: Source, target: PollTarget, job_id: str, what: str) -> Request | None:
+    project = re.fullmatch(r"[^:]+:([0-9]{1,19}):[0-9]{1,19}", target.key)
+    if not source.api_url or project is None or not re.fullmatch("[0-9]{1,19}", job_id):
+        return None
+    return Request(f"{source.api_url}/api/v4/projects/{project[1]}/jobs/{job_id}/{what}", _headers(source))
+
+
+def log_tail(file: LogFile, headers: Headers, after: int, most_bytes: int) -> tuple[Request, int] | None:
+    """None: only the newest releases know `byte_offset`."""
+    return None
+
+
+def log_grows(headers: Headers) -> bool:
+    """No: nothing says so."""
+    return False
+
+
+def annotations_request(source: Source, target: PollTarget, job: EndedJob) -> Request | None:
+    """None: GitLab has none."""
+    return None
+
+
+def parse_annotations(answer: Answer) -> tuple[str, ...]:
+    """Nothing."""
+    return ()
+
+
+def artifacts_request(source: Source, target: PollTarget) -> Request | None:
+    """The same as for the jobs: one request tells both."""
+    return ended_jobs_request(source, target)
+
+
+def parse_artifacts(answer: Answer) -> tuple[Artifact, ...]:
+    """The archive of each job, under the job's name; or raises `PollError`.
+
+    Traces and reports (`junit`, `dotenv`, …) are listed beside it and are no archives.
+    """
+    found = []
+    for job in _read.fetched_items(answer):
+        job_id, name = _read.whole(job.get("id")), _read.text(job.get("name"))
+        files = map(_read.mapping, _read.items(job.get("artifacts")))
+        archive = next((file for file in files if file.get("file_type") == "archive"), None)
+        if job_id and name and archive:
+            found.append(
+                Artifact(
+                    name=name,
+                    ref=str(job_id),
+                    size_bytes=_read.size(archive.get("size")),
+                    created_at=_read.moment(job.get("finished_at")),
+                    expires_at=_read.moment(job.get("artifacts_expire_at")),
+                )
+            )
+    return newest(found)
+
+
+def artifact_request(source: Source, target: PollTarget, ref: str) -> Request | None:
+    """`GET …/jobs/ID/artifacts`: the archive, or a redirect to the object store."""
+    return _of_job(source, target, ref, "artifacts")

@@ -26,12 +26,15 @@ from webhook_app import signing
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
 from webhook_app.platforms import (
     Answer,
+    Artifact,
     BadSignature,
     Call,
+    EndedJob,
     Envelope,
     Headers,
     Limits,
     Listing,
+    LogFile,
     Manners,
     NotJson,
     PollError,
@@ -43,6 +46,7 @@ from webhook_app.platforms import (
     Unreadable,
     Webhook,
     _read,
+    newest,
 )
 
 NAME = "jenkins"
@@ -416,3 +420,84 @@ def parse_token(answer: Answer) -> TokenFacts:
     """Jenkins tells nothing of a token but whether it is good."""
     _read.fetched(answer)
     return TokenFacts()
+
+
+# ---- logs and artifacts --------------------------------------------------------------------------
+
+_ARTIFACTS_TREE = quote("inProgress,artifacts[fileName,relativePath]", safe=",")
+
+
+def ended_jobs_request(source: Source, target: PollTarget) -> Request | None:
+    """None: a build has one log."""
+    return None
+
+
+def parse_ended_jobs(answer: Answer) -> tuple[EndedJob, ...]:
+    """Nothing."""
+    return ()
+
+
+def _below(source: Source, target: PollTarget, path: str) -> Request | None:
+    found = _path_of_id(target.build_id)
+    if not source.api_url or found is None:
+        return None
+    return Request(f"{source.api_url}/{_job_path(found.names)}/{found.number}/{path}", _headers(source))
+
+
+def log_files(
+    source: Source, target: PollTarget, jobs: tuple[EndedJob, ...], everything: bool
+) -> tuple[LogFile, ...]:
+    """`GET …/12/logText/progressiveText?start=0`: the console."""
+    request = _below(source, target, "logText/progressiveText?start=0")
+    return (LogFile("console", request, tailed=True),) if request else ()
+
+
+def log_tail(file: LogFile, headers: Headers, after: int, most_bytes: int) -> tuple[Request, int] | None:
+    """From `X-Text-Size` less `most_bytes` on: a `start` counts bytes of the raw log, as that header does."""
+    size = headers.get("x-text-size", "")
+    if not re.fullmatch("[0-9]{1,18}", size):
+        return None
+    start = max(int(size) - most_bytes, after)
+    return replace(file.request, url=f"{file.request.url.rpartition('=')[0]}={start}"), start
+
+
+def log_grows(headers: Headers) -> bool:
+    """Yes, as long as post-build steps run."""
+    return headers.get("x-more-data", "").casefold() == "true"
+
+
+def annotations_request(source: Source, target: PollTarget, job: EndedJob) -> Request | None:
+    """None: Jenkins has none."""
+    return None
+
+
+def parse_annotations(answer: Answer) -> tuple[str, ...]:
+    """Nothing."""
+    return ()
+
+
+def artifacts_request(source: Source, target: PollTarget) -> Request | None:
+    """`GET …/12/api/json?tree=artifacts[…]`."""
+    return _below(source, target, f"api/json?tree={_ARTIFACTS_TREE}")
+
+
+def parse_artifacts(answer: Answer) -> tuple[Artifact, ...]:
+    """The archived files by their path; or raises `PollError`, also while post-build steps may add some."""
+    build = _read.fetched(answer)
+    if build.get("inProgress") is True:
+        raise PollError(PollFault.UNAVAILABLE, "post-build steps are still running")
+    paths = [
+        _read.text(_read.mapping(file).get("relativePath"), 1000)
+        for file in _read.items(build.get("artifacts"))
+    ]
+    return newest(Artifact(name=path, ref=path) for path in paths if path and _is_inside(path))
+
+
+def _is_inside(path: str) -> bool:
+    """No part of it climbs."""
+    return all(part not in ("", ".", "..") for part in path.split("/"))
+
+
+def artifact_request(source: Source, target: PollTarget, ref: str) -> Request | None:
+    """`GET …/12/artifact/PATH`."""
+    return _below(source, target, f"artifact/{quote(ref)}") if _is_inside(ref) else None
