@@ -59,6 +59,7 @@ def table(values: Settings) -> tuple[Periodic, ...]:
         Periodic(f"{TICK}deliver", queues.DELIVER, 5),
         Periodic(f"{TICK}sweep", queues.SWEEP, 15),
         Periodic(f"{TICK}replay", queues.REPLAY, 15),
+        Periodic(f"{TICK}collect", queues.COLLECT, 5),
         Periodic(
             f"{TICK}discover",
             queues.DISCOVER,

@@ -7,7 +7,7 @@ from sqlalchemy import delete, select
 
 from jobs.resources import Resources, resources
 from pollers import client
-from webhook_app import builds, db, health, models, queues
+from webhook_app import builds, collection, db, health, models, queues
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
 from webhook_app.polling import Pace
 from webhook_app.times import utc_now
@@ -75,10 +75,12 @@ def fail_silent(write: db.Write, now: datetime, pace: Pace) -> int:
 
 
 def forget(write: db.Write, before: datetime) -> None:
-    """Delete a portion of the inbound bodies, events and delivery attempts from before that time."""
+    """Delete a portion of the inbound bodies, events, delivery attempts and logs from before that time."""
     for table, moment in (
         (models.inbound, models.inbound.c.received_at),
         (models.events, models.events.c.timestamp),
+        (models.artifacts, models.artifacts.c.listed_at),
     ):
         old = select(table.c.id).where(moment < before).order_by(moment).limit(MOST_AT_ONCE)
         write.connection.execute(delete(table).where(table.c.id.in_(old.scalar_subquery())))
+    collection.forget(write, before, MOST_AT_ONCE)

@@ -17,7 +17,14 @@ from redis.exceptions import RedisError
 from rq import SimpleWorker, worker_registration
 from rq.exceptions import StopRequested
 
-from jobs import deliver, poll, redeliver, replay, sweep  # noqa: F401  imported before the first job needs them
+from jobs import (  # noqa: F401  imported before the first job needs them
+    collect,
+    deliver,
+    poll,
+    redeliver,
+    replay,
+    sweep,
+)
 from jobs.resources import resources
 from webhook_app import queues
 

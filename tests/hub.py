@@ -64,6 +64,7 @@ _MARKS = {
     "web": ("gunicorn",),
     "deliver": ("jobs.worker deliver",),
     "poll": ("jobs.worker poll",),
+    "collect": ("jobs.worker collect",),
     "scheduler": ("jobs.schedule",),
     "redis": ("webhook_app.embedded", "valkey-server", "redis-server"),
     "up": ("webhook_app up",),

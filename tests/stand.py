@@ -10,6 +10,7 @@ import pytest
 from redis import Redis
 from sqlalchemy import Engine, select, update
 
+from jobs import collect as collect_job
 from jobs import poll as poll_job
 from jobs import redeliver as redeliver_job
 from jobs import sweep as sweep_job
@@ -143,7 +144,7 @@ def stands(engine, redis, monkeypatch):
             servers = {name: stack.enter_context(SERVERS[name](world)) for name in names}
             values = settings.load(environment(world, servers) | variables)
             threads = stack.enter_context(ThreadPoolExecutor(16))
-            for job in (poll_job, sweep_job, redeliver_job):
+            for job in (poll_job, sweep_job, redeliver_job, collect_job):
                 monkeypatch.setattr(job, "utc_now", lambda: datetime.fromtimestamp(clock(), UTC))
             held = Resources(values, engine, redis, threads, datetime.fromtimestamp(clock(), UTC))
             return Stand(engine, redis, clock, world, servers, held)

@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from tests.facts import NOON, PACE, at, github, gitlab, job
 from webhook_app import builds, db, models, polling, progress
-from webhook_app.builds import PollFailed
+from webhook_app.builds import ErrorFound, PollFailed
 from webhook_app.lifecycle import Act, Conclusion, Detail, Observation, ObservedBy, State
 from webhook_app.platforms import Source
 
@@ -378,3 +378,55 @@ def test_with_all_pushes_present_no_poll_is_needed_in_any_order(one_engine, tell
     assert [event["sequence"] for event in made] == list(range(1, len(made) + 1))
     progress = [event["data"]["progress"] for event in made if event["data"]["attempt"] == build["attempt"]]
     assert progress == sorted(progress)
+
+
+# ---- errors that a log tells -----------------------------------------------------------------
+
+
+def test_an_error_that_a_log_tells_fills_what_nobody_told_once_and_changes_no_state(engine):
+    record(engine, github(F))
+    before = row(engine)
+    (outcome,) = record(engine, ErrorFound("github:1", 1, "from the log"), now=at(5))
+    assert (outcome.act, outcome.events) == (Act.ENRICH, 1)
+    after = row(engine)
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"error", "sequence", "updated_at"}
+    told = events(engine)[-1]
+    assert (told["type"], told["observed_by"], told["data"]["error"]) == (
+        "build.progress",
+        "poll",
+        "from the log",
+    )
+    (again,) = record(engine, ErrorFound("github:1", 1, "another"))
+    assert (again.act, again.events, row(engine)["error"]) == (Act.DROP, 0, "from the log")
+
+
+@pytest.mark.parametrize("fact", [ErrorFound("github:1", 1, "x"), ErrorFound("github:2", 1, "x")])
+def test_an_error_of_another_attempt_an_open_build_or_nobody_is_dropped(engine, fact):
+    record(engine, github(F), github(P, attempt=2))
+    (outcome,) = record(engine, fact)
+    assert (outcome.act, outcome.events, row(engine)["error"]) == (Act.DROP, 0, None)
+    (open_,) = record(engine, ErrorFound("github:1", 2, "x"))
+    assert (open_.act, row(engine)["error"]) == (Act.DROP, None)
+
+
+def test_an_end_is_noted_for_collection_with_it_each_attempt_once(engine):
+    record(
+        engine,
+        github(P),
+        github(F),
+        github(F),
+        github(P, attempt=2),
+        github(C, attempt=2),
+        github(C, attempt=2),
+    )
+    record(engine, github(F, run=2, by="poll", ours=True))
+    with db.reading(engine) as connection:
+        rows = (
+            connection.execute(select(models.collections).order_by(models.collections.c.attempt))
+            .mappings()
+            .all()
+        )
+    assert [(row["build"], row["attempt"], row["wants_log"], row["due_at"]) for row in rows] == [
+        (1, 1, True, NOON), (1, 2, False, at(60)),
+    ]  # fmt: skip

@@ -413,7 +413,7 @@ def test_nothing_survives_a_killed_supervisor(platforms):
     with running(platforms.environment()) as hub:
         everyone = hubs.identified(hubs.family(hub.process.pid))
         assert {each.name for each in hubs.family(hub.process.pid)} == {
-            "web", "deliver", "poll", "scheduler", "redis",
+            "web", "deliver", "poll", "collect", "scheduler", "redis",
         }  # fmt: skip
         hub.process.kill()
         hub.process.wait()

@@ -38,7 +38,7 @@ SECONDS = float(os.environ.get("BUILDRELAY_KILL_SECONDS", max(12.0, PUSHES / 100
 PUSHES_PER_BUILD = 3.5
 SPEED = 8.0
 KILL_EVERY_SECONDS = 1.0
-VICTIMS = ("web", "deliver", "poll", "scheduler", "redis", "a web process")
+VICTIMS = ("web", "deliver", "poll", "collect", "scheduler", "redis", "a web process")
 AT_WORK_PUSHES = 20
 RECOVERY_SECONDS = 90.0
 

@@ -14,6 +14,7 @@ from sqlalchemy import insert
 
 from webhook_app import (
     bulk,
+    collection,
     deliveries,
     health,
     models,
@@ -58,7 +59,16 @@ class Unchanged:
     key: str
 
 
-Fact = Observation | PollFailed | Unchanged
+@dataclass(frozen=True, slots=True)
+class ErrorFound:
+    """What the log of an ended attempt tells of its error, where the platform told none; no new state."""
+
+    key: str
+    attempt: int
+    text: str
+
+
+Fact = Observation | PollFailed | Unchanged | ErrorFound
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +105,7 @@ class _Draft:
     dirty: bool = False
     events: list[Row] = field(default_factory=list)
     superseded: list[Row] = field(default_factory=list)
+    ended: list[Row] = field(default_factory=list)
 
     def change(self, values: Mapping[str, Any]) -> None:
         self.row.update(values)
@@ -153,6 +164,8 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
         _keep_estimate(draft, now)
     if not isinstance(fact, Observation):
         assert draft is not None
+        if isinstance(fact, ErrorFound):
+            return _note_error(draft, fact, now)
         return _apply_silence(draft, fact, now, pace)
     told = draft is not None and not _is_only_named(draft.row)
     polled = fact.observed_by is ObservedBy.POLL and not fact.ours
@@ -310,6 +323,8 @@ def _enter(draft: _Draft, seen: Observation, decided: Verdict, now: datetime) ->
         values["told_state"] = state.value
         values["jobs_complete"] = seen.jobs_complete
     draft.change(values)
+    if state.terminal and not seen.ours and seen.platform != "script":
+        draft.ended.append(collection.ended(draft.row, now))
     if state is not State.QUEUED and draft.row["started_at"] is None:
         draft.change({"started_at": seen.started_at or (now if state is State.IN_PROGRESS else None)})
 
@@ -397,6 +412,16 @@ def _merge_jobs(start: Row, known: Row, seen: Observation, *, over: bool) -> Row
             "steps_total": job.steps_total,
         }
     return merged
+
+
+def _note_error(draft: _Draft, fact: ErrorFound, now: datetime) -> Outcome:
+    """Fill an error that nobody told, once, and say so in one event; the state stays."""
+    row = draft.row
+    wanted = row["attempt"] == fact.attempt and row["error"] is None and State(row["state"]).terminal
+    if wanted:
+        draft.change({"error": fact.text})
+        _add_event(draft, "build.progress", None, now, row["state"])
+    return Outcome(row["id"], row["build_id"], Act.ENRICH if wanted else Act.DROP, events=int(wanted))
 
 
 # ---- events ----------------------------------------------------------------------------------
@@ -545,6 +570,7 @@ def _flush(write: Write, drafts: Sequence[_Draft], now: datetime) -> None:
     bulk.insert(connection, models.builds, [draft.row for draft in drafts if draft.new])
     bulk.update(connection, models.builds, [draft.row for draft in drafts if not draft.new])
     bulk.insert(connection, models.attempts, [old for draft in drafts for old in draft.superseded])
+    collection.plan(write, [ended for draft in drafts for ended in draft.ended])
     events = [event for draft in drafts for event in draft.events]
     for event in events:
         event["id"] = event["data"]["event_id"] = write.new_id("events")

@@ -39,7 +39,7 @@ from http.client import HTTPException, HTTPResponse, IncompleteRead, LineTooLong
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from time import monotonic
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote, urljoin, urlsplit
 
 import requests.utils
@@ -90,6 +90,13 @@ class Reply:
     duration_seconds: float
 
 
+class Sink(Protocol):
+    """Where a body may go piece by piece."""
+
+    def write(self, piece: bytes, /) -> object:
+        """Take a piece; an `OSError` ends the request."""
+
+
 class _Route(NamedTuple):
     """What a kept connection is good for."""
 
@@ -112,7 +119,7 @@ class _Call:
     deadline: float
     byte_cap: int
     guard: bool
-    into: BinaryIO | None
+    into: Sink | None
     resolver: Resolver
 
 
@@ -126,7 +133,7 @@ def send(
     byte_cap: int,
     guard: bool,
     follow_redirects: bool = False,
-    into: BinaryIO | None = None,
+    into: Sink | None = None,
     resolver: Resolver = socket.getaddrinfo,
 ) -> Reply:
     """Make one HTTP request; any status is a `Reply`, anything but an answer raises `OutboundError`.
@@ -691,7 +698,7 @@ def _read_body(response: HTTPResponse, call: _Call) -> tuple[bytes, bool]:
     return b"".join(pieces), truncated
 
 
-def _write(into: BinaryIO, piece: bytes) -> None:
+def _write(into: Sink, piece: bytes) -> None:
     try:
         into.write(piece)
     except OSError as error:

@@ -16,7 +16,7 @@ from rq import Queue, Worker
 log = logging.getLogger(__name__)
 
 DELIVER, POLL, SWEEP, DISCOVER = "deliver", "poll", "sweep", "discover"
-REDELIVER, REPLAY = "redeliver", "replay"
+REDELIVER, REPLAY, COLLECT = "redeliver", "replay", "collect"
 
 JOBS = {
     DELIVER: "jobs.deliver.deliver",
@@ -25,6 +25,7 @@ JOBS = {
     DISCOVER: "jobs.poll.discover",
     REDELIVER: "jobs.redeliver.redeliver",
     REPLAY: "jobs.replay.replay",
+    COLLECT: "jobs.collect.collect",
 }
 """Queue and job by bell.  Each bell has a queue of its own, so that none waits for another."""
 

@@ -373,7 +373,7 @@ VARIABLES: tuple[Variable, ...] = (
         "DELIVERY_HOST_CONCURRENCY", "128", _whole(1, 256),
         "requests that one worker has under way at one host, whoever's",
     ),
-    Variable("RETENTION_DAYS", "90", _whole(1, 3650, "days"), "days that events, bodies and attempts are kept"),
+    Variable("RETENTION_DAYS", "90", _whole(1, 3650, "days"), "days that events, bodies, attempts and logs are kept"),
     Variable("LOG_LEVEL", "info", _log_level, "debug, info, warning or error; `up` says warning"),
     Variable("SQLITE_SYNCHRONOUS", "FULL", _synchronous, "FULL survives a power cut, NORMAL a killed process"),
 )  # fmt: skip

@@ -159,11 +159,12 @@ def children(env: Mapping[str, str], data_dir: Path, url: str, *, own_redis: boo
 
 
 def workers(env: Mapping[str, str] | None = None) -> list[Child]:
-    """The worker processes: deliveries have one of their own, so that a long poll never delays them."""
+    """The worker processes: a long poll must not delay deliveries, nor a huge log polls."""
     start = (sys.executable, "-m", "jobs.worker")
     return [
         Child("deliver", (*start, "deliver"), env),
         Child("poll", (*start, "poll", "sweep", "discover", "redeliver", "replay"), env),
+        Child("collect", (*start, "collect"), env),
     ]
 
 
