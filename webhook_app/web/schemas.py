@@ -183,6 +183,15 @@ class BuildsQuery(PageQuery):
     until = Moment(metadata={"description": "First heard of before this time."})
 
 
+class LogQuery(Strict):
+    """Which part of a build's log."""
+
+    tail = fields.Integer(validate=Range(1, 100_000), metadata={"description": "Only the last lines."})
+    attempt = fields.Integer(
+        validate=Range(1, 2**31 - 1), metadata={"description": "An earlier attempt; else the present one."}
+    )
+
+
 class BuildEventsQuery(Strict):
     """Where a client that polls one build goes on."""
 
@@ -365,6 +374,37 @@ class Attempt(Schema):
     progress = _out(fields.Integer)
     observed_by = _word(ORIGINS)
     error = _out(Text, null=True)
+
+
+COLLECTED = ("stored", "pending", "unavailable")
+REASONS = (
+    "Why it is not there: `not_ended`, `queued`, or the platform's last answer (`not_found`, `unavailable`, "
+    "`unreadable`); for good: these, `gone`, `forbidden`, `no_job_ran`, `too_large`, `not_offered`, "
+    "`not_kept`, `source_off`, `past_retention`."
+)
+
+
+class BuildLog(Schema):
+    """The log of an attempt, as far as it is kept."""
+
+    build_id = _out(Text)
+    attempt = _out(fields.Integer)
+    state = _word(COLLECTED)
+    reason = _out(Text, null=True, about=REASONS)
+    truncated = _out(fields.Boolean, about="It was larger than what is kept; a line says where.")
+    lines = _out(fields.List, Text())
+
+
+class Artifact(Schema):
+    """A file that a build left."""
+
+    name = _out(Text)
+    size_bytes = _out(fields.Integer, null=True)
+    digest = _out(Text, null=True, about="`sha256:…` of what a download brings.")
+    digest_by = _word(("platform", "relay"), null=True)
+    created_at = _out(Moment, null=True)
+    expires_at = _out(Moment, null=True)
+    expired = _out(fields.Boolean)
 
 
 class ProgressEvent(Schema):
@@ -696,6 +736,15 @@ def page_of(item: type[Schema], name: str) -> type[Schema]:
 
 BuildPage = page_of(Build, "BuildPage")
 AttemptPage = page_of(Attempt, "AttemptPage")
+
+
+class ArtifactPage(page_of(Artifact, "Artifacts")):  # type: ignore[misc]
+    """One page of a build's artifacts, and whether the list was read."""
+
+    state = _word(COLLECTED)
+    reason = _out(Text, null=True, about=REASONS)
+
+
 PollingPage = page_of(Polling, "PollingPage")
 SubscriberPage = page_of(Subscriber, "SubscriberPage")
 DeliveryPage = page_of(Delivery, "DeliveryPage")

@@ -4,7 +4,7 @@ from flask import Flask, Response, redirect
 from werkzeug.wrappers import Response as BaseResponse
 
 from webhook_app import VERSION
-from webhook_app.web.api import builds, docs, health, operations, progress, subscribers
+from webhook_app.web.api import builds, docs, health, leavings, operations, progress, subscribers
 from webhook_app.web.api.spec import BEARER, Api
 
 TITLE = "BuildRelay"
@@ -19,7 +19,7 @@ def register(app: Flask) -> None:
     api.spec.components.security_scheme(
         BEARER, {"type": "http", "scheme": "bearer", "description": "An API token with the scope named."}
     )
-    for module in (builds, progress, subscribers, operations):
+    for module in (builds, leavings, progress, subscribers, operations):
         api.register_blueprint(module.blueprint, url_prefix="/api")
     api.register_blueprint(health.blueprint)
 

@@ -6,7 +6,7 @@ The OpenAPI document says what the program does because both come from the same 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import flask_smorest
 import orjson
@@ -109,16 +109,19 @@ def operation(
     errors: Iterable[int] = (),
     shaped: Mapping[int, Shape] | None = None,
     is_open: Callable[[Settings], bool] | None = None,
+    also: str | None = None,
+    binary: bool = False,
 ) -> Callable[[View], View]:
     """Register a view as an operation.  Its docstring is the documentation; its name the operation's id.
 
     `answer` shapes what it returns (None: no content).  `query` and `body` are handed in first, as
     dicts, in this order.  `scope` None: everybody may.  `errors`: further statuses it may answer with a
-    problem; `shaped`: those it answers with a shape of its own.
+    problem; `shaped`: those it answers with a shape of its own.  `also`: another media type of the answer;
+    `binary`: it is a file.
     """
 
     def decorate(view: View) -> View:
-        wrapped = blueprint.response(status, answer)(_storable_path(view))
+        wrapped = _answering(blueprint, status, answer, also, binary)(_storable_path(view))
         if body is not None:
             wrapped = blueprint.arguments(body, required=body_needed)(wrapped)
         if query is not None:
@@ -137,6 +140,25 @@ def operation(
         return view
 
     return decorate
+
+
+def _answering(
+    blueprint: Blueprint, status: int, answer: Shape | None, also: str | None, binary: bool
+) -> Callable[[View], View]:
+    """Shape and document the answer."""
+    if binary:
+        file = {"type": "string", "format": "binary"}
+        decorator: Callable[[View], View] = blueprint.response(
+            status, file, content_type="application/octet-stream"
+        )
+        return decorator
+    shaped = blueprint.response(status, answer)
+    if also is None:
+        return cast(Callable[[View], View], shaped)
+    content = {"application/json": {"schema": answer}, also: {"schema": {"type": "string"}}}
+    told = {"description": HTTPStatus(status).phrase, "content": content}
+    other = blueprint.doc(responses={str(status): told})
+    return lambda view: cast(View, shaped(other(view)))
 
 
 def _problems(scope: str | None, body: Shape | None, errors: Iterable[int]) -> set[int]:
