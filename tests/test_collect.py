@@ -26,6 +26,7 @@ from tests.stand import ON_SQLITE, environment, stands
 from webhook_app import collection, db, logs, models, queues
 from webhook_app.lifecycle import Conclusion, ObservedBy, State
 from webhook_app.logs import Log
+from webhook_app.simulated.ci import LOGGED_SECRETS
 from webhook_app.simulated.github import secondary_limit
 from webhook_app.simulated.gitlab import rate_limited as gitlab_rate_limited
 from webhook_app.simulated.httpd import Response, json_response
@@ -507,6 +508,31 @@ def test_the_log_of_a_good_run_is_its_zip(make_stand):
         collect(stand)
     assert lines(stand, build) == ["=== build ===", "built", "=== test ===", "***"]
     assert not any("artifacts" in path for path in asked)
+
+
+@pytest.mark.parametrize("platform", ["github", "gitlab", "jenkins"])
+def test_every_kind_of_build_comes_to_an_end_of_its_collection_and_tells_no_secret(make_stand, platform):
+    """Each script of the simulated platforms, whose jobs write a token into their logs."""
+    stand = make_stand((platform,), 30, speed=1000, every_kind=True)
+    stand.push_all()
+    stand.clock.advance(3600)
+    over = [build for build in stand.world.builds if stand.world.truth(build.build_id).terminal]
+    for build in over:
+        end(stand, build)
+    attempts = {build: stand.row(build)["attempt"] for build in over}
+    for wait in (0, *collection.RETRY_SECONDS, 3600):
+        collect(stand, after=wait)
+    for build in over:
+        row = left(stand, build, attempts[build])
+        assert (row["due_at"], row["artifacts_state"]) == (None, "stored"), (build.kind, dict(row))
+        failed = stand.row(build)["state"] in ("failed", "timeout")
+        assert row["wants_log"] == failed
+        assert row["log_state"] in (("stored", "unavailable") if failed else (None,)), build.kind
+        shown = str(lines(stand, build, attempts[build]) if row["log"] else "") + str(stand.events(build))
+        assert LOGGED_SECRETS[platform] not in shown, build.kind
+        assert LOGGED_SECRETS[platform][:14] not in shown
+    stored = [left(stand, build, attempts[build])["log_state"] for build in over]
+    assert "stored" in stored
 
 
 # ---- many, killed, short ---------------------------------------------------------------------
