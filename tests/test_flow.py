@@ -76,6 +76,40 @@ def eager(platforms):
         yield hub
 
 
+# ---- what builds leave -----------------------------------------------------------------------
+
+
+def test_a_failed_build_shows_its_log_its_error_and_its_artifacts(postgres_url):
+    """The web server, the metronome, a worker of its own, and a subscriber that is told of the error."""
+    with (
+        postgres.fresh_database(postgres_url) as url,
+        Platforms("failure") as platforms,
+        running({**platforms.environment(), "DATABASE_URL": url}) as hub,
+        subscribed(hub) as callback,
+    ):
+        builds = [platforms.begin(name) for name in ("github", "gitlab", "jenkins")]
+        for build in builds:
+            for push in platforms.pushes(build):
+                platforms.push(hub, push)
+        for build in builds:
+            path = f"/api/builds/{build.build_id}"
+            until(lambda path=path: hub.ask("GET", f"{path}/logs").status_code == 200, 40, "the log")
+            lines = hub.get(f"{path}/logs")["lines"]
+            assert "FAIL tests/test_cart.py::test_tax_is_rounded" in lines
+            text = hub.ask("GET", f"{path}/logs?tail=1", headers={"Accept": "text/plain"}).text
+            assert text == f"{lines[-1]}\n"
+            until(lambda path=path: hub.get(f"{path}/artifacts")["state"] == "stored", 40, "the artifacts")
+            for artifact in hub.get(f"{path}/artifacts")["items"]:
+                download = hub.ask("GET", f"{path}/artifacts/{artifact['name']}")
+                assert (download.status_code, len(download.content) > 0) == (200, True)
+                assert download.headers["Content-Disposition"].startswith("attachment")
+            error = hub.build(build.build_id)["error"]
+            assert "19.04 != 19.05" in error
+            messages = callback.wait_for(hub, build.build_id)
+            assert messages[-1]["data"]["error"] == error
+            assert [message["type"] for message in messages].count("build.failed") == 1
+
+
 # ---- pushes ----------------------------------------------------------------------------------
 
 
