@@ -7,8 +7,6 @@ Python's `svix` hands verification to `standardwebhooks`, as JavaScript's does; 
 
 import base64
 import json
-import os
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import standardwebhooks
 
 from jobs.deliver import deliver
 from jobs.resources import Resources
+from tests import node
 from tests.facts import github
 from tests.test_api import Caller, make_api, subscribe  # noqa: F401
 from tests.test_signing import BODY, MSG_ID, PUBLIC, TIMESTAMP, V1A, headers
@@ -27,34 +26,14 @@ from webhook_app.simulated.httpd import Request, Response, Server
 from webhook_app.times import utc_now
 
 SOURCES = Path(__file__).parent / "javascript"
-FILES = ("package.json", "package-lock.json", "verify.mjs")
 LIBRARIES = ("standardwebhooks", "svix")
 NO_MATCH = "No matching signature found"
-
-
-def missing(reason):
-    """Skip, but not where Node is a must."""
-    if os.environ.get("NODE_NEEDED"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
 def judge(pytestconfig):
     """`judge((library, key, headers, body), …)`: True, or why it was refused, of each."""
-    if not (shutil.which("node") and shutil.which("npm")):
-        missing("node and npm are not installed")
-    directory = Path(pytestconfig.cache.mkdir("javascript"))
-    installed = directory / "installed"  # written last: what it says is whole
-    wanted = (SOURCES / "package-lock.json").read_text()
-    for name in FILES:
-        shutil.copy(SOURCES / name, directory)
-    if not installed.exists() or installed.read_text() != wanted:
-        command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-        done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
-        if done.returncode:
-            missing(f"npm ci failed: {done.stderr.strip()[-500:]}")
-        installed.write_text(wanted)
+    directory = node.install(SOURCES, pytestconfig)
 
     def run(*messages):
         asked = [
@@ -177,8 +156,4 @@ def test_the_published_ed25519_vector(judge):
 
 
 def test_the_lock_names_no_registry():
-    lock = json.loads((SOURCES / "package-lock.json").read_text())
-    packages = {name: facts for name, facts in lock["packages"].items() if name}
-    assert {"node_modules/standardwebhooks", "node_modules/svix"} <= packages.keys()
-    assert all(facts["integrity"].startswith("sha512-") for facts in packages.values())
-    assert "resolved" not in json.dumps(lock)
+    node.check_lock(SOURCES, "standardwebhooks", "svix")
