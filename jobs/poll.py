@@ -74,6 +74,7 @@ class _Lane:
     owner: str = field(default_factory=lambda: secrets.token_hex(8))
     ready_at: datetime | None = None
     trust: dict[str, Trust] = field(default_factory=dict)
+    has_plenty: bool = False
 
     @property
     def platform(self) -> str:
@@ -162,6 +163,7 @@ def _begin(lane: _Lane) -> tuple[Ledger, list[Place]] | None:
         if ledger is None:
             return None
         ledger = budget.reckoned(ledger, now, lane.manners, reserve)
+        lane.has_plenty = budget.has_plenty(ledger, reserve)
         paused = budget.paused(write.connection, now)
         awake = {name: source for name, source in lane.sources.items() if name not in paused}
         most = min(budget.allowance(ledger), PLACES_AT_ONCE)
@@ -216,7 +218,8 @@ def _terms(lane: _Lane, source: str) -> Terms:
     """A new build is left to its push for a moment, where most are pushed."""
     freshness = lane.held.settings.push_freshness_seconds
     is_pushed = (lane.trust.get(source, Trust()).share or 0.0) >= PUSHED_WELL
-    return Terms(utc_now(), freshness, min(freshness, discovery.GRACE_SECONDS) if is_pushed else 0.0)
+    grace = min(freshness, discovery.GRACE_SECONDS) if is_pushed else 0.0
+    return Terms(utc_now(), freshness, grace, jobs=lane.has_plenty)
 
 
 def _finish(lane: _Lane, ledger: Ledger, findings: Sequence[Findings], spent: Spent) -> int:

@@ -31,6 +31,7 @@ LEAST_BURST = 10.0
 LEAST_PRICE = 0.02
 PRICE_WEIGHT = 0.01
 LATELY_SECONDS = 600.0
+PLENTY = 1000
 TURNS_BURST_SECONDS = 1.0
 """What is due together is spread by so little room for a burst, and then stays spread."""
 LEAST_WAIT_SECONDS = 1.0
@@ -129,9 +130,14 @@ def charged(ledger: Ledger, spent: Spent, now: datetime) -> Ledger:
         return ledger
     fade = (1 - PRICE_WEIGHT) ** spent.requests
     told = spent.limits
+    credit = ledger.credit
+    if (
+        told and ledger.limit is None
+    ):  # a window we know nothing of yet: as much as is left of it, in proportion
+        credit = max(credit, told.remaining * BURST_SHARE)
     return replace(
         ledger,
-        credit=ledger.credit - spent.counted,
+        credit=credit - spent.counted,
         turns=ledger.turns - spent.requests,
         price=ledger.price * fade + spent.counted / spent.requests * (1 - fade),
         per_hour=ledger.per_hour + spent.counted * 3600 / LATELY_SECONDS,
@@ -153,6 +159,11 @@ def struck(ledger: Ledger, faults: Iterable[PollError], *, worked: bool) -> Ledg
 def is_rich(ledger: Ledger, reserve: float) -> bool:
     """Is so much left that what is merely nice to know may be asked as well?"""
     return ledger.limit is None or ledger.credit >= _most_credit(ledger, reserve) / 2 > 1
+
+
+def has_plenty(ledger: Ledger, reserve: float) -> bool:
+    """Is it rich by far, so that the same may be asked again and again?"""
+    return is_rich(ledger, reserve) and (ledger.limit is None or ledger.limit >= PLENTY)
 
 
 # ---- the lane, stored ----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 from pollers import discovery
 from pollers.client import Client, OverBudget, Seen, Tag
 from pollers.stale import Due, Place
-from webhook_app import db
+from webhook_app import db, polling
 from webhook_app.builds import Fact, PollFailed, Unchanged
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
 from webhook_app.platforms import Listing, PollError, PollFault, Request, Source
@@ -27,6 +27,9 @@ TOO_NARROW, TOO_WIDE = 3, 20
 """So many due builds behind a short page make it long; all of them so near the top make a long one short."""
 
 MOST_PAGES = 5
+WATCHED_LATELY = timedelta(minutes=2)
+"""The jobs of a running build are read while somebody asks how far it is."""
+
 SOURCE_FAULTS = (PollFault.RATE_LIMITED, PollFault.UNAUTHORIZED)
 """The source's trouble, not that of the builds that were asked for."""
 
@@ -64,11 +67,15 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """When a push counts as recent, and how long a new build's push may be under way, in seconds."""
+    """When a push counts as recent, and how long a new build's push may be under way, in seconds.
+
+    `jobs`: is there budget to read the jobs of builds that somebody watches?
+    """
 
     now: datetime
     freshness_seconds: float
     grace_seconds: float
+    jobs: bool = False
 
 
 def read(client: Client, place: Place, terms: Terms) -> Findings:
@@ -78,6 +85,8 @@ def read(client: Client, place: Place, terms: Terms) -> Findings:
         rest = _list(client, found, terms) if place.wants_list else place.due
         for due in rest:
             found.facts.append(_single(client, found, due))
+        if terms.jobs:
+            _add_jobs(client, found, terms.now)
     except OverBudget:
         log.debug("over budget: %s %s", place.source, place.repositories)
     except PollError as fault:
@@ -302,6 +311,50 @@ def complete(client: Client, seen: Observation) -> Observation:
         if error.fault in (PollFault.FORBIDDEN, PollFault.NOT_FOUND):
             return seen
         raise
+
+
+# ---- jobs of builds that somebody watches --------------------------------------------------------
+
+
+def _add_jobs(client: Client, found: Findings, now: datetime) -> None:
+    """Add the jobs of running builds that somebody watches to what was told of them."""
+    watched = {
+        due.target.key: due for due in found.place.due if polling.is_watched(due.row, now - WATCHED_LATELY)
+    }
+    for place, fact in enumerate(found.facts):
+        due = watched.get(fact.key)
+        seen = _as_recorded(client, due) if due and isinstance(fact, Unchanged) else fact
+        if due and isinstance(seen, Observation) and seen.state is State.IN_PROGRESS:
+            found.facts[place] = _with_jobs(client, found, due, seen) or fact
+
+
+def _with_jobs(client: Client, found: Findings, due: Due, seen: Observation) -> Observation | None:
+    """The observation with its jobs; None if they can't be had, or did not change."""
+    platform = client.platform
+    if platform.jobs_request(client.source, due.target) is None:
+        return None
+    free = platform.MANNERS.free_unchanged
+    try:
+        told = client.ask(lambda source: platform.jobs_request(source, due.target), conditional=free)
+        if told.unchanged:
+            return None
+        with_jobs = platform.parse_jobs(client.source, seen, told.answer)
+        if free:
+            found.tags.append(Tag(told.url, told.token, told.answer.headers.get("etag"), ()))
+        return with_jobs
+    except PollError as fault:
+        if fault.fault in SOURCE_FAULTS:
+            raise
+        return None
+
+
+def _as_recorded(client: Client, due: Due) -> Observation | None:
+    """What is recorded of a build, as the poll that found it unchanged would have told it."""
+    named = client.platform.named(client.source, due.target.build_id)
+    told = ("attempt", "raw_status", "waiting", "platform_at", "repository")
+    return named and replace(
+        named, key=due.target.key, state=State(due.row["state"]), **{name: due.row[name] for name in told}
+    )
 
 
 def _told(fault: PollError) -> str:

@@ -122,6 +122,18 @@ def test_limits_hit_in_a_row_double_our_own_patience_and_a_good_read_ends_the_ro
     assert budget.pause_for("github", as_told, NOON, 4).until == at(7)
 
 
+def test_a_window_just_heard_of_may_be_spent_in_proportion():
+    after = budget.charged(Ledger(NOON), Spent(1, 1, Limits(5000, 4000, 600)), NOON)
+    assert after.credit == 4000 * budget.BURST_SHARE - 1
+    assert budget.charged(after, Spent(1, 1, Limits(5000, 3999, 600)), NOON).credit == after.credit - 1
+
+
+def test_only_a_large_budget_is_plenty():
+    assert budget.has_plenty(told(5000, credit=100.0), RESERVE)
+    assert not budget.has_plenty(told(60, limit=60, credit=10.0), RESERVE)
+    assert budget.has_plenty(Ledger(NOON), RESERVE)
+
+
 @pytest.mark.parametrize(
     ("ledger", "rich"),
     [

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 import pytest
@@ -18,7 +19,7 @@ from jobs import poll as poll_job
 from pollers import budget, client, credentials, stale
 from tests.hub import clean_environment
 from tests.stand import FRESH, INTERVAL, ON_SQLITE, change, environment, stands
-from webhook_app import builds, db, models, platforms, polling, queues, settings
+from webhook_app import builds, db, models, platforms, polling, queries, queues, settings
 from webhook_app.lifecycle import ObservedBy, State
 from webhook_app.platforms import PollError, PollFault
 from webhook_app.simulated import github as simulated_github
@@ -1001,3 +1002,79 @@ def test_polling_that_is_stopped_while_we_read_stays_stopped(one):
         stand.poll()
     row = stand.row(build)
     assert (row["polling"], row["next_poll_at"]) == ("stopped", None)
+
+
+# ---- progress while it runs
+
+
+def test_the_jobs_of_a_running_build_are_read_while_somebody_asks_how_far_it_is(one):
+    stand, build = one("github", speed=0.02)
+    moment = next(
+        moment
+        for moment, following in pairwise(build.moments)
+        if any(step.status == "completed" for job in moment.jobs for step in job.steps)
+        and following.at > moment.at + 60
+    )
+    stand.clock.at = max(stand.clock(), moment.at + 1)
+    server = stand.servers["github"]
+    stand.poll()
+    assert server.count("/jobs") == 0
+    db.as_writer(
+        stand.engine,
+        lambda write: queries.note_look(write.connection, stand.row(build)["id"], stand.now()),
+    )
+    stand.poll(after=INTERVAL)
+    assert server.count("/jobs") == 1
+    row = stand.row(build)
+    assert len(row["jobs"]) == len(moment.jobs)
+    assert (row["progress_basis"], row["poll_count"]) == ("steps", 2)
+    assert row["progress"] > 0
+    paid = server.used()
+    stand.poll(after=INTERVAL)
+    assert server.count("/jobs") == 2
+    assert server.used() == paid, "nothing changed, nothing paid"
+    stand.poll(after=120)
+    assert server.count("/jobs") == 2, "nobody asked for two minutes"
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("platform", ["gitlab"])
+def test_a_watched_build_of_the_other_platforms_makes_progress_too(one, platform):
+    stand, build = one(platform, speed=0.02)
+    running = [moment for moment in build.moments if truth_of(platform, moment).state == "in_progress"]
+    stand.clock.at = max(stand.clock(), running[-1].at + 1)
+    for _ in range(2):
+        db.as_writer(
+            stand.engine,
+            lambda write: queries.note_look(write.connection, stand.row(build)["id"], stand.now()),
+        )
+        stand.poll(after=INTERVAL)
+    assert stand.row(build)["progress"] > 0
+
+
+@ON_SQLITE
+def test_a_jobs_read_that_fails_takes_nothing_away(one):
+    stand, build = one("github", speed=0.02)
+    db.as_writer(
+        stand.engine,
+        lambda write: queries.note_look(write.connection, stand.row(build)["id"], stand.now()),
+    )
+    stand.servers["github"].inject(Response(502), path_contains="/jobs")
+    stand.poll()
+    row = stand.row(build)
+    assert (row["poll_count"], row["consecutive_errors"]) == (1, 0)
+
+
+@ON_SQLITE
+def test_jobs_are_not_read_when_the_budget_is_short(one):
+    stand, build = one("github", speed=0.02)
+    stand.servers["github"].limits.limit = 60
+    stand.poll()
+    for _ in range(3):
+        db.as_writer(
+            stand.engine,
+            lambda write: queries.note_look(write.connection, stand.row(build)["id"], stand.now()),
+        )
+        stand.poll(after=INTERVAL)
+    assert stand.servers["github"].count("/jobs") <= 1
+    assert stand.row(build)["poll_count"] >= 2

@@ -241,6 +241,7 @@ def _blank(write: Write, seen: Observation, now: datetime) -> Row:
         "sequence": 0,
         "last_push_at": None,
         "last_poll_at": None,
+        "watched_at": None,
         "created_at": now,
         "updated_at": now,
         "attempt": 1,

@@ -121,6 +121,7 @@ builds = Table(
     Column("poll_fault", Text),
     Column("doubtful", Boolean, nullable=False),
     Column("requested", Boolean, nullable=False),
+    Column("watched_at", Moment),
     Column("created_at", Moment, nullable=False),
     Column("updated_at", Moment, nullable=False),
     Index("ix_builds_due", "next_poll_at", "source", "repository",

@@ -142,6 +142,11 @@ def is_polling(build: Columns) -> bool:
     return build["polling"] in ("requested", "active")
 
 
+def is_watched(build: Columns, since: datetime) -> bool:
+    """Has anybody asked how far it is since then?"""
+    return build["watched_at"] is not None and build["watched_at"] > since
+
+
 def request(now: datetime) -> dict[str, Any]:
     """Changes when somebody asks for polling: due at once, the counts begin anew."""
     return fresh_attempt() | {"polling": "requested", "requested": True, "next_poll_at": now}

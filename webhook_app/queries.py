@@ -196,6 +196,11 @@ def reports(connection: Connection, build: int) -> list[Mapping[str, Any]]:
     return [row.data["detail"] for row in rows if "type" in row.data.get("detail", {})]
 
 
+def note_look(connection: Connection, build: int, now: datetime) -> None:
+    """Note that somebody asked how far a build is.  Run by the one writer."""
+    connection.execute(update(models.builds).where(_b.id == build).values(watched_at=now))
+
+
 # ---- events, inbound -------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ OPEN = sa.text("next_poll_at IS NOT NULL")
 
 def upgrade() -> None:
     op.add_column("builds", sa.Column("poll_fault", sa.Text()))
+    op.add_column("builds", sa.Column("watched_at", MOMENT))
     op.drop_index("ix_builds_due", "builds")
     _index("ix_builds_due", ["next_poll_at", "source", "repository"])
     _index("ix_builds_open", ["source", "repository"])
@@ -78,4 +79,5 @@ def downgrade() -> None:
     op.drop_index("ix_builds_open", "builds")
     op.drop_index("ix_builds_due", "builds")
     _index("ix_builds_due", ["next_poll_at"])
+    op.drop_column("builds", "watched_at")
     op.drop_column("builds", "poll_fault")

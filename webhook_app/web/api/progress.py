@@ -1,13 +1,15 @@
 """The progress API: two reads of one build, in the camelCase of their original document."""
 
+from datetime import datetime, timedelta
 from typing import Any
 
 from flask import Response, jsonify, request
 from sqlalchemy import Connection
 
-from webhook_app import db, history, progress, queries
+from webhook_app import db, history, polling, progress, queries
 from webhook_app.db import StoreUnavailable
 from webhook_app.lifecycle import State
+from webhook_app.progress import Expectation
 from webhook_app.queries import Row
 from webhook_app.settings import Settings
 from webhook_app.times import utc_now
@@ -19,6 +21,7 @@ from webhook_app.web.state import state
 blueprint = Blueprint("progress", __name__, description="Progress of one build, for clients that poll")
 
 MOST_EVENTS = 500
+LOOK_NOTED = timedelta(minutes=1)
 
 
 def _is_public(settings: Settings) -> bool:
@@ -121,15 +124,25 @@ def get_build_status(build_id: str) -> Any:
 
 
 def _foreseen(build_id: str) -> Row | None:
-    """The build; one that runs with what it is expected to take, which the first look at it fixes."""
+    """The build; one that runs with what it is expected to take, which the first look at it fixes.
+
+    That somebody looks is noted once a minute: its jobs are worth reading then.
+    """
+    now = utc_now()
     with db.reading(state().engine) as connection:
         build = _find(connection, build_id)
-        if build is None or not progress.is_running(build) or progress.expectation(build):
+        if build is None or not progress.is_running(build):
             return build
-        expected = history.expectations(connection, [build]).get(build["id"])
-    if expected is None:
+        known = progress.expectation(build) is not None
+        expected = None if known else history.expectations(connection, [build]).get(build["id"])
+    if expected is None and polling.is_watched(build, now - LOOK_NOTED):
         return build
     try:
-        return db.as_writer(state().engine, lambda write: history.keep(write, build, expected))
+        return db.as_writer(state().engine, lambda write: _note_look(write, build, expected, now))
     except StoreUnavailable:
         return build  # it can be read, but not written: nothing is estimated that could be taken back
+
+
+def _note_look(write: db.Write, build: Row, expected: Expectation | None, now: datetime) -> Row:
+    queries.note_look(write.connection, build["id"], now)
+    return history.keep(write, build, expected) if expected else build
