@@ -6,6 +6,7 @@ holds up no other.  Any number of jobs may run at once; a claim is one's own.
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import datetime, timedelta
 
@@ -21,7 +22,7 @@ from webhook_app import builds, collection, db, models, platforms, queues, setti
 from webhook_app.builds import ErrorFound
 from webhook_app.collection import Brought, Claimed
 from webhook_app.platforms import PollError, PollFault
-from webhook_app.redaction import Redactor, redactor
+from webhook_app.redaction import redactor
 from webhook_app.settings import SourceSettings
 from webhook_app.times import utc_now
 
@@ -39,10 +40,10 @@ def collect(held: Resources | None = None) -> None:
     """
     held = held or resources()
     queues.answer(held.redis, queues.COLLECT)
-    redact = redactor(settings.secret_texts(held.settings))
+    secrets = settings.secret_texts(held.settings)
     until = time.monotonic() + LONGEST_DRAIN_SECONDS
     sources = [source for source in held.settings.sources.values() if source.can_poll]
-    counts = list(held.threads.map(lambda source: _drain(held, source, redact, until), sources))
+    counts = list(held.threads.map(lambda source: _drain(held, source, secrets, until), sources))
     if any(counts):
         log.info("collected attempts=%d", sum(counts))
     _come_back(held, sources)
@@ -57,14 +58,14 @@ def _come_back(held: Resources, sources: list[SourceSettings]) -> None:
         ring_at(held.redis, queues.COLLECT, due)
 
 
-def _drain(held: Resources, source: SourceSettings, redact: Redactor, until: float) -> int:
+def _drain(held: Resources, source: SourceSettings, secrets: Sequence[str], until: float) -> int:
     """One source, until nothing is due, the budget is short or the time is up; how many looks."""
     count = 0
     while time.monotonic() < until:
         claimed = _claim(held, source)
         if claimed is None:
             break
-        _settle(held, source, claimed, _look(held, source, claimed, redact))
+        _settle(held, source, claimed, _look(held, source, claimed, secrets))
         count += 1
     return count
 
@@ -79,15 +80,16 @@ def _claim(held: Resources, source: SourceSettings) -> Claimed | None:
     )
 
 
-def _look(held: Resources, source: SourceSettings, claimed: Claimed, redact: Redactor) -> Look:
-    """With a token that can be used; a refused one is renewed once."""
+def _look(held: Resources, source: SourceSettings, claimed: Claimed, secrets: Sequence[str]) -> Look:
+    """With a token that can be used; a refused one is renewed once.  A lent one is a secret as well."""
     keyring = Keyring(held.engine, held.settings.encryption_keys)
     try:
         lent = keyring.source(source, utc_now())
-        look = endings.look(source, lent, claimed, redact)
+        look = endings.look(source, lent, claimed, redactor([*secrets, lent.token]))
         if look.fault is not None and look.fault.fault is PollFault.UNAUTHORIZED:
             renewed = keyring.refreshed(source, lent, utc_now())
-            look = endings.look(source, renewed, claimed, redact) if renewed else look
+            if renewed is not None:
+                look = endings.look(source, renewed, claimed, redactor([*secrets, renewed.token]))
     except PollError as fault:
         seconds = fault.retry_after_seconds or endings.UNAUTHORIZED_SECONDS
         return Look(Brought(postponed_seconds=seconds), fault)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -11,10 +12,12 @@ import pytest
 from cryptography.fernet import Fernet
 from sqlalchemy import select
 
+from jobs import collect as collect_job
 from pollers import budget
 from tests.stand import FRESH, ON_SQLITE, stands
 from tests.test_cli import NEW, OLD, Box, box  # noqa: F401
 from webhook_app import credentials, db, grants, models, outbound, platforms, sealing
+from webhook_app.app import create_app
 from webhook_app.credentials import Keyring, lane
 from webhook_app.platforms import PollError, PollFault, PollTarget, Source, github, gitlab
 from webhook_app.settings import SourceSettings
@@ -548,3 +551,36 @@ def test_the_budget_a_source_spends_has_a_name_without_its_token():
     assert lane(SourceSettings(replace(lab, token="abc"))) == "gitlab:g.example:81:ba7816bf8f01cfea"
     oauth = gitlab.OAuth("client", "secret", "abc")
     assert lane(SourceSettings(lab, oauth=oauth)) == "gitlab:g.example:81:ba7816bf8f01cfea"
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("platform", ["github", "gitlab"])
+def test_what_a_build_left_is_listed_and_downloaded_with_lent_tokens(
+    stand_of, platform, store_url, redis_url
+):
+    stand, lender = stand_of(platform)
+    (build,) = stand.world.builds
+    stand.poll(after=stand.world.ends_at - stand.clock() + FRESH)
+    assert stand.row(build)["state"] == "completed"
+    stand.clock.advance(time.time() - stand.clock())
+    if platform == "github":
+        lender.server.access.revoke(lender.server.access.issued[-1])
+    collect_job.collect(stand.held)
+    values = replace(
+        stand.held.settings, database_url=store_url, redis_url=redis_url, admin_token="the-admin-token"
+    )
+    app = create_app(values)
+    try:
+        client, headers = app.test_client(), {"Authorization": "Bearer the-admin-token"}
+        path = f"/api/builds/{build.build_id}/artifacts"
+        listed = client.get(path, headers=headers).json
+        assert (listed["state"], bool(listed["items"])) == ("stored", True)
+        if platform == "github":
+            lender.server.access.revoke(lender.server.access.issued[-1])
+        name = listed["items"][0]["name"]
+        answer = client.get(f"{path}/{name}", headers=headers, buffered=True)
+        assert (answer.status_code, len(answer.data) > 0) == (200, True)
+    finally:
+        app.extensions["buildrelay"].engine.dispose()
+        app.extensions["buildrelay"].redis.close()
+    assert (stand.pauses(), stand.notices()) == ({}, [])

@@ -3,12 +3,14 @@
 import base64
 import json
 import re
+from dataclasses import replace
 from urllib.parse import quote
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from webhook_app.platforms import github, gitlab
 from webhook_app.redaction import MASK, redactor
 from webhook_app.settings import load, secret_texts
 
@@ -168,3 +170,12 @@ def test_no_text_makes_it_slow(piece):
     redact = redactor(["a-secret-of-ours"])
     text = piece * (400_000 // len(piece))
     assert "a-secret-of-ours" not in redact(text + " a-secret-of-ours")
+
+
+def test_what_gets_lent_tokens_is_known_as_well():
+    values = load({"GITHUB_API_URL": "https://g", "GITLAB_URL": "https://l"})
+    app = replace(values.sources["github"], app=github.App("42", KEY))
+    oauth = replace(values.sources["gitlab"], oauth=gitlab.OAuth("id", "client-secret-1", "refresh-token-1"))
+    texts = secret_texts(replace(values, sources={"github": app, "gitlab": oauth}))
+    shown = redactor(texts)(f"{KEY.splitlines()[3]} client-secret-1 refresh-token-1")
+    assert shown == "*** *** ***"

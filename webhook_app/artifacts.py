@@ -18,9 +18,8 @@ from webhook_app import models, outbound, platforms
 from webhook_app.db import Write
 from webhook_app.destinations import OutboundError
 from webhook_app.outbound import Reply
-from webhook_app.platforms import Answer, PollFault, PollTarget
+from webhook_app.platforms import Answer, PollFault, PollTarget, Source
 from webhook_app.platforms._read import poll_error
-from webhook_app.settings import SourceSettings
 
 CAP_BYTES = 1024 * 1024 * 1024
 DOWNLOAD_SECONDS = 300.0
@@ -40,6 +39,10 @@ class NoDownload(Exception):
         super().__init__(message)
         self.status = status
         self.retry_after_seconds = retry_after_seconds
+
+
+class TokenRefused(NoDownload):
+    """The platform refuses our token; another one may do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +71,23 @@ def is_expired(artifact: Row, now: datetime) -> bool:
     return artifact["expired"] or (artifact["expires_at"] is not None and artifact["expires_at"] <= now)
 
 
-def fetch(settings: SourceSettings, target: PollTarget, artifact: Row) -> Download:
-    """Download one and verify it; raises `NoDownload`."""
+def fetch(source: Source, target: PollTarget, artifact: Row) -> Download:
+    """Download one and verify it; raises `NoDownload`.  `source` has a token that can be used."""
     if (artifact["size_bytes"] or 0) > CAP_BYTES:
         raise NoDownload(502, f"it has more than the {CAP_BYTES} bytes that are passed on")
     if not _seats.acquire(blocking=False):
         raise NoDownload(503, "too many downloads at once", BUSY_SECONDS)
     try:
-        return _fetch(settings, target, artifact)
+        return _fetch(source, target, artifact)
     finally:
         _seats.release()
 
 
-def _fetch(settings: SourceSettings, target: PollTarget, artifact: Row) -> Download:
+def _fetch(source: Source, target: PollTarget, artifact: Row) -> Download:
     spool = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  it goes on to whoever asked
     try:
         sink = _Hashing(spool)
-        _check(_get(settings, target, artifact["ref"], sink), artifact["digest"])
+        _check(_get(source, target, artifact["ref"], sink), artifact["digest"])
         if artifact["digest"] not in (None, f"sha256:{sink.sha256.hexdigest()}"):
             raise NoDownload(502, "what the platform sent is not what it listed: its SHA-256 is another one")
         spool.seek(0)
@@ -108,9 +111,9 @@ class _Hashing:
         self.file.write(piece)
 
 
-def _get(settings: SourceSettings, target: PollTarget, ref: str, into: _Hashing) -> Reply:
-    platform = platforms.file_api(settings.source.platform)
-    request = platform.artifact_request(settings.source, target, ref) if platform else None
+def _get(source: Source, target: PollTarget, ref: str, into: _Hashing) -> Reply:
+    platform = platforms.file_api(source.platform)
+    request = platform.artifact_request(source, target, ref) if platform else None
     if request is None:
         raise NoDownload(404, "this source has no API to read it from")
     try:
@@ -137,6 +140,8 @@ def _check(reply: Reply, digest: str | None) -> None:
         raise NoDownload(reply.status, "its platform does not have it (any more)")
     if reply.status != 200:
         fault = poll_error(Answer(reply.status, reply.headers, reply.body))
+        if fault.fault is PollFault.UNAUTHORIZED:
+            raise TokenRefused(502, f"the platform: {fault}")
         limited = fault.fault is PollFault.RATE_LIMITED
         raise NoDownload(503 if limited else 502, f"the platform: {fault}", fault.retry_after_seconds)
     if reply.truncated:

@@ -689,6 +689,8 @@ def secret_texts(settings: Settings) -> list[str]:
         found += [source.source.token, *source.webhook_secrets]
         if source.source.token and source.source.username:
             found.append(f"{source.source.username}:{source.source.token}")
+        found += [source.app.private_key] if source.app else []
+        found += [source.oauth.client_secret, source.oauth.refresh_token] if source.oauth else []
     found += [urlsplit(url).password or "" for url in (settings.database_url, settings.redis_url)]
     return [text for text in found if text]
 

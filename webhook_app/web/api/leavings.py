@@ -13,11 +13,13 @@ from werkzeug.wsgi import FileWrapper
 
 from webhook_app import artifacts, collection, db, logs, queries, queues, redaction
 from webhook_app import settings as settings_
-from webhook_app.artifacts import Download, NoDownload
+from webhook_app.artifacts import Download, NoDownload, TokenRefused
 from webhook_app.collection import STORED, UNAVAILABLE
+from webhook_app.credentials import Keyring
 from webhook_app.lifecycle import State
-from webhook_app.platforms import PollTarget
+from webhook_app.platforms import PollError, PollTarget
 from webhook_app.queries import Row
+from webhook_app.settings import SourceSettings
 from webhook_app.times import utc_now
 from webhook_app.web import schemas
 from webhook_app.web.api.builds import need_build
@@ -198,10 +200,26 @@ def _fetch(build: Row, artifact: Row) -> Download:
     target = PollTarget(
         build["build_id"], build["key"], build["repository"], build["number"], build["attempt"], build["url"]
     )
-    download = artifacts.fetch(source, target, artifact)
+    download = _with_a_token(source, target, artifact)
     if artifact["digest"] is None:
         db.as_writer(state().engine, lambda write: artifacts.note_digest(write, artifact, download))
     return download
+
+
+def _with_a_token(source: SourceSettings, target: PollTarget, artifact: Row) -> Download:
+    """Download with a token that can be used; a refused one is renewed once."""
+    keyring = Keyring(state().engine, state().settings.encryption_keys)
+    try:
+        lent = keyring.source(source, utc_now())
+        try:
+            return artifacts.fetch(lent, target, artifact)
+        except TokenRefused:
+            renewed = keyring.refreshed(source, lent, utc_now())
+            if renewed is None:
+                raise
+            return artifacts.fetch(renewed, target, artifact)
+    except PollError as error:
+        raise NoDownload(502, f"there is no token to read it with: {error}") from error
 
 
 def _attachment(build: Row, artifact: Row, download: Download) -> Response:
