@@ -4,7 +4,7 @@ import argparse
 import time
 from datetime import UTC, datetime
 
-from bench import claiming, fairness, latency, machine, memory, reception, relay, start, table
+from bench import claiming, fairness, latency, machine, memory, polling, reception, relay, start, table
 
 PARTS = {
     module.PART: module.run
@@ -16,6 +16,7 @@ PARTS = {
         claiming,
         memory,
         start,
+        polling,
     )
 }
 

@@ -166,6 +166,8 @@ def _to_the_end(world: World, sender: Sender, subscriber: Subscriber, api: _Api)
         if verdict.ok:
             break
     _print_counts(verdict, sender, subscriber, time.monotonic() - began)
+    if verdict is not None and verdict.ok:
+        print(f"  all true    {world.now() - world.ends_at:.0f} s after the last build ended", flush=True)
     return 0 if verdict is not None and verdict.ok else 1
 
 
