@@ -14,13 +14,13 @@ from sqlalchemy import Connection, select, update
 
 from jobs.resources import Resources, resources
 from jobs.schedule import ring_at
-from pollers import budget, credentials, endings
+from pollers import budget, endings
 from pollers.budget import Ledger, Spent
-from pollers.credentials import Keyring
 from pollers.endings import Look
-from webhook_app import builds, collection, db, models, platforms, queues, settings
+from webhook_app import builds, collection, credentials, db, models, platforms, queues, settings
 from webhook_app.builds import ErrorFound
 from webhook_app.collection import Brought, Claimed
+from webhook_app.credentials import Keyring
 from webhook_app.platforms import PollError, PollFault
 from webhook_app.redaction import redactor
 from webhook_app.settings import SourceSettings

@@ -16,14 +16,14 @@ from datetime import datetime, timedelta
 
 from jobs.resources import Resources, resources
 from jobs.schedule import ring_at
-from pollers import adaptive, budget, client, credentials, discovery, repository, stale
+from pollers import adaptive, budget, client, discovery, repository, stale
 from pollers.adaptive import Trust
 from pollers.budget import Ledger, Spent
 from pollers.client import Client, Purse
-from pollers.credentials import Keyring
 from pollers.repository import Findings, Terms
 from pollers.stale import Place
-from webhook_app import builds, db, platforms, queues
+from webhook_app import builds, credentials, db, platforms, queues
+from webhook_app.credentials import Keyring
 from webhook_app.platforms import Manners, PollError
 from webhook_app.settings import SourceSettings
 from webhook_app.times import utc_now

@@ -14,8 +14,8 @@ from sqlalchemy import Connection, bindparam, delete, select, update
 
 from jobs.resources import Resources, resources
 from pollers import budget
-from pollers.credentials import Keyring
 from webhook_app import db, health, models, queues, registration
+from webhook_app.credentials import Keyring
 from webhook_app.inbox import Arrival
 from webhook_app.platforms import Hook, HookDelivery, PollError, hook_api
 from webhook_app.registration import Address, RegistrationError

@@ -255,20 +255,8 @@ def apply(write: Write, pause: Pause, now: datetime) -> None:
     health.upsert(write.connection, models.sources, [paused])
     told = before is not None and before.pause_reason == pause.reason
     if pause.reason == PollFault.UNAUTHORIZED.value and not told:
-        tell(
-            write,
-            "source.unauthorized",
-            pause.source,
-            f"{pause.source} refuses our token: {pause.message}",
-            now,
-        )
-
-
-def tell(write: Write, kind: str, subject: str, text: str, now: datetime) -> None:
-    """Leave admins a notice."""
-    write.connection.execute(
-        insert(models.notices), {"kind": kind, "subject": subject, "text": text, "created_at": now}
-    )
+        text = f"{pause.source} refuses our token: {pause.message}"
+        health.tell(write.connection, "source.unauthorized", pause.source, text, now)
 
 
 def clear(write: Write, source: str, now: datetime) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, insert, select, update
 
-from webhook_app import models
+from webhook_app import health, models
 from webhook_app.db import Write
 from webhook_app.lifecycle import Observation, State
 from webhook_app.settings import SourceSettings
@@ -149,8 +149,7 @@ def tell_hidden(write: Write, source: str, name: str, why: str, now: datetime) -
     )
     if write.connection.execute(told.limit(1)).one_or_none() is None:
         text = f"{source} does not show {name} to our token any more ({why}): its builds can't be polled"
-        values = {"kind": "source.not_found", "subject": subject, "text": text, "created_at": now}
-        write.connection.execute(insert(models.notices), values)
+        health.tell(write.connection, "source.not_found", subject, text, now)
 
 
 # ---- what is news --------------------------------------------------------------------------------

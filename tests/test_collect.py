@@ -19,11 +19,11 @@ from sqlalchemy import select
 
 from jobs import collect as collect_job
 from jobs import sweep as sweep_job
-from pollers import budget, credentials, endings
+from pollers import budget, endings
 from pollers.budget import Pause
 from tests.hub import clean_environment
 from tests.stand import ON_SQLITE, environment, stands
-from webhook_app import collection, db, logs, models, queues
+from webhook_app import collection, credentials, db, logs, models, queues
 from webhook_app.lifecycle import Conclusion, ObservedBy, State
 from webhook_app.logs import Log
 from webhook_app.simulated.ci import LOGGED_SECRETS

@@ -16,10 +16,10 @@ import pytest
 from sqlalchemy import select
 
 from jobs import poll as poll_job
-from pollers import budget, client, credentials, stale
+from pollers import budget, client, stale
 from tests.hub import clean_environment
 from tests.stand import FRESH, INTERVAL, ON_SQLITE, change, environment, stands
-from webhook_app import builds, db, models, platforms, polling, queries, queues, settings
+from webhook_app import builds, credentials, db, models, platforms, polling, queries, queues, settings
 from webhook_app.lifecycle import ObservedBy, State
 from webhook_app.platforms import PollError, PollFault
 from webhook_app.simulated import github as simulated_github
