@@ -43,7 +43,7 @@ def test_discovery_adds_builds_that_nobody_spoke_of(make_stand, platform):
 def test_discovery_never_touches_builds_with_a_recent_push(make_stand, platform):
     stand = make_stand((platform,), 4, kinds={platform: ["success"]})
     known, *unknown = stand.world.builds
-    stand.clock.at = stand.world.ends_at + 1
+    stand.clock.at = stand.world.ends_at + discovery.GRACE_SECONDS
     stand.push(known, State.QUEUED)
     before = stand.row(known)
     stand.discover()
