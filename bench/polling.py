@@ -61,7 +61,7 @@ class Case:
 
 CASES = (
     Case(100, 20, 0.0, "steady", 600, finds=False),
-    Case(100, 20, 0.0, "adaptive", 150, finds=False, warm_seconds=2 * HOUR),
+    Case(100, 20, 0.0, "adaptive", 150, finds=False, warm_seconds=4 * HOUR),
     Case(1_000, 100, 0.01, "steady", 5_000, finds=True),
     Case(1_000, 100, 0.01, "adaptive", 1_500, finds=True, warm_seconds=2 * HOUR, hours=3),
     Case(1_000, 100, 1.0, "steady", 5_000, finds=True),

@@ -28,7 +28,7 @@ LONGEST_WAIT = timedelta(minutes=30)
 ENOUGH = 8
 """Fewer earlier builds say little about when the next may end at the earliest."""
 
-UNTOLD_INTERVALS = 4
+UNTOLD_INTERVALS, UNTOLD_OF_COMPLETE = 4, 40
 """Without history, or before it has begun, a build is read so many times more slowly."""
 
 
@@ -57,6 +57,11 @@ class Trust:
         if not self._is_good:
             return 1
         return 30 if self._is_complete else 20
+
+    @property
+    def untold_intervals(self) -> int:
+        """How many intervals a build without history waits."""
+        return UNTOLD_OF_COMPLETE if self._is_complete else UNTOLD_INTERVALS
 
     @property
     def _is_good(self) -> bool:
@@ -104,7 +109,7 @@ def ease(
             if of_its_kind and known_well and begun and due.row["state"] == State.IN_PROGRESS:
                 until = begun + timedelta(seconds=of_its_kind.quantile(watch_from))
             else:
-                until = _since(due, now) + timedelta(seconds=UNTOLD_INTERVALS * interval_seconds)
+                until = _since(due, now) + timedelta(seconds=known.untold_intervals * interval_seconds)
             if until > now:
                 later[due.row["id"]] = min(until, now + LONGEST_WAIT)
         place.due = [due for due in place.due if due.row["id"] not in later]

@@ -95,7 +95,8 @@ def test_a_build_far_from_its_end_waits_until_its_like_were_mostly_over(trusted)
     ("share", "earlier", "wait"),
     [
         (0.99, 10, 640.5 - FRESH),  # 0.45: watched earlier where pushes are missed now and then
-        (1.0, 7, 4 * INTERVAL),  # too little history: read by itself, four times more slowly
+        (0.99, 7, 4 * INTERVAL),  # too little history: read by itself, four times more slowly
+        (1.0, 7, 600 - FRESH),  # and forty times where no push is missed
         (0.9, 10, INTERVAL),  # pushes are missed: the full pace
         (None, 10, INTERVAL),
     ],
@@ -104,8 +105,8 @@ def test_how_long_a_build_waits(trusted, share, earlier, wait):
     stand, build = trusted(share, earlier)
     stand.poll(after=FRESH)
     read = stand.row(build)["poll_count"] == 1
-    assert read is (wait == INTERVAL or earlier == 7)
-    if earlier == 7:
+    assert read is (wait in (INTERVAL, 4 * INTERVAL))
+    if wait == 4 * INTERVAL:
         stand.poll(after=INTERVAL)
         assert stand.row(build)["poll_count"] == 1
         stand.poll(after=3 * INTERVAL)

@@ -276,8 +276,8 @@ def test_a_lost_end_is_found_by_polling(eager, platforms, platform):
 
 
 def test_a_build_whose_every_push_was_lost_is_discovered(eager, platforms):
-    build = platforms.begin("github")
-    with subscribed(eager) as callback:
+    with subscribed(eager) as callback:  # first: discovery may come at once
+        build = platforms.begin("github")
         until(lambda: eager.build(build.build_id), 10, "the discovery")
         platforms.go_to(build.ends_at)
         until(lambda: eager.state(build.build_id) == "completed", 10, "the end")

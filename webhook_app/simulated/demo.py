@@ -42,8 +42,8 @@ PACE = {
 
 def run(port: int, builds: int | None, loss: float, seed: int, data_dir: Path | None) -> int:
     """Run the demo; exit code 0 when all that was counted is right (or it was stopped)."""
-    if not 0 <= loss <= 0.9:
-        print("buildrelay: --loss: a share from 0 to 0.9 is needed", file=sys.stderr)
+    if not 0 <= loss <= 1:
+        print("buildrelay: --loss: a share from 0 to 1 is needed", file=sys.stderr)
         return 2
     with ExitStack() as stack:
         directory = data_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="buildrelay-")))
