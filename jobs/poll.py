@@ -219,7 +219,8 @@ def _terms(lane: _Lane, source: str) -> Terms:
     freshness = lane.held.settings.push_freshness_seconds
     is_pushed = (lane.trust.get(source, Trust()).share or 0.0) >= PUSHED_WELL
     grace = min(freshness, discovery.GRACE_SECONDS) if is_pushed else 0.0
-    return Terms(utc_now(), freshness, grace, jobs=lane.has_plenty)
+    now = utc_now()
+    return Terms(now, now, freshness, grace, jobs=lane.has_plenty)
 
 
 def _finish(lane: _Lane, ledger: Ledger, findings: Sequence[Findings], spent: Spent) -> int:

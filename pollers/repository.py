@@ -17,6 +17,7 @@ from webhook_app import db, polling
 from webhook_app.builds import Fact, PollFailed, Unchanged
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
 from webhook_app.platforms import Listing, PollError, PollFault, Request, Source
+from webhook_app.times import http_date
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +68,13 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """When a push counts as recent, and how long a new build's push may be under way, in seconds.
+    """When a push counts as recent by our clock, and how long a new build's may be under way by the platform's.
 
     `jobs`: is there budget to read the jobs of builds that somebody watches?
     """
 
     now: datetime
+    platform_now: datetime
     freshness_seconds: float
     grace_seconds: float
     jobs: bool = False
@@ -109,7 +111,8 @@ def _list(client: Client, found: Findings, terms: Terms) -> list[Due]:
         return _answer_unchanged(found, seen)
     with db.reading(client.engine) as connection:
         rows = discovery.known(connection, listing.observations)
-    rest, settled = _sift(client, found, listing, rows, terms)
+    told_at = http_date(seen.answer.headers.get("date", "")) or terms.now
+    rest, settled = _sift(client, found, listing, rows, replace(terms, platform_now=told_at))
     found.listed = {
         name: _clock(place, name, listing.observations) if settled else place.clocks.get(name)
         for name in place.repositories
@@ -220,9 +223,9 @@ def _sift(
 def _kind(row: Row | None, seen: Observation, terms: Terms) -> str:
     """What a listed build that is not due is to us: `news`, `early` (its push may be on the way) or `old`."""
     if row is None:
-        if not discovery.is_recent(seen, terms.now):
+        if not discovery.is_recent(seen, terms.platform_now):
             return "old"
-        return "news" if discovery.is_ripe(seen, terms.now, terms.grace_seconds) else "early"
+        return "news" if discovery.is_ripe(seen, terms.platform_now, terms.grace_seconds) else "early"
     if State(row["told_state"]).terminal:
         return "news" if discovery.is_untold_rerun(seen, row["attempt"], State(row["told_state"])) else "old"
     if row["next_poll_at"] is None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
-from email.utils import parsedate_to_datetime
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -22,7 +21,7 @@ from webhook_app import credentials, db, health, migrations, platforms, queues, 
 from webhook_app.platforms import Answer, Hook, PollError, PollFault, TokenFacts
 from webhook_app.registration import Address, RegistrationError
 from webhook_app.settings import Settings, SourceSettings
-from webhook_app.times import iso, utc_now
+from webhook_app.times import http_date, iso, utc_now
 
 TIME_SECONDS = 45.0
 """All checks together; what has not answered by then is reported as such."""
@@ -294,11 +293,8 @@ def _refused(name: str, what: str, error: PollError) -> Finding:
 
 
 def _clock(name: str, answer: Answer, began: datetime, ended: datetime) -> Iterator[Finding]:
-    try:
-        theirs = parsedate_to_datetime(answer.headers.get("date", ""))
-    except (ValueError, TypeError, IndexError):
-        return
-    if theirs.tzinfo is None:
+    theirs = http_date(answer.headers.get("date", ""))
+    if theirs is None:
         return
     skew = (began + (ended - began) / 2 - theirs).total_seconds()
     if abs(skew) > SKEW_SECONDS:

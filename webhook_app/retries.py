@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from email.utils import parsedate_to_datetime
+
+from webhook_app.times import http_date
 
 JITTER = 0.2
 SLOW_DOWN = frozenset({429, 502, 504})
@@ -50,11 +51,8 @@ def retry_after_seconds(value: str | None, now: datetime) -> float | None:
     text = value.strip()
     if text.isascii() and text.isdigit():
         return float(text[:9])
-    try:
-        then = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    if then.tzinfo is None:
+    then = http_date(text)
+    if then is None:
         return None
     return max((then - now).total_seconds(), 0.0)
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 from urllib.parse import parse_qs, quote, urlsplit
@@ -17,6 +16,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import orjson
 
 from webhook_app.platforms import Answer, Headers, Limits, NotJson, PollError, PollFault, Source, Unreadable
+from webhook_app.times import http_date
 
 USER_AGENT = "BuildRelay"
 
@@ -260,7 +260,7 @@ def fetched(answer: Answer, status: int = 200) -> dict[str, Any]:
 
 def answered_at(answer: Answer) -> datetime | None:
     """The platform's own clock when it answered; whole seconds."""
-    return _http_date(answer.headers.get("date", ""))
+    return http_date(answer.headers.get("date", ""))
 
 
 def bearer(value: object, name: str) -> str:
@@ -371,7 +371,7 @@ def _limit_header(headers: Headers, name: str) -> str:
 
 def _reset_seconds(headers: Headers) -> float | None:
     """Seconds until the limit's reset, by the platform's own clock."""
-    reset, now = _limit_header(headers, "reset"), _http_date(headers.get("date", ""))
+    reset, now = _limit_header(headers, "reset"), http_date(headers.get("date", ""))
     if now is None or re.fullmatch("[0-9]{1,12}", reset) is None:
         return None
     return _bounded(int(reset) - now.timestamp())
@@ -382,20 +382,12 @@ def _retry_after_seconds(headers: Headers) -> float | None:
     told = headers.get("retry-after", "").strip()
     if re.fullmatch("[0-9]{1,9}", told):
         return _bounded(float(told))
-    until, now = _http_date(told), _http_date(headers.get("date", ""))
+    until, now = http_date(told), http_date(headers.get("date", ""))
     return None if until is None or now is None else _bounded((until - now).total_seconds())
 
 
 def _bounded(seconds: float) -> float:
     return min(max(seconds, 1.0), _LONGEST_WAIT_SECONDS)
-
-
-def _http_date(value: str) -> datetime | None:
-    try:
-        found = parsedate_to_datetime(value)
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None
-    return found.replace(tzinfo=UTC) if found.tzinfo is None else found
 
 
 def done(answer: Answer) -> dict[str, Any]:
