@@ -154,18 +154,19 @@ def _redis(values: Settings) -> Iterator[Finding]:
         with queues.connect(values.redis_url, REDIS_SECONDS) as redis:
             redis.ping()
             yield Finding("redis", OK, "Redis answers")
-            yield _scheduler(redis.get(queues.BEAT_KEY))
-            yield from _workers([bell for bell in queues.JOBS if not queues.is_served(redis, bell)])
+            yield _scheduler(queues.beat(redis))
+            served = queues.workers(redis)
+            yield from _workers([bell for bell in queues.JOBS if not served[bell]])
     except RedisError as error:
         mend = "Look whether it runs, and at REDIS_URL. Webhooks are taken, but nothing is sent or polled."
         yield Finding("redis", FAIL, f"Redis does not answer: {type(error).__name__}", mend)
 
 
-def _scheduler(beat: bytes | None) -> Finding:
+def _scheduler(beat: int | None) -> Finding:
     mend = "Start `buildrelay scheduler`, or `buildrelay up`."
-    if not beat or not beat.isdigit():
+    if beat is None:
         return Finding("scheduler", FAIL, "no scheduler is running: nothing is polled or retried", mend)
-    age = max(utc_now().timestamp() - int(beat), 0.0)
+    age = max(utc_now().timestamp() - beat, 0.0)
     return Finding("scheduler", OK if age < LATE_BEAT_SECONDS else FAIL, f"its last pass was {age:.0f} s ago")
 
 

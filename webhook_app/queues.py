@@ -5,6 +5,7 @@ RQ takes a job by its dotted name, so the core never imports `jobs`; a test reso
 
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 from redis import Redis
@@ -34,7 +35,7 @@ BELL_TTL_SECONDS = 2
 DEAF_SECONDS = 1.0
 
 BEAT_KEY = "buildrelay:scheduler:beat"
-"""Set, and renewed, by a living scheduler to the Unix time of its last pass (`/readyz` reads it)."""
+"""Set, and renewed, by a living scheduler to the Unix time of its last pass (`beat` reads it)."""
 
 
 def connect(url: str, timeout_seconds: float | None = None) -> Redis:
@@ -99,10 +100,24 @@ def enqueue_once(redis: Redis, bell: str) -> bool:
     return True
 
 
+def beat(redis: Redis) -> int | None:
+    """Unix time of the last pass of a living scheduler; None if there is none.  Raises `RedisError`."""
+    told = redis.get(BEAT_KEY)
+    return int(told) if isinstance(told, bytes) and told.isdigit() else None
+
+
+def workers(redis: Redis) -> Counter[str]:
+    """How many living workers serve each bell.  Raises `RedisError`.
+
+    RQ forgets a worker whose heartbeat stayed away, so those it knows are alive.
+    """
+    return Counter(bell for worker in Worker.all(connection=redis) for bell in worker.queue_names())
+
+
 def is_served(redis: Redis, bell: str) -> bool:
     """Does a living worker serve this bell?  False too when Redis does not answer."""
     try:
-        return any(bell in worker.queue_names() for worker in Worker.all(connection=redis))
+        return workers(redis)[bell] > 0
     except RedisError:
         return False
 
