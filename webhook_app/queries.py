@@ -353,6 +353,14 @@ def budgets(connection: Connection) -> dict[str, Row]:
     return {name: row for row in rows for name in row["sources"]}
 
 
+def forecast(budget: Row, now: datetime) -> int | None:
+    """What will be left at the reset at the present pace; None: no reset is known to come."""
+    reset_at, remaining = budget["reset_at"], budget["remaining"]
+    if reset_at is None or reset_at <= now or remaining is None:
+        return None
+    return max(int(remaining - budget["per_hour"] * (reset_at - now).total_seconds() / 3600), 0)
+
+
 def behind(connection: Connection, names: Collection[str]) -> dict[str, datetime]:
     """Since when the stalest build of each of these sources is due; a time to come: none is."""
     rows = connection.execute(

@@ -174,10 +174,7 @@ def _budget(row: Row | None, now: datetime) -> dict[str, Any] | None:
     """What is left, and what will be at the reset at the present pace; None before the first read."""
     if row is None:
         return None
-    reset_at, forecast = row["reset_at"], None
-    if reset_at is not None and reset_at > now:
-        forecast = max(int(row["remaining"] - row["per_hour"] * (reset_at - now).total_seconds() / 3600), 0)
-    return {**row, "per_hour": int(row["per_hour"]), "forecast_remaining": forecast}
+    return {**row, "per_hour": int(row["per_hour"]), "forecast_remaining": queries.forecast(row, now)}
 
 
 _UNTOLD = dict.fromkeys(("pushes", "polls", "missed_pushes"), 0) | dict.fromkeys(
