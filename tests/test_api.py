@@ -662,7 +662,7 @@ def test_public_progress_opens_these_two_and_nothing_else(make_api, migrated_sql
     ]
     assert sorted(opened) == [
         ("GET", "/api/builds/{build_id}/events"), ("GET", "/api/builds/{build_id}/status"),
-        ("GET", "/healthz"), ("GET", "/readyz"),
+        ("GET", "/healthz"), ("GET", "/metrics"), ("GET", "/readyz"),
     ]  # fmt: skip
 
 

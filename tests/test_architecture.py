@@ -58,12 +58,13 @@ def test_pollers_import_only_the_core_and_jobs_never_the_web():
     [
         (("flask", "flask_smorest", "werkzeug", "marshmallow"), {"webhook_app.web", "webhook_app.app"}),
         (("rq_scheduler",), {"jobs.schedule"}),
-        (("rq",), {"jobs", "webhook_app.queues", "webhook_app.web.api.health"}),
+        (("rq",), {"jobs", "webhook_app.queues"}),
         (
             ("http.client", "ssl", "socket"),
             {"webhook_app.outbound", "webhook_app.embedded", "webhook_app.supervisor"},
         ),
         (("ssrfguard",), {"webhook_app.destinations"}),
+        (("prometheus_client",), {"webhook_app.metrics"}),
         (("alembic",), {"webhook_app.migrations"}),
         (("jwt",), {"webhook_app.platforms.github"}),
         (("cryptography.fernet",), {"webhook_app.sealing", "webhook_app.settings", "webhook_app.up"}),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from webhook_app import cli, platforms, settings
+from webhook_app import cli, metrics, platforms, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,6 +27,15 @@ def test_every_setting_is_in_the_table_with_its_default(variable):
 def test_the_table_names_no_setting_that_is_gone():
     listed = set(re.findall(r"^\| `([A-Z_]+)` \|", README, re.MULTILINE))
     assert listed == {variable.name for variable in settings.VARIABLES}
+
+
+def test_every_metric_is_listed_with_its_labels_and_meaning():
+    told = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `buildrelay_(\w+)` \| (.+?) \| (.+) \|$", told, re.MULTILINE)
+    assert rows == [
+        (name, ", ".join(about.labels) or "–", about.meaning) for name, about in metrics.METRICS.items()
+    ]
+    assert set(re.findall(r"buildrelay_(\w+)", told)) == set(metrics.METRICS)
 
 
 def test_every_command_in_the_readme_exists():

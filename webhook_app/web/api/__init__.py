@@ -12,7 +12,7 @@ OPENAPI = "3.1.0"
 
 
 def register(app: Flask) -> None:
-    """Add every operation under `/api`, `/healthz` and `/readyz`, and the documents about them."""
+    """Add every operation under `/api`, those of health at the root, and the documents about them."""
     app.config |= {"OPENAPI_URL_PREFIX": "/", "OPENAPI_JSON_PATH": "openapi.json"}
     app.json.sort_keys = False  # type: ignore[attr-defined]  # fields stay in the order of their schema
     api = Api(app, spec_kwargs={"title": TITLE, "version": VERSION, "openapi_version": OPENAPI})

@@ -4,13 +4,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from flask import Response
 from redis.exceptions import RedisError
-from rq import Worker
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from webhook_app import db, migrations, queues
+from webhook_app import db, metrics, migrations, queues
 from webhook_app.db import StoreUnavailable
+from webhook_app.times import utc_now
 from webhook_app.web import schemas
 from webhook_app.web.api.spec import Blueprint, operation
 from webhook_app.web.state import state
@@ -39,6 +40,19 @@ def get_readiness() -> Any:
     }
     ready = all(check["ok"] for check in checks.values())
     return {"status": "ready" if ready else "unready", "checks": checks}, 200 if ready else 503
+
+
+@operation(blueprint, "GET", "/metrics", None, scope=None, errors=[503], media="text/plain")
+def get_metrics() -> Any:
+    """Tell push share, missed pushes, budgets, backlogs and workers in Prometheus' text format.
+
+    All of it is read when asked, so every web process tells the same.
+    """
+    held, now = state(), utc_now()
+    with db.reading(held.engine) as connection:
+        told = metrics.of_store(connection, held.settings.sources, now)
+    told += metrics.of_redis(held.redis, now)
+    return Response(metrics.exposition(told), content_type=metrics.CONTENT_TYPE)
 
 
 def _checked(check: Callable[[], tuple[bool, str]]) -> dict[str, Any]:
@@ -70,17 +84,15 @@ def _redis() -> tuple[bool, str]:
 
 
 def _scheduler() -> tuple[bool, str]:
-    beat = state().redis.get(queues.BEAT_KEY)
-    if not beat or not beat.isdigit():
+    beat = queues.beat(state().redis)
+    if beat is None:
         return False, "no scheduler is running"
-    return True, f"last pass {max(int(time.time()) - int(beat), 0)} s ago"
+    return True, f"last pass {max(int(time.time()) - beat, 0)} s ago"
 
 
 def _workers() -> tuple[bool, str]:
-    """RQ forgets a worker whose heartbeat stayed away, so those it knows are alive."""
-    workers = Worker.all(connection=state().redis)
-    served = {name for worker in workers for name in worker.queue_names()}
-    missing = [name for name in queues.JOBS if name not in served]
+    served = queues.workers(state().redis)
+    missing = [name for name in queues.JOBS if not served[name]]
     if missing:
         return False, f"no worker serves {', '.join(missing)}"
-    return True, f"{len(workers)} running"
+    return True, "every bell is served"

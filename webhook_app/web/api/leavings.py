@@ -168,7 +168,7 @@ def list_artifacts(asked: dict[str, Any], build_id: str) -> Any:
 
 @operation(
     blueprint, "GET", "/builds/<string:build_id>/artifacts/<path:name>", None,
-    errors=[404, 410, 502, 504], binary=True,
+    errors=[404, 410, 502, 504], media="application/octet-stream",
 )  # fmt: skip
 def download_artifact(build_id: str, name: str) -> Any:
     """Download an artifact: a ZIP on GitHub and GitLab, the file itself on Jenkins.

@@ -110,18 +110,18 @@ def operation(
     shaped: Mapping[int, Shape] | None = None,
     is_open: Callable[[Settings], bool] | None = None,
     also: str | None = None,
-    binary: bool = False,
+    media: str | None = None,
 ) -> Callable[[View], View]:
     """Register a view as an operation.  Its docstring is the documentation; its name the operation's id.
 
     `answer` shapes what it returns (None: no content).  `query` and `body` are handed in first, as
     dicts, in this order.  `scope` None: everybody may.  `errors`: further statuses it may answer with a
     problem; `shaped`: those it answers with a shape of its own.  `also`: another media type of the answer;
-    `binary`: it is a file.
+    `media`: it is no JSON but a file or text of that media type.
     """
 
     def decorate(view: View) -> View:
-        wrapped = _answering(blueprint, status, answer, also, binary)(_storable_path(view))
+        wrapped = _answering(blueprint, status, answer, also, media)(_storable_path(view))
         if body is not None:
             wrapped = blueprint.arguments(body, required=body_needed)(wrapped)
         if query is not None:
@@ -143,20 +143,18 @@ def operation(
 
 
 def _answering(
-    blueprint: Blueprint, status: int, answer: Shape | None, also: str | None, binary: bool
+    blueprint: Blueprint, status: int, answer: Shape | None, also: str | None, media: str | None
 ) -> Callable[[View], View]:
     """Shape and document the answer."""
-    if binary:
-        file = {"type": "string", "format": "binary"}
-        decorator: Callable[[View], View] = blueprint.response(
-            status, file, content_type="application/octet-stream"
-        )
+    if media is not None:
+        content = {"type": "string"} | ({} if media.startswith("text/") else {"format": "binary"})
+        decorator: Callable[[View], View] = blueprint.response(status, content, content_type=media)
         return decorator
     shaped = blueprint.response(status, answer)
     if also is None:
         return cast(Callable[[View], View], shaped)
-    content = {"application/json": {"schema": answer}, also: {"schema": {"type": "string"}}}
-    told = {"description": HTTPStatus(status).phrase, "content": content}
+    bodies = {"application/json": {"schema": answer}, also: {"schema": {"type": "string"}}}
+    told = {"description": HTTPStatus(status).phrase, "content": bodies}
     other = blueprint.doc(responses={str(status): told})
     return lambda view: cast(View, shaped(other(view)))
 
