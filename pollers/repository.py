@@ -68,7 +68,7 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """When a push counts as recent by our clock, and how long a new build's may be under way by the platform's.
+    """When a push counts as recent (our clock), and how long a new build's may be under way (the platform's).
 
     `jobs`: is there budget to read the jobs of builds that somebody watches?
     """
@@ -178,7 +178,7 @@ def _list_failed(found: Findings, fault: PollError) -> list[Due]:
     """A list that failed: the source's trouble, everybody's trouble there, or only that of lists."""
     if fault.fault in SOURCE_FAULTS:
         raise fault
-    log.warning("list failed: %s %s: %s", found.place.source, found.place.repositories, fault)
+    log.info("list failed: %s %s: %s", found.place.source, found.place.repositories, fault)
     if fault.fault is PollFault.UNAVAILABLE:
         found.away = True
         found.facts += [_failed(due, fault) for due in found.place.due]

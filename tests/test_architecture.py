@@ -61,7 +61,12 @@ def test_pollers_import_only_the_core_and_jobs_never_the_web():
         (("rq",), {"jobs", "webhook_app.queues"}),
         (
             ("http.client", "ssl", "socket"),
-            {"webhook_app.outbound", "webhook_app.embedded", "webhook_app.supervisor"},
+            {
+                "webhook_app.outbound",
+                "webhook_app.embedded",
+                "webhook_app.supervisor",
+                "webhook_app.web.arrivals",
+            },
         ),
         (("ssrfguard",), {"webhook_app.destinations"}),
         (("prometheus_client",), {"webhook_app.metrics"}),

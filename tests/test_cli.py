@@ -1,11 +1,15 @@
 """The commands about subscribers, deliveries and keys, on a SQLite file."""
 
 import re
+import socket
+import subprocess
+import sys
 
 import pytest
 from cryptography.fernet import Fernet
 from sqlalchemy import select
 
+from tests import hub as hubs
 from tests.facts import PACE, at, github
 from webhook_app import builds, cli, db, deliveries, endpoints, models, sealing, subscribers
 from webhook_app.deliveries import Tried
@@ -248,3 +252,33 @@ def test_a_target_that_can_not_be_used_stops_the_start(box, monkeypatch, name, v
     told = box("migrate", code=2)
     assert told.startswith(f"buildrelay: {name}=")
     assert "lines" not in told
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments", "said"),
+    [
+        ({"DATABASE_URL": "postgresql://u:sekret@127.0.0.1:1/x"}, [], "the database does not answer: "),
+        ({}, ["--data-dir", "/proc/x"], "/proc/x can't be used as data directory: "),
+        ({}, ["--data-dir", "/etc/passwd"], "/etc/passwd can't be used as data directory: "),
+        ({}, ["--port", "{used}"], "can't listen on 127.0.0.1 port {used}: Address already in use"),
+    ],
+)
+def test_up_says_in_one_line_why_it_can_not_start(tmp_path, given, arguments, said):
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        port = used.getsockname()[1]
+        env = hubs.clean_environment({"BUILDRELAY_DATA_DIR": str(tmp_path), **given})
+        command = [sys.executable, "-m", "webhook_app", "up", *[word.format(used=port) for word in arguments]]
+        made = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert made.returncode != 0
+    assert made.stderr.startswith("buildrelay: " + said.format(used=port))
+    assert made.stderr.count("\n") == 1
+    assert "sekret" not in made.stderr + made.stdout
+
+
+def test_the_demo_refuses_numbers_that_make_no_sense():
+    for words in (["--builds", "0"], ["--builds", "-1"], ["--loss", "1.1"], ["--loss", "-0.1"]):
+        command = [sys.executable, "-m", "webhook_app", "demo", *words]
+        made = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (made.returncode, made.stderr.count("\n")) == (2, 1), made.stderr

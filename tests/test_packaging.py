@@ -114,7 +114,7 @@ def test_the_web_process_is_accepted_by_gunicorn(monkeypatch):
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     application = WSGIApplication()  # reads the configuration, not yet the application
     assert application.app_uri == "wsgi:app"
-    assert application.cfg.worker_class_str == "gthread"
+    assert application.cfg.worker_class_str == "webhook_app.web.worker.Worker"
 
 
 def test_every_variable_of_app_json_is_a_setting():

@@ -43,8 +43,8 @@ def test_an_endpoint_may_ask_to_be_left_alone(status, asked, seconds):
     assert wait == max(5, seconds or 0)
 
 
-def test_a_date_without_zone_is_nonsense():
-    assert retry_after_seconds("Sun, 01 Nov 2026 12:01:40", at(0)) is None
+def test_a_date_without_zone_is_utc_as_all_dates_of_http_are():
+    assert retry_after_seconds("Sun, 01 Nov 2026 12:01:40", at(0)) == 100
 
 
 @pytest.mark.parametrize(

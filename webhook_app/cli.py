@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = _parser().parse_args(arguments)
     try:
         code = chosen.run(chosen)
-    except (SettingsError, EmbeddedError, SealError) as error:
+    except (SettingsError, EmbeddedError, SealError, up.CannotStart) as error:
         print(f"buildrelay: {error}", file=sys.stderr)
         code = 2
     except db.StoreUnavailable as error:

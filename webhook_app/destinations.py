@@ -79,7 +79,7 @@ def check_callback_url(url: str, allow_private: bool) -> None:
         raise bad_url("the URL has a fragment (#…), which is never sent")
     place = parse(url)
     if place.scheme == "http" and not allow_private:
-        raise bad_url("the URL must begin with https://")
+        raise bad_url("the URL must begin with https:// (http needs ALLOW_PRIVATE_CALLBACKS=true)")
     check_written_host(place.host, guard=not allow_private)
 
 

@@ -191,11 +191,14 @@ def _source(values: Settings, source: SourceSettings, until: float) -> Iterator[
         mend = "Set its webhook secret, and use `buildrelay sources connect`."
         yield Finding(name, WARN, "no webhook secret: pushes are refused, all is polled", mend)
     yield from _health(name, source, told)
-    if source.can_poll and (source.has_token or source.repositories):
+    if source.can_poll:
+        if not source.has_token:
+            mend = "Set a token: without one only public builds can be read, and few of them an hour."
+            yield Finding(name, WARN, "no token: builds are polled as anybody may", mend)
         yield from _access(values, source, until)
     elif source.enabled:
-        mend = "Set a token, so that builds whose pushes are lost still end."
-        yield Finding(name, WARN, "no token: builds are not polled", mend)
+        mend = "Set its address, so that builds whose pushes are lost still end."
+        yield Finding(name, WARN, "no API address: builds are not polled", mend)
 
 
 def _told(values: Settings, name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ _values = settings.load()
 
 bind = os.environ.get("BUILDRELAY_BIND", f"0.0.0.0:{_values.port}")  # Heroku routes to it
 workers = _values.web_concurrency
-worker_class = "gthread"
+worker_class = "webhook_app.web.worker.Worker"
 threads = int(os.environ.get("BUILDRELAY_WEB_THREADS", "24"))
 timeout = 60
 graceful_timeout = 4

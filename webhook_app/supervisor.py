@@ -65,6 +65,18 @@ class Timing:
 TIMING = Timing()
 
 
+def why_not_listen(host: str, port: int) -> str | None:
+    """Why nobody could listen there now; None if somebody could."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def next_wait(timing: Timing, previous_seconds: float, lived_seconds: float) -> float:
     """Seconds to wait before a restart; `previous_seconds` is 0 before the first one."""
     if previous_seconds <= 0 or lived_seconds >= timing.steady_seconds:

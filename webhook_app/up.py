@@ -104,16 +104,17 @@ def is_loopback(host: str) -> bool:
 def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] | None = None) -> int:
     """Run everything until a signal; the exit code.
 
-    Raises `SettingsError`, `EmbeddedError`, `StoreUnavailable`.
+    Raises `SettingsError`, `EmbeddedError`, `StoreUnavailable`, `CannotStart`.
     """
     given = os.environ if environ is None else environ
     data_dir = data_dir.expanduser().absolute()
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make(data_dir)
     first = not (data_dir / SECRETS_FILE).exists()
     env = environment(data_dir, host, given)
     if port is not None:
         env["PORT"] = str(port)
     values = settings.load(env)
+    _check_port(host, values.port)
     prepare(values)
     url = f"http://{_bracketed(host)}:{values.port}"
     env["BUILDRELAY_BIND"] = f"{_bracketed(host)}:{values.port}"
@@ -125,13 +126,39 @@ def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] |
     )
 
 
+class CannotStart(Exception):
+    """The machine does not let us; the message is the one line a person needs."""
+
+
+def _make(data_dir: Path) -> None:
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        probe = data_dir / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CannotStart(f"{data_dir} can't be used as data directory: {error.strerror}") from error
+
+
+def _check_port(host: str, port: int) -> None:
+    """Another server there would answer in our place, and `up` would take it for its own."""
+    why_not = supervisor.why_not_listen(host, port)
+    if why_not:
+        raise CannotStart(f"can't listen on {host} port {port}: {why_not}")
+
+
 def prepare(values: Settings) -> None:
     """Bring the store to the present schema, and the subscriber of the settings to what they say.
 
     Raises `StoreUnavailable`, and `SealError` if there is nothing to seal that subscriber's key with.
     """
     engine = db.connect(values.database_url, values.sqlite_synchronous)
-    migrations.upgrade(engine)
+    try:
+        migrations.upgrade(engine)
+    except db.UNAVAILABLE as error:
+        raise db.StoreUnavailable(
+            str(getattr(error, "orig", None) or error).strip().split("\n")[0]
+        ) from error
     db.as_writer(
         engine,
         lambda write: subscribers.sync_static(

@@ -34,14 +34,14 @@ _FAR_FUTURE = datetime(2200, 1, 1, tzinfo=UTC)
 
 
 def loads(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`, or `NotJson`.
+    """The JSON object in `body`; `NotJson`, or `Unreadable` where the JSON is something else.
 
     orjson is on the path of every webhook; what it refuses though it is JSON (lone surrogates in
     escapes, a byte order mark) gets a second reading by the standard library.
     """
     value = _value(body)
     if not isinstance(value, dict):
-        raise NotJson("the body is JSON, but no object")
+        raise Unreadable("the body is JSON, but no object")
     return value
 
 
@@ -55,7 +55,9 @@ def _value(body: bytes) -> Any:
 def _loads_slowly(body: bytes) -> Any:
     try:
         return json.loads(body.decode("utf-8-sig"), parse_constant=_no_number, parse_float=_finite)
-    except (ValueError, RecursionError) as error:  # bad UTF-8 and endless digits are ValueErrors as well
+    except RecursionError as error:
+        raise Unreadable("the body is nested too deeply") from error
+    except ValueError as error:  # bad UTF-8 and endless digits as well
         raise NotJson("the body is not JSON") from error
 
 
@@ -254,7 +256,7 @@ def fetched(answer: Answer, status: int = 200) -> dict[str, Any]:
         raise poll_error(answer)
     try:
         return loads(answer.body)
-    except NotJson as error:
+    except (NotJson, Unreadable) as error:
         raise PollError(PollFault.UNREADABLE, f"HTTP {status}, but {error}") from error
 
 
@@ -276,7 +278,7 @@ def fetched_items(answer: Answer) -> list[dict[str, Any]]:
         raise poll_error(answer)
     try:
         value = _value(answer.body)
-    except NotJson as error:
+    except (NotJson, Unreadable) as error:
         raise PollError(PollFault.UNREADABLE, f"HTTP 200, but {error}") from error
     if not isinstance(value, list):
         raise PollError(PollFault.UNREADABLE, "HTTP 200, but the body is no list")
@@ -319,7 +321,7 @@ def _explanation(answer: Answer) -> str:
     """The `message` of a JSON answer, as GitHub and GitLab send it: `: Not Found`."""
     try:
         said = text(loads(answer.body).get("message"), 200)
-    except NotJson:
+    except (NotJson, Unreadable):
         said = None
     return f": {said}" if said else ""
 
@@ -396,5 +398,5 @@ def done(answer: Answer) -> dict[str, Any]:
         raise poll_error(answer)
     try:
         return loads(answer.body)
-    except NotJson:
+    except (NotJson, Unreadable):
         return {}

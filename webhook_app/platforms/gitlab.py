@@ -352,7 +352,7 @@ def _oauth_reason(answer: Answer) -> str:
     """`: invalid_grant: The provided …` (RFC 6749 section 5.2)."""
     try:
         told = _read.loads(answer.body)
-    except NotJson:
+    except (NotJson, Unreadable):
         return ""
     words = (_read.text(told.get("error"), 100), _read.text(told.get("error_description"), 300))
     return "".join(f": {word}" for word in words if word)

@@ -111,7 +111,7 @@ def envelope(headers: Headers, body: bytes) -> Envelope:
     """The plugin sends no ids, but its repeats are equal to the byte: the body's digest is the id."""
     try:
         phase = _read.text(_read.mapping(_read.loads(body).get("build")).get("phase"))
-    except NotJson:
+    except (NotJson, Unreadable):
         phase = None
     return Envelope(event=phase or "", hook_id="", delivery_id=_read.digest(body))
 

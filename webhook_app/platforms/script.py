@@ -64,7 +64,7 @@ def envelope(headers: Headers, body: bytes) -> Envelope:
     """The sender's own id of the event if there is one; an empty delivery id is never a duplicate."""
     try:
         report = _read.loads(body)
-    except NotJson:
+    except (NotJson, Unreadable):
         report = {}
     given = _read.text(report.get("eventId")) or _read.text(report.get("deliveryId"))
     return Envelope(

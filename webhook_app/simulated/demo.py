@@ -42,6 +42,9 @@ PACE = {
 
 def run(port: int, builds: int | None, loss: float, seed: int, data_dir: Path | None) -> int:
     """Run the demo; exit code 0 when all that was counted is right (or it was stopped)."""
+    if builds is not None and builds < 1:
+        print("buildrelay: --builds: a number from 1 is needed", file=sys.stderr)
+        return 2
     if not 0 <= loss <= 1:
         print("buildrelay: --loss: a share from 0 to 1 is needed", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from webhook_app import inbox, platforms
 from webhook_app.db import StoreUnavailable
 from webhook_app.platforms import BadSignature, NotJson
 from webhook_app.settings import SourceSettings
+from webhook_app.web.arrivals import ARRIVALS, PIECE_BYTES
 from webhook_app.web.problems import fault, problem, store_unavailable
 from webhook_app.web.state import State
 
@@ -43,6 +44,7 @@ def in_front_of(flask: WSGI, held: State) -> WSGI:
     """A WSGI application that takes deliveries and leaves the rest to `flask`."""
 
     def door(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        _note_head(environ)
         source = _source(environ["PATH_INFO"])
         if source is None:
             return flask(environ, start_response)
@@ -134,8 +136,23 @@ def _read_body(environ: Environ) -> bytes:
     length = _length(environ)
     if length is None and not environ.get("wsgi.input_terminated"):
         return b""
-    body: bytes = environ["wsgi.input"].read(MOST_BYTES + 1 if length is None else length)
-    return body
+    left = MOST_BYTES + 1 if length is None else length
+    pieces: list[bytes] = []
+    while left > 0 and (piece := environ["wsgi.input"].read(min(left, PIECE_BYTES))):
+        pieces.append(piece)
+        left -= len(piece)
+        ARRIVALS.goes_on(environ.get("gunicorn.socket"))
+    ARRIVALS.end(environ.get("gunicorn.socket"))
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _note_head(environ: Environ) -> None:
+    """The head of a request is here; if it has a body, that has its own time."""
+    sock = environ.get("gunicorn.socket")
+    if environ.get("CONTENT_LENGTH") in (None, "", "0") and not environ.get("HTTP_TRANSFER_ENCODING"):
+        ARRIVALS.end(sock)
+    else:
+        ARRIVALS.goes_on(sock)
 
 
 def _headers(environ: Environ) -> dict[str, str]:
