@@ -239,6 +239,12 @@ def _kind(row: Row | None, seen: Observation, terms: Terms) -> str:
 
 
 def _differs(row: Row, seen: Observation) -> bool:
+    """Does it say more than is recorded?  An earlier state of the same attempt says nothing."""
+    if (
+        seen.attempt in (None, row["attempt"])
+        and (seen.state or State.QUEUED).rank < State(row["state"]).rank
+    ):
+        return False
     told = (seen.attempt or row["attempt"], seen.state or row["state"])
     return bool(told != (row["attempt"], row["state"]) or (seen.conclusion or None) != row["conclusion"])
 

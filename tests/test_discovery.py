@@ -84,6 +84,21 @@ def test_a_pipeline_that_is_found_after_it_ran_out_of_time_is_a_timeout(make_sta
 
 
 @ON_SQLITE
+def test_a_pipeline_that_is_found_while_it_waits_for_a_person_has_begun(make_stand):
+    """A list does not tell when it began: the pipeline itself does."""
+    stand = make_stand(("gitlab",), 1, kinds={"gitlab": ["manual_forever"]})
+    (build,) = stand.world.builds
+    stand.clock.at = build.ends_at + 60
+    stand.discover()
+    row = stand.row(build)
+    assert (
+        (row["state"], row["waiting"])
+        == (stand.world.truth(build.build_id).state, True)
+        == ("in_progress", True)
+    )
+
+
+@ON_SQLITE
 def test_what_began_long_ago_is_history(make_stand):
     stand = make_stand(("github", "jenkins"), 4)
     stand.clock.at = stand.world.ends_at + discovery.LOOK_BACK.total_seconds() + 60

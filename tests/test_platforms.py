@@ -1154,6 +1154,30 @@ def test_a_failed_pipeline_is_asked_for_its_failed_jobs(jobs, state):
 
 
 @pytest.mark.parametrize(
+    ("status", "started_at", "state"),
+    [
+        ("manual", "2026-11-01T10:00:00Z", "in_progress"),
+        ("manual", None, "queued"),
+        ("running", "2026-11-01T10:00:00Z", "queued"),
+    ],
+)
+def test_a_listed_pipeline_that_waits_is_asked_whether_it_has_begun(status, started_at, state):
+    gitlab = platforms.polled()["gitlab"]
+    listed = {
+        "id": 5,
+        "project_id": 7,
+        "status": "manual",
+        "web_url": "https://gitlab.example.com/g/p/-/pipelines/5",
+    }
+    answer = Answer(200, {}, json.dumps([listed]).encode())
+    (seen,) = gitlab.parse_list(source_of("gitlab"), ["7"], answer).observations
+    request = gitlab.follow_up(source_of("gitlab"), seen)
+    assert request.url.endswith("/api/v4/projects/7/pipelines/5")
+    told = Answer(200, {}, json.dumps(listed | {"status": status, "started_at": started_at}).encode())
+    assert gitlab.parse_follow_up(seen, told).state == state
+
+
+@pytest.mark.parametrize(
     ("build_id", "key", "repository", "number"),
     [
         ("github:Acme:Web:12", "github:12", "Acme/Web", None),

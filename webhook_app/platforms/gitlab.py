@@ -163,16 +163,26 @@ def parse_poll(source: Source, target: PollTarget, answer: Answer) -> Observatio
 
 
 def follow_up(source: Source, seen: Observation) -> Request | None:
-    """`GET …/pipelines/ID/jobs?scope[]=failed` of a failed pipeline: did it run out of time?"""
-    if seen.state is not State.FAILED:
-        return None
+    """`GET …/pipelines/ID/jobs?scope[]=failed` of a failed pipeline: did it run out of time?
+
+    And `GET …/pipelines/ID` of one that waits for a person: a list does not tell whether it has begun.
+    """
     _name, project, pipeline = seen.key.rsplit(":", 2)
-    path = f"/api/v4/projects/{project}/pipelines/{pipeline}/jobs?scope[]=failed&per_page=100"
-    return Request(source.api_url + path, _headers(source))
+    path = f"{source.api_url}/api/v4/projects/{project}/pipelines/{pipeline}"
+    if seen.state is State.FAILED:
+        return Request(f"{path}/jobs?scope[]=failed&per_page=100", _headers(source))
+    if seen.waiting and seen.started_at is None:
+        return Request(path, _headers(source))
+    return None
 
 
 def parse_follow_up(seen: Observation, answer: Answer) -> Observation:
-    """The failed pipeline, as a time-out if that is why its jobs failed."""
+    """The failed pipeline, as a time-out if that is why its jobs failed; or when a waiting one began."""
+    if seen.state is not State.FAILED:
+        pipeline = _read.fetched(answer)
+        started_at = _read.moment(pipeline.get("started_at"))
+        same = pipeline.get("status") == seen.raw_status
+        return replace(seen, state=State.IN_PROGRESS, started_at=started_at) if same and started_at else seen
     if not _timed_out(_read.fetched_items(answer)):
         return seen
     return replace(seen, state=State.TIMEOUT, conclusion=Conclusion.TIMED_OUT)
