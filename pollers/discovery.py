@@ -8,7 +8,7 @@ from sqlalchemy import Connection, bindparam, insert, select, update
 
 from webhook_app import health, models
 from webhook_app.db import Write
-from webhook_app.lifecycle import Observation, State
+from webhook_app.lifecycle import WHOLE_SECONDS, Observation, State
 from webhook_app.settings import SourceSettings
 
 LOOK_BACK = timedelta(hours=24)
@@ -155,7 +155,15 @@ def tell_hidden(write: Write, source: str, name: str, why: str, now: datetime) -
 # ---- what is news --------------------------------------------------------------------------------
 
 _KNOWN = select(
-    _b.key, _b.attempt, _b.state, _b.told_state, _b.conclusion, _b.next_poll_at, _b.last_push_at, _b.polling
+    _b.key,
+    _b.attempt,
+    _b.state,
+    _b.told_state,
+    _b.platform_at,
+    _b.conclusion,
+    _b.next_poll_at,
+    _b.last_push_at,
+    _b.polling,
 ).where(_b.key.in_(bindparam("keys", expanding=True)))
 
 
@@ -166,17 +174,20 @@ def known(connection: Connection, found: Sequence[Observation]) -> dict[str, Map
     return {row["key"]: row for row in rows}
 
 
-def is_untold_rerun(seen: Observation, attempt: int, told: State) -> bool:
+def is_untold_rerun(seen: Observation, attempt: int, told: State, ended_at: datetime | None = None) -> bool:
     """Is this a re-run of an ended build that nobody told of?
 
-    Without numbers (GitLab) another state than the recorded end may be one; the verdict decides.
+    Without numbers (GitLab) another state than the recorded end may be one; the verdict decides.  `ended_at`:
+    the platform's time of that end, as far as it is known.
     """
     if not told.terminal or seen.platform_at is None:
         return False
     if seen.attempt is not None:
         return seen.attempt > attempt
-    blurred = (told, seen.state) == (State.TIMEOUT, State.FAILED)  # a list does not tell time-outs
-    return seen.state is not None and seen.state is not told and not blurred
+    if seen.state is State.FAILED and told in (State.FAILED, State.TIMEOUT):
+        # a list does not tell time-outs: one that changed after its end may have failed in another way
+        return ended_at is not None and seen.platform_at > ended_at + WHOLE_SECONDS
+    return seen.state is not None and seen.state is not told
 
 
 def is_recent(seen: Observation, now: datetime) -> bool:

@@ -227,7 +227,11 @@ def _kind(row: Row | None, seen: Observation, terms: Terms) -> str:
             return "old"
         return "news" if discovery.is_ripe(seen, terms.platform_now, terms.grace_seconds) else "early"
     if State(row["told_state"]).terminal:
-        return "news" if discovery.is_untold_rerun(seen, row["attempt"], State(row["told_state"])) else "old"
+        return (
+            "news"
+            if discovery.is_untold_rerun(seen, row["attempt"], State(row["told_state"]), row["platform_at"])
+            else "old"
+        )
     if row["next_poll_at"] is None:
         return "old"  # stopped by hand, or given up
     if not _differs(row, seen):

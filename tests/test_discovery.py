@@ -229,3 +229,11 @@ def test_a_rerun_that_nobody_told_is_found_though_its_build_is_known(seen, found
     listed = replace(github(State.QUEUED, by="poll", platform_at=at(500)), **seen)
     assert discovery.is_untold_rerun(listed, 1, State.TIMEOUT) is found
     assert not discovery.is_untold_rerun(listed, 1, State.IN_PROGRESS)
+
+
+@pytest.mark.parametrize(("changed", "worth_a_look"), [(100, False), (101, False), (102, True)])
+def test_a_failed_pipeline_that_changed_after_its_end_may_have_failed_anew(changed, worth_a_look):
+    """Its jobs tell whether it ran out of time; then the verdict sees another end."""
+    listed = github(State.FAILED, None, by="poll", platform_at=at(changed))
+    assert discovery.is_untold_rerun(listed, 1, State.FAILED, at(100)) is worth_a_look
+    assert not discovery.is_untold_rerun(listed, 1, State.FAILED, None)
