@@ -1,5 +1,6 @@
 """The processes that the parts need: web, `up`, Redis, PostgreSQL, a subscriber."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from webhook_app.times import utc_now
 from webhook_app.up import read_secrets
 
 PYTHON = sys.executable
-KEY = Fernet.generate_key().decode()
+KEY = os.environ.get("ENCRYPTION_KEYS") or Fernet.generate_key().decode()
+"""A child seals with the key of its parent."""
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
