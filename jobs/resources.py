@@ -18,8 +18,6 @@ from webhook_app.polling import Pace
 from webhook_app.room import IN_FLIGHT, Room
 from webhook_app.times import utc_now
 
-POLL_THREADS = 8
-
 
 @dataclass(slots=True)
 class Desk:
@@ -63,6 +61,6 @@ def resources() -> Resources:
         values,
         db.connect(values.database_url, values.sqlite_synchronous),
         queues.connect(values.redis_url),
-        ThreadPoolExecutor(max(IN_FLIGHT, POLL_THREADS), thread_name_prefix="outgoing"),
+        ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="outgoing"),
         desk=Desk(Room(per_host=values.delivery_host_concurrency)),
     )
