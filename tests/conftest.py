@@ -120,6 +120,15 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture
+def postgres_engine(postgres_url: str, migrated_postgres: str) -> Iterator[Engine]:
+    """An engine on a fresh PostgreSQL database with the present schema."""
+    with postgres.fresh_database(postgres_url, migrated_postgres) as url:
+        made = db.connect(url)
+        yield made
+        made.dispose()
+
+
+@pytest.fixture
 def engine(store_url: str) -> Iterator[Engine]:
     """An engine on a fresh database with the present schema, once per kind of database."""
     made = db.connect(store_url, "NORMAL")

@@ -120,6 +120,17 @@ def test_an_unreachable_postgresql_is_unavailable():
         connection.execute(select(1))
 
 
+def test_reads_find_living_connections_after_the_database_was_restarted(postgres_engine):
+    pid, end = text("SELECT pg_backend_pid()"), text("SELECT pg_terminate_backend(:pid)")
+    with postgres_engine.connect() as one, postgres_engine.connect() as two:
+        pooled = {each.execute(pid).scalar_one() for each in (one, two)}
+    with postgres_engine.connect() as server:
+        (lost,) = pooled - {server.execute(pid).scalar_one()}
+        server.execute(end, {"pid": lost})
+    with db.reading(postgres_engine) as one, db.reading(postgres_engine) as two:
+        assert lost not in {each.execute(pid).scalar_one() for each in (one, two)}
+
+
 def test_a_locked_sqlite_is_waited_for(tmp_path):
     engine = db.connect(f"sqlite:///{tmp_path / 'x.db'}")
     db.in_transaction(engine, lambda connection: connection.execute(text("CREATE TABLE t (n INTEGER)")))

@@ -71,7 +71,7 @@ def connect(url: str, synchronous: str = "FULL", pool_size: int = 16) -> Engine:
         max_overflow=pool_size,
         pool_timeout=10,
         pool_recycle=1800,
-        pool_pre_ping=False,
+        pool_pre_ping=True,  # a read is not repeated, and the database may have been restarted since
         connect_args={"connect_timeout": 5, "options": "-c timezone=utc"},
     )
 
