@@ -3,24 +3,15 @@
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from sqlalchemy import insert, select, text
+from sqlalchemy import bindparam, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from tests import postgres
 from tests.facts import NOON, PACE, at, github
 from webhook_app import builds, bulk, db, models
 from webhook_app.lifecycle import State
 
 BODY = bytes(range(256))
 TEXT = "a 'quoted' \"word\", \\ and \\n; %s ? :x {} ünïcödé 𝄞 \t\n"
-
-
-@pytest.fixture
-def postgres_engine(postgres_url, migrated_postgres):
-    with postgres.fresh_database(postgres_url, migrated_postgres) as url:
-        made = db.connect(url)
-        yield made
-        made.dispose()
 
 
 def inbound(id_, **more):
@@ -54,6 +45,20 @@ def test_what_is_inserted_is_what_sqlalchemy_would_have_inserted(engine, table, 
         json, moment = ("headers", "received_at") if table is models.inbound else ("data", "timestamp")
         stored = text(f"SELECT CAST({json} AS text), CAST({moment} AS text) FROM {table.name}")
         assert len(set(connection.execute(stored).all())) == 1  # to the byte
+
+
+def test_a_kept_statement_gives_what_sqlalchemy_would_give(engine):
+    e, given = models.events.c, {"when": at(5), "change": "broke", "what": {"words": TEXT}}
+    values = {"timestamp": bindparam("when"), "data": bindparam("what"), "change": bindparam("change")}
+    change = update(models.events).where(e.sequence > 1).values(values).returning(e.id, e.data, e.timestamp)
+    with engine.begin() as connection:
+        bulk.insert(connection, models.events, [event(1), event(2)])
+        assert bulk.run(connection, change, given) == [(2, given["what"], given["when"])]
+        assert connection.execute(change, given).all() == bulk.run(connection, change, given)
+        assert (
+            bulk.run(connection, select(e.id).where(e.change == bindparam("change")), {"change": "fixed"})
+            == []
+        )
 
 
 def test_no_rows_are_no_statement(engine):

@@ -7,7 +7,7 @@ from datetime import timedelta
 import orjson
 import pytest
 from cryptography.fernet import Fernet
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from tests.facts import PACE, at, github, gitlab
 from webhook_app import builds, db, deliveries, endpoints, models, signing, subscribers
@@ -475,3 +475,20 @@ def test_a_retry_by_hand_makes_it_due_under_the_same_id(engine):
     db.in_transaction(engine, lambda connection: deliveries.retry(connection, message.id, at(9)))
     (again,) = claim(engine, at(9))
     assert (again.message_id, again.number) == (message.message_id, 2)
+
+
+def test_a_claim_reads_no_more_of_a_long_queue_than_it_takes(postgres_engine):
+    """With statistics from when nothing waited: autovacuum comes once a minute, a backlog at once."""
+    subscribe(postgres_engine)
+    with postgres_engine.begin() as connection:
+        connection.execute(text("ANALYZE"))
+    record(
+        postgres_engine, *(github(Q, key=f"github:{run}", build_id=f"github:o:r:{run}") for run in range(500))
+    )
+    walked = text(
+        "SELECT sum(pg_stat_get_xact_tuples_returned(indexrelid)) FROM pg_index WHERE indrelid = 'messages'::regclass"
+    )
+    with postgres_engine.begin() as connection:
+        claimed = deliveries.claim(connection, at(1), Room(20, per_host=10, first=10), 15).messages
+        assert len(claimed) == 10
+        assert connection.execute(walked).scalar_one() < 100

@@ -14,13 +14,15 @@ from operator import itemgetter
 from typing import Any
 
 import orjson
-from sqlalchemy import JSON, Boolean, Connection, LargeBinary, Table
+from sqlalchemy import JSON, Boolean, ColumnElement, Connection, LargeBinary, Select, Table, UpdateBase
+from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DBAPIError
 
 from webhook_app.models import Moment
 
 Row = Mapping[str, Any]
 Convert = Callable[[Any], Any]
+Statement = Select[Any] | UpdateBase
 Conversions = tuple[tuple[int, Convert], ...]
 
 
@@ -56,6 +58,12 @@ def look_up(connection: Connection, query: str, values: Collection[str]) -> Sequ
     if connection.dialect.name == "postgresql":
         text, array = _one_by_one(query), list
     return fetch(connection, text, (array([*values]),))
+
+
+def run(connection: Connection, statement: Statement, values: Row) -> list[tuple[Any, ...]]:
+    """The rows of a statement of SQLAlchemy's that is kept and run again and again, with bound `values`."""
+    how = _made(statement, connection.dialect)
+    return [_converted(row, how.conversions) for row in fetch(connection, how.text, how.parameters(values))]
 
 
 def fetch(connection: Connection, text: str, parameters: Sequence[Any] = ()) -> Sequence[tuple[Any, ...]]:
@@ -132,13 +140,43 @@ def _change(dialect: str, table: Table, columns: tuple[str, ...]) -> _Writing:
 def _selection(dialect: str, table: Table, column: str) -> _Reading:
     names = tuple(table.c.keys())
     text = f"SELECT {_list(names)} FROM {_quoted(table.name)} WHERE {_quoted(column)}"
-    return _Reading(text, names, _conversions(_AS_READ[dialect], table, names))
+    return _Reading(text, names, _conversions(_AS_READ[dialect], table.c))
 
 
 @lru_cache
 def _one_by_one(query: str) -> str:
     each = f"LATERAL ({query} = given.value OFFSET 0) AS found"
     return f"SELECT found.* FROM unnest(%s::text[]) AS given(value), {each}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    text: str
+    constants: Row
+    written: Mapping[str, Convert]
+    order: Sequence[str] | None
+    """Of places without names."""
+    conversions: Conversions
+
+    def parameters(self, values: Row) -> Any:
+        given = dict(self.constants)
+        for name, value in values.items():
+            given[name] = self.written[name](value) if name in self.written else value
+        return given if self.order is None else [given[name] for name in self.order]
+
+
+@lru_cache
+def _made(statement: Statement, dialect: Dialect) -> _Made:
+    compiled = statement.compile(dialect=dialect)
+    written = _AS_WRITTEN[dialect.name]
+    types = {name: type(bound.type) for name, bound in compiled.binds.items()}
+    return _Made(
+        str(compiled),
+        compiled.params,
+        {name: written[type_] for name, type_ in types.items() if type_ in written},
+        compiled.positiontup,
+        _conversions(_AS_READ[dialect.name], statement.exported_columns),
+    )
 
 
 def _place(dialect: str) -> str:
@@ -189,12 +227,15 @@ _AS_READ: Mapping[str, Mapping[type, Convert]] = {
 
 
 def _as_tuples(dialect: str, table: Table, columns: tuple[str, ...]) -> Callable[[Sequence[Row]], Any]:
-    get, conversions = itemgetter(*columns), _conversions(_AS_WRITTEN[dialect], table, columns)
+    get, conversions = (
+        itemgetter(*columns),
+        _conversions(_AS_WRITTEN[dialect], (table.c[name] for name in columns)),
+    )
     return lambda rows: [_converted(get(row), conversions) for row in rows]
 
 
-def _conversions(known: Mapping[type, Convert], table: Table, columns: Sequence[str]) -> Conversions:
-    types = [type(table.c[name].type) for name in columns]
+def _conversions(known: Mapping[type, Convert], columns: Iterable[ColumnElement[Any]]) -> Conversions:
+    types = [type(column.type) for column in columns]
     return tuple((place, known[type_]) for place, type_ in enumerate(types) if type_ in known)
 
 

@@ -13,13 +13,14 @@ queue to queue, first to those with the least under way, and takes from each wha
 """
 
 import secrets as random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
     ARRAY,
+    JSON,
     BigInteger,
     ColumnElement,
     Connection,
@@ -162,8 +163,8 @@ Among = Callable[[ColumnElement[Any], str], ColumnElement[bool]]
 
 
 def _among(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
-    """Is the column one of the values given by that name?"""
-    return column.in_(bindparam(name, expanding=True))
+    """Is the column one of the values given by that name, as JSON?"""
+    return column.in_(select(func.json_each(bindparam(name, type_=JSON)).table_valued("value").c.value))
 
 
 def _among_array(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
@@ -181,15 +182,17 @@ _m, _s, _e = models.messages.c, models.subscribers.c, models.events.c
 _WAITING = text(
     """
     WITH RECURSIVE waiting(subscriber) AS (
-        SELECT min(subscriber) FROM messages WHERE state = 'pending'
+        SELECT (SELECT m.subscriber FROM messages m
+                WHERE m.state = 'pending' ORDER BY m.subscriber, m.due_at LIMIT 1)
         UNION ALL
-        SELECT (SELECT min(m.subscriber) FROM messages m
-                WHERE m.state = 'pending' AND m.subscriber > waiting.subscriber)
+        SELECT (SELECT m.subscriber FROM messages m
+                WHERE m.state = 'pending' AND m.subscriber > waiting.subscriber
+                ORDER BY m.subscriber, m.due_at LIMIT 1)
         FROM waiting WHERE waiting.subscriber IS NOT NULL
     )
     SELECT waiting.subscriber AS subscriber,
-           (SELECT min(m.due_at) FROM messages m
-            WHERE m.state = 'pending' AND m.subscriber = waiting.subscriber) AS due_at
+           (SELECT m.due_at FROM messages m WHERE m.state = 'pending' AND m.subscriber = waiting.subscriber
+            ORDER BY m.due_at LIMIT 1) AS due_at
     FROM waiting WHERE waiting.subscriber IS NOT NULL
     """
 ).columns(subscriber=_m.subscriber.type, due_at=_m.due_at.type)
@@ -204,28 +207,33 @@ _QUEUES = (
 )
 _PENDING: ColumnElement[bool] = _m.state == literal_column("'pending'")
 """Written into the statements: only so can every planner see that the partial indexes fit."""
+_ahead = models.messages.alias("ahead")
+_FIRST = (
+    select(func.min(_ahead.c.sequence))
+    .where(
+        _ahead.c.state == literal_column("'pending'"),
+        _ahead.c.subscriber == _m.subscriber,
+        _ahead.c.build == _m.build,
+    )
+    .scalar_subquery()
+)
 _DUE = (
-    select(_m.id, _m.build, _m.sequence)
+    select(_m.id, _m.build, _m.sequence, _FIRST.label("first"))
     .where(_PENDING, _m.subscriber == bindparam("subscriber"), _m.due_at <= bindparam("now"))
     .order_by(_m.due_at, _m.id)
     .limit(bindparam("most"))
-    .with_for_update(skip_locked=True)
+    .with_for_update(skip_locked=True, of=models.messages)
 )
-_CONTENT = _per_store(
-    lambda among: select(
-        _m.id, _m.message_id, _m.subscriber, _m.build, _m.attempts,
-        _e.type, _e.timestamp, _e.data, _e.change,
-    )
-    .join(models.events, _m.event == _e.id)
-    .where(among(_m.id, "ids"))
-    .order_by(_m.id)
-)  # fmt: skip
 _TAKE = _per_store(
     lambda among: (
         update(models.messages)
         .where(among(_m.id, "ids"))
         .values(due_at=bindparam("until"), claim=bindparam("token"), attempts=_m.attempts + 1)
+        .returning(_m.id, _m.message_id, _m.subscriber, _m.build, _m.attempts, _m.event)
     )
+)
+_CONTENT = _per_store(
+    lambda among: select(_e.id, _e.type, _e.timestamp, _e.data, _e.change).where(among(_e.id, "ids"))
 )
 
 
@@ -245,7 +253,7 @@ def claim(connection: Connection, now: datetime, room: Room, timeout_seconds: fl
     taken: list[int] = []
     rows: dict[str, Mapping[str, Any]] = {}
     room = room.copy()
-    queues = [dict(row) for row in connection.execute(_QUEUES).mappings()]
+    queues = [dict(row) for row in connection.execute(_QUEUES).mappings().all()]
     for row in sorted(queues, key=lambda row: room.subscribers[row["id"]]):
         due = _take_due(connection, row, now, room.allowed(row, now))
         if due:
@@ -278,8 +286,8 @@ def _due_heads(connection: Connection, row: Mapping[str, Any], now: datetime, mo
         due = connection.execute(_DUE, {"subscriber": row["id"], "now": now, "most": seen}).all()
         if not due or not row["ordered"]:
             return [one.id for one in due]
-        heads = _heads(connection, row["id"], {one.build for one in due if one.build is not None})
-        behind = [one for one in due if one.build is not None and heads.get(one.build) != one.sequence]
+        heads = {one.build: one.first for one in due}
+        behind = [one for one in due if one.sequence != one.first]
         late = {one.id for one in behind}
         free = [one.id for one in due if one.id not in late]
         ready, waiting = _settle_lanes(connection, row["id"], behind, heads, now)
@@ -316,13 +324,6 @@ def _locked_pace(connection: Connection, row: Mapping[str, Any], now: datetime) 
     return _Pace(row["rate_limit_per_second"], until, now)
 
 
-_HEADS = _per_store(
-    lambda among: (
-        select(_m.build, func.min(_m.sequence).label("first"))
-        .where(_PENDING, _m.subscriber == bindparam("subscriber"), among(_m.build, "builds"))
-        .group_by(_m.build)
-    )
-)
 _OF_LANES = _per_store(
     lambda among: (
         select(_m.id, _m.build, _m.sequence, _m.due_at)
@@ -336,15 +337,6 @@ _OF_LANES = _per_store(
     )
 )
 _WAIT = update(models.messages).where(_m.id == bindparam("the_id")).values(due_at=bindparam("until"))
-
-
-def _heads(connection: Connection, subscriber: str, lanes: Iterable[int]) -> dict[int, int]:
-    """The sequence of the first pending message of each of a subscriber's builds."""
-    wanted = list(lanes)
-    if not wanted:
-        return {}
-    rows = connection.execute(_HEADS[connection.dialect.name], {"subscriber": subscriber, "builds": wanted})
-    return {row.build: row.first for row in rows}
 
 
 def _settle_lanes(
@@ -375,7 +367,7 @@ def _settle_lanes(
 
 def _lease(
     connection: Connection,
-    ids: Sequence[int],
+    ids: list[int],
     rows: Mapping[str, Mapping[str, Any]],
     now: datetime,
     timeout_seconds: float,
@@ -385,20 +377,19 @@ def _lease(
     token = random.token_hex(8)
     until = now + timedelta(seconds=timeout_seconds + LEASE_MARGIN_SECONDS)
     store = connection.dialect.name
-    connection.execute(_TAKE[store], {"ids": list(ids), "until": until, "token": token})
+    taken = bulk.run(connection, _TAKE[store], {"ids": ids, "until": until, "token": token})
+    events = {
+        row[0]: row[1:]
+        for row in bulk.run(connection, _CONTENT[store], {"ids": [*{row[-1] for row in taken}]})
+    }
     return [
-        Claimed(
-            row.id, row.message_id, row.subscriber,
-            _lane(row, rows),
-            row.attempts, token, row.type, row.timestamp, row.data, row.change,
-        )
-        for row in connection.execute(_CONTENT[store], {"ids": list(ids)})
-    ]  # fmt: skip
+        Claimed(id_, message_id, subscriber, _lane(rows[subscriber], build), attempts, token, *events[event])
+        for id_, message_id, subscriber, build, attempts, event in sorted(taken)
+    ]
 
 
-def _lane(row: Any, rows: Mapping[str, Mapping[str, Any]]) -> tuple[str, int] | None:
-    ordered = row.build is not None and rows[row.subscriber]["ordered"]
-    return (row.subscriber, row.build) if ordered else None
+def _lane(row: Mapping[str, Any], build: int | None) -> tuple[str, int] | None:
+    return (row["id"], build) if build is not None and row["ordered"] else None
 
 
 def next_due(connection: Connection) -> datetime | None:
