@@ -96,6 +96,14 @@ def test_a_check_run_finds_its_build_by_the_suite_and_makes_none(engine):
     assert record(engine, check)[0].build_id == "github:Octo:Repo:1"
 
 
+def test_a_check_run_finds_its_build_by_a_suite_that_came_in_the_same_batch(engine):
+    record(engine, replace(github(Q), group=None))
+    told = github(None, jobs=(job(7, "in_progress", 2, 4),), key="", build_id="")
+    outcomes = record(engine, github(P), told)
+    assert [outcome.build for outcome in outcomes] == [1, 1]
+    assert row(engine)["progress"] == 25
+
+
 def test_a_renamed_repository_keeps_its_builds(engine):
     record(engine, github(P))
     record(engine, github(C, repository="New/Name", build_id="github:New:Name:1"))

@@ -173,11 +173,11 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
     decided = verdict(_recorded(draft.row) if draft and told else None, fact)
     if draft is None:
         draft = _Draft(_blank(write, fact, now), new=True)
-        drafts.add(draft)
     before = len(draft.events)
     if polled and not draft.new:
         _begin_polling(draft, now)
     _apply_verdict(draft, fact, decided, now)
+    drafts.add(draft)  # its group may be known only now
     _schedule(draft, fact, decided, now, pace)
     return Outcome(
         draft.row["id"],
