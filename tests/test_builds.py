@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from tests.facts import NOON, PACE, at, github, gitlab, job
 from webhook_app import builds, db, models, polling, progress
-from webhook_app.builds import ErrorFound, PollFailed
+from webhook_app.builds import ErrorFound, PollFailed, Unchanged
 from webhook_app.lifecycle import Act, Conclusion, Detail, Observation, ObservedBy, State
 from webhook_app.platforms import Source
 
@@ -241,6 +241,18 @@ def test_an_undecidable_push_asks_for_a_poll_at_once_and_the_poll_settles_it(eng
     assert types(engine, "gitlab:1:1") == ["build.completed"]
 
 
+def test_an_undecidable_push_whose_polls_fail_is_asked_for_ever_more_slowly(engine):
+    record(engine, gitlab(C, 100, {10: "completed"}), now=at(100))
+    record(engine, gitlab(P, 100, {10: "in_progress"}), now=at(101))
+    waits = []
+    for _ in range(PACE.max_errors):
+        record(engine, PollFailed("gitlab:1:1", "http 500", "unavailable"), now=at(200))
+        due = row(engine, "gitlab:1:1")["next_poll_at"]
+        waits.append(due and (due - at(200)).total_seconds())
+    assert waits == [30, 60, None]
+    assert types(engine, "gitlab:1:1") == ["build.completed", "build.polling_error"]
+
+
 def test_a_build_that_a_request_named_is_created_by_the_first_word_about_it(engine):
     source = Source("github", "github", "https://api.example.com")
     db.as_writer(engine, lambda write: builds.named(write, "github:Octo:Repo:1", source, at(0)))
@@ -255,6 +267,27 @@ def test_an_end_of_ours_is_no_poll(engine):
     record(engine, github(F, by="poll", ours=True, error="no heartbeat"))
     assert types(engine) == ["build.in_progress", "build.failed"]
     assert (row(engine)["error"], row(engine)["next_poll_at"]) == ("no heartbeat", None)
+
+
+@pytest.mark.parametrize("by", ["push", "poll"])
+@pytest.mark.parametrize("end", ["not found", "gave up"])
+def test_a_build_that_lives_on_after_an_end_of_ours_is_polled_like_any_other(engine, by, end):
+    record(engine, github(P, platform_at=at(0)), now=at(0))
+    if end == "not found":
+        record(engine, github(F, by="poll", ours=True, error="deleted"), now=at(100))
+    else:
+        record(engine, github(P, by="poll"), now=at(100))
+        record(engine, github(P, by="poll"), now=at(100 + PACE.max_seconds))
+    assert State(row(engine)["state"]).terminal
+    record(engine, github(P, by=by, platform_at=at(5000)), now=at(5000))
+    assert polling.reason(row(engine), at(5001), PACE) != "build_ended"
+    record(engine, Unchanged("github:1"), now=at(5100))
+    build = row(engine)
+    assert (build["state"], build["polling"]) == ("in_progress", "active")
+    assert build["next_poll_at"] == at(5100 + PACE.interval_seconds)
+    assert types(engine).count("build.polling_started") == (2 if end == "gave up" else 1)
+    record(engine, github(C, by="poll", platform_at=at(5200)), now=at(5200))
+    assert types(engine)[-2:] == ["build.completed", "build.polling_completed"]
 
 
 # ---- any order, subset and repetition

@@ -53,9 +53,9 @@ def test_a_push_takes_errors_and_the_deadline_away():
     assert "polling" not in changes
 
 
-@pytest.mark.parametrize("given_up", ["timeout", "error"])
-def test_a_push_revives_what_was_given_up(given_up):
-    assert polling.after_push(build(polling=given_up), NOON, PACE, ask=False)["polling"] == "idle"
+@pytest.mark.parametrize("over", ["timeout", "error", "done"])
+def test_a_push_revives_what_was_given_up_or_over(over):
+    assert polling.after_push(build(polling=over), NOON, PACE, ask=False)["polling"] == "idle"
 
 
 @pytest.mark.parametrize("ask", [False, True])

@@ -192,7 +192,7 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
 def _apply_silence(draft: _Draft, fact: PollFailed | Unchanged, now: datetime, pace: Pace) -> Outcome:
     """A poll that told nothing new: it moves the next one, and may be one too many."""
     before = len(draft.events)
-    if draft.row["polling"] not in ("stopped", "done", "timeout", "error"):
+    if draft.row["next_poll_at"] is not None:
         # else it ended, was stopped by hand or given up while we were reading
         _begin_polling(draft, now)
         if isinstance(fact, PollFailed):
@@ -519,9 +519,9 @@ def _note_poll(draft: _Draft, decided: Verdict, now: datetime, pace: Pace) -> No
 
 
 def _begin_polling(draft: _Draft, now: datetime) -> None:
-    """Record, once per attempt, that polling has begun."""
+    """Record that polling has begun: once per attempt, and once more after each end of ours."""
     row = draft.row
-    if row["polling"] in ("idle", "requested") and not State(row["state"]).terminal:
+    if row["polling"] not in ("active", "stopped") and not State(row["state"]).terminal:
         draft.change({"polling": "active"})
         _add_event(draft, "build.polling_started", None, now, row["state"], _poll_detail(row))
 

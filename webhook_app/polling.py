@@ -50,7 +50,7 @@ def after_push(build: Columns, now: datetime, pace: Pace, *, ask: bool) -> dict[
         "poll_error": None,
         "poll_fault": None,
     }
-    if build["polling"] in ("timeout", "error"):
+    if build["polling"] in ("timeout", "error", "done"):
         changes["polling"] = "idle"
     due = now if ask else now + timedelta(seconds=_push_wait(build, pace))
     urgent = build["doubtful"] or build["polling"] == "requested"
