@@ -275,7 +275,10 @@ def directory() -> Iterator[Path]:
 
 _TIE = """
 import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+for number in (signal.SIGHUP, signal.SIGINT):
+    signal.signal(number, signal.SIG_DFL)
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 
@@ -283,9 +286,10 @@ os.execvp(sys.argv[1], sys.argv[1:])
 def tied(command: Sequence[str]) -> list[str]:
     """The command, killed by the kernel when the tests are killed (on Linux).
 
+    It hears Ctrl-C even if the tests run in the background or under `nohup`, where they are deaf to it.
     The tests have threads, so that no Python may run between fork and exec.
     """
-    return [sys.executable, "-c", _TIE, *command] if sys.platform == "linux" else list(command)
+    return [sys.executable, "-c", _TIE, *command]
 
 
 @contextmanager

@@ -18,11 +18,13 @@ from webhook_app import supervisor
 from webhook_app.supervisor import Child, Timing, due_for_term, next_wait, split_lines
 
 SCRIPT = """
-import json, sys
+import json, signal, sys
 from pathlib import Path
 from webhook_app.supervisor import Child, Timing, supervise
 
 spec = json.loads(sys.argv[1])
+for number in (signal.SIGHUP, signal.SIGINT):  # ignored where the tests run under nohup or in the background
+    signal.signal(number, signal.SIG_DFL)
 def child(name, command, ready):
     return Child(name, ("/bin/sh", "-c", command), ready=Path(ready).exists if ready else None)
 def on_ready():
