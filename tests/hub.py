@@ -42,7 +42,9 @@ from webhook_app.simulated.sender import Push, Secrets, encode, plan_pushes
 from webhook_app.simulated.world import PLATFORMS, StepClock, World
 
 ROOT = Path(__file__).parent.parent
-READY_SECONDS = 60.0
+PATIENCE_SECONDS = 60.0
+"""For what must come: enough for the slowest and busiest machine, and it costs nothing when all is well."""
+
 STOP_SECONDS = 10.0
 """What the program promises for Ctrl-C and SIGTERM."""
 
@@ -168,9 +170,9 @@ class Hub:
     def ask(self, method: str, path: str, **more: Any) -> requests.Response:
         """One request, on a connection that may have died with a process: then once more."""
         try:
-            return self.http.request(method, self.base + path, timeout=10, **more)
+            return self.http.request(method, self.base + path, timeout=PATIENCE_SECONDS, **more)
         except requests.ConnectionError:
-            return self.http.request(method, self.base + path, timeout=10, **more)
+            return self.http.request(method, self.base + path, timeout=PATIENCE_SECONDS, **more)
 
     def get(self, path: str) -> Any:
         """The JSON of a GET that must succeed."""
@@ -207,14 +209,16 @@ class Hub:
 
     def post(self, platform: str, headers: Mapping[str, str], body: bytes) -> requests.Response:
         """Post a webhook, once."""
-        return requests.post(self.base + PATHS[platform], data=body, headers=dict(headers), timeout=10)
+        return requests.post(
+            self.base + PATHS[platform], data=body, headers=dict(headers), timeout=PATIENCE_SECONDS
+        )
 
     def push(self, push: Push, base: str) -> requests.Response:
         """Post a platform's webhook, signed; `base` is the platform's own address."""
         headers, body = signed(push, base, self.secrets)
         return self.post(push.build.platform, headers, body)
 
-    def push_until_taken(self, push: Push, base: str, seconds: float = 30.0) -> dict[str, Any]:
+    def push_until_taken(self, push: Push, base: str, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
         """Post it again and again under the same delivery id until a 2xx comes back; the answer."""
 
         def taken() -> dict[str, Any] | None:
@@ -241,18 +245,18 @@ class Hub:
 
     def kill(self, name: str) -> int:
         """`kill -9` a child; the pid it had."""
-        pid = until(lambda: self.pid(name), 15, f"a living {name}")
+        pid = until(lambda: self.pid(name), PATIENCE_SECONDS, f"a living {name}")
         os.kill(pid, signal.SIGKILL)
         return pid
 
     def is_ready(self) -> bool:
         """Does /readyz say so?"""
         try:
-            return requests.get(f"{self.base}/readyz", timeout=5).status_code == 200
+            return requests.get(f"{self.base}/readyz", timeout=PATIENCE_SECONDS).status_code == 200
         except requests.RequestException:
             return False
 
-    def wait_ready(self, seconds: float = READY_SECONDS) -> None:
+    def wait_ready(self, seconds: float = PATIENCE_SECONDS) -> None:
         """Until /readyz says so; fails at once when the process has ended."""
         until(lambda: self.is_ready() or self.has_ended(), seconds, "/readyz")
         assert not self.has_ended(), f"it ended:\n{self.output()}"
@@ -317,7 +321,11 @@ def running(environ: Mapping[str, str] | None = None, data_dir: Path | None = No
         command = [sys.executable, "-m", "webhook_app", "up", "--port", str(port)]
         with started([*command, "--data-dir", str(data_dir)], log, env) as process:
             try:
-                until(lambda: _can_be_read(data_dir) or process.poll() is not None, 30, "secrets.env")
+                until(
+                    lambda: _can_be_read(data_dir) or process.poll() is not None,
+                    PATIENCE_SECONDS,
+                    "secrets.env",
+                )
                 hub = Hub(f"http://127.0.0.1:{port}", data_dir, log, _secrets(data_dir, env), process)
                 with hub.http:
                     hub.wait_ready()
@@ -349,7 +357,7 @@ def stop(process: "subprocess.Popen[bytes]", number: signal.Signals = signal.SIG
     code = process.wait(STOP_SECONDS)
     took = time.monotonic() - began
     assert code == 0, f"exit code {code}"
-    assert living(everyone) == []
+    until(lambda: not living(everyone), STOP_SECONDS - took, "the end of all it started")
     return took
 
 
@@ -512,7 +520,7 @@ class Callback:
         """The sequences of a build as they came."""
         return [message["data"]["sequence"] for message in self.messages(build_id)]
 
-    def wait_for(self, hub: Hub, build_id: str, seconds: float = 15.0) -> list[dict[str, Any]]:
+    def wait_for(self, hub: Hub, build_id: str, seconds: float = PATIENCE_SECONDS) -> list[dict[str, Any]]:
         """Until every event of a build has come, in order and once; the messages."""
 
         def told() -> bool:
@@ -550,13 +558,13 @@ class Stoppable:
         """Start it and wait until it answers."""
         assert self._process is None
         self._process = self._start()
-        until(self._answers, 30, "the server")
+        until(self._answers, PATIENCE_SECONDS, "the server")
 
     def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
         """End it with a signal, and see it gone."""
         if self._process is not None:
             self._process.send_signal(number)
-            self._process.wait(20)
+            self._process.wait(PATIENCE_SECONDS)
             self._process = None
 
     def signal(self, number: signal.Signals) -> None:
@@ -602,7 +610,7 @@ def own_postgres() -> Iterator[tuple[str, Stoppable]]:
 
         known = [(first.pid, supervisor.identity(first.pid))]
         os.kill(first.pid, signal.SIGINT)
-        until(lambda: not living(known), 20, "the end of the first server")
+        until(lambda: not living(known), PATIENCE_SECONDS, "the end of the first server")
         server = Stoppable(start, answers)
         server.start()
         try:

@@ -1470,6 +1470,6 @@ def test_masking_cuts_what_is_long_and_survives_what_is_deep():
     assert len(shown) == masking.MOST_CHARACTERS
     deep = ("[" * 200 + '"v1"' + "]" * 200).encode()
     assert "v1" not in masking.readable(deep, "application/json")[0]
-    started = time.monotonic()
+    started = time.process_time()
     masking.masked("?" * 300_000 + "&token" * 50_000)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5

@@ -270,7 +270,7 @@ def test_up_says_in_one_line_why_it_can_not_start(tmp_path, given, arguments, sa
         port = used.getsockname()[1]
         env = hubs.clean_environment({"BUILDRELAY_DATA_DIR": str(tmp_path), **given})
         command = [sys.executable, "-m", "webhook_app", "up", *[word.format(used=port) for word in arguments]]
-        made = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        made = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert made.returncode != 0
     assert made.stderr.startswith("buildrelay: " + said.format(used=port))
     assert made.stderr.count("\n") == 1
@@ -280,5 +280,5 @@ def test_up_says_in_one_line_why_it_can_not_start(tmp_path, given, arguments, sa
 def test_the_demo_refuses_numbers_that_make_no_sense():
     for words in (["--builds", "0"], ["--builds", "-1"], ["--loss", "1.1"], ["--loss", "-0.1"]):
         command = [sys.executable, "-m", "webhook_app", "demo", *words]
-        made = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        made = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert (made.returncode, made.stderr.count("\n")) == (2, 1), made.stderr

@@ -463,7 +463,7 @@ def test_the_memory_of_a_huge_log_is_flat(make_stand, store_url, redis_url, tmp_
     with answering(stand.servers[platform], {r"/jobs/\d+/(logs|trace)": huge}):
         done = subprocess.run(
             [sys.executable, "-c", CHILD], env=child_environment(stand, store_url, redis_url, tmp_path),
-            capture_output=True, text=True, timeout=100,
+            capture_output=True, text=True, timeout=240,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert lines(stand, build)[-1] == f"line {120_000_000 // 15 - 1:09d}"
@@ -639,9 +639,9 @@ def test_a_killed_worker_loses_nothing(make_stand, store_url, redis_url, tmp_pat
             [sys.executable, "-c", "from jobs.collect import collect; collect()"],
             env=child_environment(stand, store_url, redis_url, tmp_path),
         )
-        assert arrived.wait(30)
+        assert arrived.wait(60)
         os.kill(child.pid, signal.SIGKILL)
-        child.wait(10)
+        child.wait(60)
     assert states(stand, build) == (None, None, None, None)
     stand.clock.at = time.time()
     collect(stand)
@@ -661,7 +661,7 @@ def test_two_workers_never_read_the_same_build(make_stand, store_url, redis_url,
             workers.add(request.path)
             if len(workers) >= 2:
                 both.set()
-        both.wait(20)
+        both.wait(60)
         return usual(request)
 
     usual = stand.servers["github"]._answer
@@ -669,7 +669,7 @@ def test_two_workers_never_read_the_same_build(make_stand, store_url, redis_url,
     with answering(stand.servers["github"], {"/jobs$": slowly}) as asked:
         command = [sys.executable, "-c", "from jobs.collect import collect; collect()"]
         children = [subprocess.Popen(command, env=env) for _ in range(2)]
-        assert [child.wait(90) for child in children] == [0, 0]
+        assert [child.wait(240) for child in children] == [0, 0]
     assert both.is_set()
     read = [path for path in asked if "/attempts/1/jobs" in path]
     assert len(read) == len(set(read)) == 12

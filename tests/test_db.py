@@ -25,7 +25,7 @@ class Recorder:
     def __call__(self, arguments):
         self.groups.append(list(arguments))
         self.entered.set()
-        assert self.go_on.wait(10)
+        assert self.go_on.wait(60)
         if "bad" in arguments:
             raise ValueError("bad")
         return [f"done {argument}" for argument in arguments]
@@ -42,7 +42,7 @@ def _hold_and_fill(unit, group, arguments, wait_until, join=True):
     unit.go_on.clear()
     pool = ThreadPoolExecutor(16)
     first = pool.submit(group, "first")
-    assert unit.entered.wait(10)
+    assert unit.entered.wait(60)
     others = [pool.submit(group, argument) for argument in arguments]
     wait_until(lambda: len(group._waiting) == len(arguments))
     unit.go_on.set()
@@ -77,7 +77,7 @@ def test_what_follows_a_group_holds_up_neither_its_members_nor_the_next(wait_unt
     def after(results):
         told.append(list(results))
         if len(told) == 2:
-            assert heard.wait(10)
+            assert heard.wait(60)
 
     group = GroupCommit(unit, after=after)
     futures = _hold_and_fill(unit, group, ["a", "bad", "b"], wait_until, join=False)
@@ -144,7 +144,7 @@ def test_a_locked_sqlite_is_waited_for(tmp_path):
         assert not other.done()
         transaction.commit()
         holder.close()
-        other.result(10)
+        other.result(60)
     with db.reading(engine) as connection:
         assert connection.execute(text("SELECT count(*) FROM t")).scalar() == 2
     engine.dispose()
@@ -165,7 +165,7 @@ def test_many_processes_that_write_the_same_builds_make_each_change_once(store_u
     for process in processes:
         process.start()
     for process in processes:
-        process.join(90)
+        process.join(240)
         assert process.exitcode == 0
     with db.reading(engine) as connection:
         ids = connection.execute(select(models.events.c.id).order_by(models.events.c.id)).scalars().all()

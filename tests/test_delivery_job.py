@@ -90,7 +90,7 @@ def test_while_one_hangs_new_messages_of_others_are_sent(make_held, pair, wait_u
         assert tries(held) == [None] * 3
     finally:
         hanging.close()
-        worker.join(30)
+        worker.join(60)
 
 
 def test_what_falls_due_meanwhile_is_sent_without_a_bell(make_held, pair, wait_until):
@@ -108,12 +108,12 @@ def test_what_falls_due_meanwhile_is_sent_without_a_bell(make_held, pair, wait_u
         assert worker.is_alive()
     finally:
         hanging.close()
-        worker.join(30)
+        worker.join(60)
 
 
 def test_a_try_that_outlasts_its_job_is_settled_by_itself(make_held, pair, wait_until, monkeypatch):
     monkeypatch.setattr(job, "LONGEST_DRAIN_SECONDS", 0.1)
-    held = make_held(DELIVERY_TIMEOUT="0.8")
+    held = make_held(DELIVERY_TIMEOUT="60")
     hanging, quick = pair
     hanging.behave(hang=True)
     stuck, good = subscribe(held, hanging), subscribe(held, quick)
@@ -123,15 +123,16 @@ def test_a_try_that_outlasts_its_job_is_settled_by_itself(make_held, pair, wait_
     assert [(state, claim is None) for state, _, claim in states(held, stuck)] == [("pending", False)]
     assert held.redis.get(queues.bell_key(queues.DELIVER))  # another job takes over at once
     held.redis.flushall()
+    hanging.close()
     wait_until(lambda: states(held, stuck) == [("pending", 1, None)])
-    assert sorted(tries(held), key=str) == [None, "timeout"]
+    assert sorted(tries(held), key=str) == [None, "disconnected"]
     wait_until(lambda: held.redis.get(queues.bell_key(queues.DELIVER)))
     assert not held.desk.room.subscribers
 
 
 def test_the_next_job_takes_over_what_the_last_one_left(make_held, pair, wait_until, monkeypatch):
     monkeypatch.setattr(job, "LONGEST_DRAIN_SECONDS", 0.1)
-    held = make_held(DELIVERY_TIMEOUT="0.8")
+    held = make_held(DELIVERY_TIMEOUT="4")
     hanging, _ = pair
     hanging.behave(hang=True)
     stuck = subscribe(held, hanging)
@@ -194,9 +195,9 @@ def test_a_worker_told_to_stop_begins_nothing_new_and_notes_what_it_began(
         record(held, *(github(State.QUEUED, run=run) for run in range(400)))
         queues.enqueue_once(held.redis, queues.DELIVER)
         with subprocess.Popen([sys.executable, "-m", "jobs.worker", "deliver"], env=env) as worker:
-            wait_until(lambda: slow.report()["received"] > 20, 30)
+            wait_until(lambda: slow.report()["received"] > 20)
             worker.terminate()
-            assert worker.wait(30) == 0
+            assert worker.wait(60) == 0
         received = slow.report()["received"]
     assert 20 < received < 400
     assert tries(held) == [None] * received
@@ -216,10 +217,10 @@ def test_a_subscriber_that_is_removed_meanwhile_costs_the_others_nothing(make_he
         db.as_writer(held.engine, lambda write: subscribers.remove(write, leaving))
         staying = subscribe(held, quick)
         record(held, github(State.QUEUED, run=2))
-        worker.join(30)
+        worker.join(60)
         job.deliver(held)
     finally:
         hanging.close()
-        worker.join(30)
+        worker.join(60)
     assert states(held, staying) == [("delivered", 1, None)]
     assert not held.desk.room.subscribers

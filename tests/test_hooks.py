@@ -54,23 +54,23 @@ class Server:
         argv = [sys.executable, "-m", "gunicorn", "--config", "python:webhook_app.gunicorn_conf", "wsgi:app"]
         self.process = subprocess.Popen(argv, env=env, preexec_fn=tied_to_parent())
         self.http = requests.Session()
-        wait_until(self.answers, 30)
+        wait_until(self.answers)
 
     def answers(self):
         assert self.process.poll() is None
         try:
-            return self.http.get(f"{self.base}/healthz", timeout=2).status_code == 200
+            return self.http.get(f"{self.base}/healthz", timeout=60).status_code == 200
         except requests.ConnectionError:
             return False
 
     def stop(self):
         self.http.close()
         self.process.terminate()
-        self.process.wait(15)
+        self.process.wait(60)
         self.engine.dispose()
 
     def post(self, path, body, headers):
-        return self.http.post(self.base + path, data=body, headers=headers, timeout=30)
+        return self.http.post(self.base + path, data=body, headers=headers, timeout=60)
 
     def github(self, content, delivery="d-1", event="workflow_run", **headers):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -320,13 +320,13 @@ def test_a_chunked_body_without_length(server):
         "X-Hub-Signature-256": signing.github_signature(GITHUB, body),
     }
     pieces = (body[i : i + 100] for i in range(0, len(body), 100))
-    reply = server.http.post(f"{server.base}/webhooks/github", data=pieces, headers=headers, timeout=30)
+    reply = server.http.post(f"{server.base}/webhooks/github", data=pieces, headers=headers, timeout=60)
     assert reply.json()["status"] == "accepted"
 
 
 def raw(server, request, pieces=()):
     """Send bytes as they are; the status line of the answer (empty if the server just hangs up)."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(request)
         for piece in pieces:
             connection.sendall(piece)
@@ -379,7 +379,7 @@ def test_senders_that_stop_half_way_are_cut_even_if_they_hold_every_thread(serve
 
 
 def test_what_gunicorn_refuses_itself_is_problem_json_too(server):
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(
             b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nX-A: " + b"x" * 20_000 + b"\r\n\r\n"
         )
@@ -396,7 +396,7 @@ def test_slow_senders_do_not_keep_others_waiting(server):
         b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         b"Content-Length: %d\r\n\r\n" % len(body)
     )
-    slow = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(12)]
+    slow = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(12)]
     for connection in slow:
         connection.sendall(head + body[:10])
     try:

@@ -40,7 +40,7 @@ SPEED = 8.0
 KILL_EVERY_SECONDS = 1.0
 VICTIMS = ("web", "deliver", "poll", "collect", "scheduler", "redis", "a web process")
 AT_WORK_PUSHES = 20
-RECOVERY_SECONDS = 90.0
+RECOVERY_SECONDS = 240.0
 
 HOOK_EVENTS = {"workflow_run", "Pipeline Hook", "notification"}
 """The hooks are set up for runs only: about three pushes for each build."""
@@ -115,7 +115,7 @@ class Killer(threading.Thread):
 
     def close(self):
         self._done.set()
-        self.join(10)
+        self.join(60)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -429,7 +429,7 @@ def test_too_many_downloads_at_once_are_told_to_wait(make_stand, serve, wait_unt
 
     def wait(request):
         arrived.append(request)
-        gate.wait(30)
+        gate.wait(60)
         return Response(200, b"content")
 
     path = f"/api/builds/{build.build_id}/artifacts/dist"

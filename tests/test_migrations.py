@@ -67,7 +67,7 @@ def test_several_processes_may_migrate_at_once(database_url, empty, tmp_path):
     env = os.environ | {"DATABASE_URL": database_url, "BUILDRELAY_DATA_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "webhook_app", "migrate"]
     processes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for _ in range(3)]
-    assert [process.communicate(timeout=60)[0] for process in processes] == [
+    assert [process.communicate(timeout=240)[0] for process in processes] == [
         b"The database has the present schema.\n"
     ] * 3
     assert [process.returncode for process in processes] == [0, 0, 0]

@@ -137,7 +137,7 @@ class Listener:
     def _serve(self, sock: socket.socket, index: int) -> None:
         try:
             with suppress(OSError), ExitStack() as stack:
-                sock.settimeout(10)
+                sock.settimeout(60)
                 if self._context is not None:
                     sock = stack.enter_context(self._context.wrap_socket(sock, server_side=True))
                 self._handler(Connection(sock, self.server, index))
@@ -153,7 +153,7 @@ class Listener:
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
         for thread in list(self._threads):
-            thread.join(5)
+            thread.join(60)
             assert not thread.is_alive()
 
 
@@ -208,12 +208,12 @@ def once(answer: bytes) -> Handler:
 
 
 def post(url: str, body: bytes = b"{}", **options) -> Reply:
-    settings = {"timeout_seconds": 5.0, "byte_cap": 16384, "guard": False, **options}
+    settings = {"timeout_seconds": 60.0, "byte_cap": 16384, "guard": False, **options}
     return send("POST", url, settings.pop("headers", WEBHOOK), body, **settings)
 
 
 def get(url: str, **options) -> Reply:
-    settings = {"timeout_seconds": 5.0, "byte_cap": 16384, "guard": False, **options}
+    settings = {"timeout_seconds": 60.0, "byte_cap": 16384, "guard": False, **options}
     return send("GET", url, settings.pop("headers", {}), **settings)
 
 
@@ -339,10 +339,11 @@ def test_compressed_bodies_stay_as_they_are(serve):
 
 
 def timed_out(caller: Callable[[], object], reason: str = "timeout") -> None:
+    """At its own deadline, of a fraction of a second, and not when the server gives up after a minute."""
     started = time.monotonic()
     error = failing(caller)
     assert (error.reason, error.permanent) == (reason, False)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 30
 
 
 def dripping(prefix: bytes, drop: bytes) -> Handler:
@@ -376,14 +377,16 @@ def test_a_dripping_server_is_cut_at_the_deadline(serve, prefix, drop):
 
 
 def test_a_silent_server_is_cut_at_the_deadline(serve):
-    server = serve(lambda connection: connection.gone(5) and connection.read_request() and connection.gone(5))
+    server = serve(
+        lambda connection: connection.gone(60) and connection.read_request() and connection.gone(60)
+    )
     timed_out(lambda: post(server.url, timeout_seconds=0.3))
     assert server.connections == 1, "a time-out is not sent again"
 
 
 def test_a_server_that_does_not_read_is_cut_at_the_deadline(serve):
     released = threading.Event()
-    server = serve(lambda connection: released.wait(5))
+    server = serve(lambda connection: released.wait(60))
     timed_out(lambda: post(server.url, b"x" * 32_000_000, timeout_seconds=0.3))
     released.set()
 
@@ -394,7 +397,7 @@ def test_a_kept_connection_obeys_the_deadline_of_the_present_request(serve):
     def handle(connection: Connection) -> None:
         connection.read_request()
         connection.say(OK)
-        released.wait(5)
+        released.wait(60)
 
     server = serve(handle)
     post(server.url, timeout_seconds=60)
@@ -408,7 +411,7 @@ def test_a_request_that_timed_out_on_a_kept_connection_is_not_sent_again(serve):
         connection.read_request()
         connection.say(OK)
         connection.read_request()
-        connection.gone(5)
+        connection.gone(60)
 
     server = serve(handle)
     post(server.url)
@@ -434,7 +437,7 @@ def test_a_name_that_is_never_resolved_is_cut_at_the_deadline():
     released = threading.Event()
 
     def stuck(*_args):
-        released.wait(5)
+        released.wait(60)
         return []
 
     timed_out(lambda: post("http://slow.test/", timeout_seconds=0.2, resolver=stuck), "dns")
@@ -685,7 +688,7 @@ def test_a_connection_closed_while_idle_is_noticed_before_use(serve):
 
     server = serve(handle)
     post(server.url)
-    assert closed.wait(5)
+    assert closed.wait(60)
     post(server.url)
     assert len(server.asked) == 2
 
@@ -736,7 +739,7 @@ FORKING = """
 import os, sys
 from webhook_app.outbound import send
 def body():
-    return send("PUT", sys.argv[1], {}, b"", timeout_seconds=5, byte_cap=99, guard=False).body
+    return send("PUT", sys.argv[1], {}, b"", timeout_seconds=60, byte_cap=99, guard=False).body
 first = body()
 child = os.fork()
 if child == 0:
@@ -753,7 +756,10 @@ def test_a_fork_opens_its_own_connections(serve):
 
     server = serve(handle)
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", FORKING, server.url], capture_output=True, text=True, timeout=30
+        [sys.executable, "-W", "error", "-c", FORKING, server.url],
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert (run.returncode, run.stderr) == (0, "")
 
@@ -1337,7 +1343,7 @@ def test_an_unknown_authority_is_refused(serve, authority):
 
 
 def test_a_server_without_tls_is_a_tls_error(serve, trusted):
-    server = serve(lambda connection: connection.say(b"220 mail.test ESMTP\r\n") or connection.gone(5))
+    server = serve(lambda connection: connection.say(b"220 mail.test ESMTP\r\n") or connection.gone(60))
     assert failing(lambda: post(f"https://hook.test:{server.port}/", resolver=HOOK)).reason == "tls"
 
 
@@ -1351,7 +1357,7 @@ def test_a_missing_bundle_is_told(monkeypatch):
 
 
 def test_a_handshake_that_never_comes_is_cut_at_the_deadline(serve, trusted):
-    server = serve(lambda connection: connection.gone(5) and connection.read_request())
+    server = serve(lambda connection: connection.gone(60) and connection.read_request())
     timed_out(lambda: post(f"https://hook.test:{server.port}/", timeout_seconds=0.3, resolver=HOOK))
 
 

@@ -302,7 +302,7 @@ def held_back(server):
 
     def wait_for_the_end(request):
         arrived.set()
-        gate.wait(30)
+        gate.wait(240)
         return answer(request)
 
     server._answer = wait_for_the_end
@@ -333,11 +333,11 @@ def test_two_processes_that_poll_at_once_read_each_build_once(store_url, redis_c
         command = [sys.executable, "-c", "from jobs.poll import poll; poll()"]
         with held_back(server) as arrived:
             first = subprocess.Popen(command, env=env)
-            assert arrived.wait(30)
-            assert subprocess.run(command, env=env, timeout=60).returncode == 0
+            assert arrived.wait(60)
+            assert subprocess.run(command, env=env, timeout=240).returncode == 0
             with db.reading(engine) as connection:
                 assert set(connection.execute(select(models.builds.c.poll_count)).scalars()) == {0}
-        assert first.wait(60) == 0
+        assert first.wait(240) == 0
         assert max(server.requests.values()) == 1
     with db.reading(engine) as connection:
         counts = connection.execute(select(models.builds.c.poll_count)).scalars().all()

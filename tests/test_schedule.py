@@ -64,7 +64,7 @@ def running(metronome):
         assert thread.is_alive()
     finally:
         stop.set()
-        thread.join(10)
+        thread.join(60)
     assert not thread.is_alive()
 
 
@@ -104,7 +104,7 @@ def test_a_tick_of_a_second_comes_every_second(redis_client, wait_until):
         return len(taken) >= 3
 
     with running(Metronome(redis_client, EVERY_SECOND)):
-        wait_until(three_ticks, 8)
+        wait_until(three_ticks)
     assert taken[-1] - taken[0] > 1
 
 
@@ -144,26 +144,26 @@ def test_of_two_metronomes_one_leads_until_it_stops(redis_client, wait_until):
                 taken.extend([time.monotonic()] * take(redis_client, POLL))
                 return len(taken) >= 3
 
-            wait_until(three_ticks, 8)
+            wait_until(three_ticks)
             assert len(leaders) == 1
             assert taken[-1] - taken[0] > 1, "once a second, not twice"
             assert list(entries(redis_client)) == ["tick-poll"]
-        wait_until(lambda: redis_client.get(LOCK) == second.owner.encode(), 4)
+        assert redis_client.get(LOCK) != first.owner.encode(), "given back, not left to end"
+        wait_until(lambda: redis_client.get(LOCK) == second.owner.encode())
     assert redis_client.get(LOCK) is None
 
 
 # ---- fault: the lock has no owner, and outlives a dead scheduler
 
 
-def test_the_lock_of_a_dead_leader_ends_within_seconds(redis_client, wait_until, monkeypatch):
+def test_the_lock_of_a_dead_leader_ends_within_seconds(redis_client, wait_until):
     dead, heir = Metronome(redis_client, LINES), Metronome(redis_client, LINES)
     assert dead.acquire_lock()
     assert 0 < redis_client.pttl(LOCK) <= LOCK_SECONDS * 1000
     assert LOCK_SECONDS <= 5
-    monkeypatch.setattr(schedule, "LOCK_SECONDS", 1)
-    assert dead.acquire_lock()
     assert not heir.acquire_lock()
-    wait_until(heir.acquire_lock, 3)
+    redis_client.pexpire(LOCK, 1)
+    wait_until(heir.acquire_lock)
     assert not dead.acquire_lock()
 
 
@@ -406,7 +406,7 @@ class OwnRedis:
     def start(self):
         command = embedded.command(self.data_dir)
         self.process = subprocess.Popen(command, preexec_fn=tied_to_parent())
-        self.wait(lambda: embedded.answers(self.data_dir), 20)
+        self.wait(lambda: embedded.answers(self.data_dir))
 
     def signal(self, number):
         self.process.send_signal(number)
@@ -414,7 +414,7 @@ class OwnRedis:
     def stop(self):
         for number in (signal.SIGCONT, signal.SIGKILL):
             self.signal(number)
-        self.process.wait(10)
+        self.process.wait(60)
 
     def forget(self):
         """What a server without persistence comes back with: nothing."""
@@ -440,7 +440,7 @@ def test_a_redis_that_goes_and_comes_back_empty_is_waited_for(own_redis, wait_un
         wait_until(lambda: "the metronome waits" in caplog.text)
         own_redis.forget()
         own_redis.start()
-        wait_until(lambda: jobs_of(client, POLL) == 1 and client.exists(queues.BEAT_KEY), 5)
+        wait_until(lambda: jobs_of(client, POLL) == 1 and client.exists(queues.BEAT_KEY))
         assert list(entries(client)) == ["tick-poll"]
 
 
@@ -451,7 +451,7 @@ def test_a_redis_that_says_nothing_holds_the_metronome_up_no_longer_than_that(ow
         wait_until(lambda: "the metronome waits" in caplog.text)
         own_redis.signal(signal.SIGCONT)
         client.delete(queues.BEAT_KEY)
-        wait_until(lambda: client.exists(queues.BEAT_KEY), 5)
+        wait_until(lambda: client.exists(queues.BEAT_KEY))
     assert schedule.REDIS_SECONDS < LOCK_SECONDS
 
 
@@ -541,11 +541,11 @@ def test_the_process_beats_and_gives_its_lock_back_when_told_to_stop(
     redis_client, redis_url, wait_until, tmp_path
 ):
     with scheduler_process(redis_url, tmp_path) as process:
-        wait_until(lambda: redis_client.exists(queues.BEAT_KEY), 20)
+        wait_until(lambda: redis_client.exists(queues.BEAT_KEY))
         assert set(entries(redis_client)) == {line.id for line in table(settings.load({}))}
         assert abs(int(redis_client.get(queues.BEAT_KEY)) - time.time()) < 5
         process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == 0
+        assert process.wait(60) == 0
     assert redis_client.get(LOCK) is None
 
 
@@ -553,9 +553,9 @@ def test_a_killed_process_leaves_a_lock_that_ends_and_entries_that_go_on(
     redis_client, redis_url, wait_until, tmp_path
 ):
     with scheduler_process(redis_url, tmp_path) as process:
-        wait_until(lambda: redis_client.exists(queues.BEAT_KEY), 20)
+        wait_until(lambda: redis_client.exists(queues.BEAT_KEY))
         process.kill()
-        process.wait(5)
+        process.wait(60)
     heir = Metronome(redis_client, table(settings.load({})))
     assert not heir.acquire_lock()
     assert 0 < redis_client.pttl(LOCK) <= LOCK_SECONDS * 1000

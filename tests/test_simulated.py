@@ -321,7 +321,7 @@ def test_faults_can_be_injected_and_end(clock: StepClock, http: requests.Session
             http.get(url, headers=GITHUB)
         server.inject(hang())
         with pytest.raises(requests.Timeout):
-            http.get(url, headers=GITHUB, timeout=0.1)
+            http.get(url, headers=GITHUB, timeout=0.5)
         server.clear_faults()
         assert http.get(url, headers=GITHUB).status_code == 200
         assert server.count("/actions/runs") == 6
@@ -335,13 +335,13 @@ def test_closing_a_server_does_not_wait_for_a_hanging_answer() -> None:
         return hang()
 
     server = Server(handle)
-    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10) as client:
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=60) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert arrived.wait(10)
+        assert arrived.wait(60)
         begun = time.monotonic()
         server.close()
         assert client.recv(1) == b""
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 30
 
 
 def test_lists_may_lag_but_a_run_never_does(clock: StepClock, http: requests.Session) -> None:
@@ -828,7 +828,7 @@ def deliver(http: requests.Session) -> Callable[..., int]:
             "webhook-attempt": "1",
             "webhook-signature": Webhook(secret).sign(content["id"], now, body),
         }  # fmt: skip
-        return http.post(subscriber.url, data=body, headers={**signed, **headers}, timeout=5).status_code
+        return http.post(subscriber.url, data=body, headers={**signed, **headers}, timeout=60).status_code
 
     return send
 

@@ -215,14 +215,14 @@ def test_a_trace_may_lie_in_an_object_storage_that_must_not_see_the_token(clock)
     with GitLabServer(world) as server:
         server.files.redirect = True
         url = f"{server.url}{project(build.repository)}/jobs/{failed_job(build).id}/trace"
-        redirect = requests.get(url, headers=TOKEN, allow_redirects=False, timeout=10)
+        redirect = requests.get(url, headers=TOKEN, allow_redirects=False, timeout=60)
         assert redirect.status_code == 302
-        assert "AssertionError" in requests.get(redirect.headers["Location"], timeout=10).text
+        assert "AssertionError" in requests.get(redirect.headers["Location"], timeout=60).text
         assert server.files.leaks == 0
-        assert requests.get(url, headers=TOKEN, timeout=10).status_code == 200
+        assert requests.get(url, headers=TOKEN, timeout=60).status_code == 200
         assert server.files.leaks == 1, "a client that keeps its headers over the redirect"
         clock.advance(601)
-        assert requests.get(redirect.headers["Location"], timeout=10).status_code == 403
+        assert requests.get(redirect.headers["Location"], timeout=60).status_code == 403
 
 
 def test_artifacts_are_a_zip_until_they_expire_or_are_erased(clock):
