@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import pytest
 from redis import Redis
 from sqlalchemy import Engine, make_url
 
-from tests import postgres
+from tests import directories, postgres
 from webhook_app import db, embedded, migrations
 from webhook_app.supervisor import tied_to_parent
 
@@ -49,11 +48,7 @@ def _redis_server(data_dir: Path, wait: Callable[..., None]) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def redis_url(wait_until: Callable[..., None]) -> Iterator[str]:
     """The URL of a real embedded server, for all tests; use `redis_client` to find it empty."""
-    # A short path of our own: pytest's is often longer than a socket path may be.
-    with (
-        tempfile.TemporaryDirectory(prefix="buildrelay-") as name,
-        _redis_server(Path(name), wait_until) as url,
-    ):
+    with directories.short() as directory, _redis_server(directory, wait_until) as url:
         yield url
 
 
