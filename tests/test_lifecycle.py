@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.facts import at, github, gitlab
-from webhook_app.lifecycle import Act, JobStatus, ObservedBy, Recorded, State, verdict
+from webhook_app.lifecycle import Act, Conclusion, JobStatus, ObservedBy, Recorded, State, verdict
 
 Q, P, C, F, X, T = (
     State.QUEUED, State.IN_PROGRESS, State.COMPLETED, State.FAILED, State.CANCELLED, State.TIMEOUT,
@@ -65,6 +65,15 @@ def test_an_unknown_word_or_a_job_event_says_nothing_about_the_state():
 def test_waiting_after_in_progress_is_no_step_back():
     got = verdict(recorded(P), github(Q, waiting=True))
     assert (got.act, got.state) == (Act.ENRICH, P)
+
+
+@pytest.mark.parametrize(("known", "late"), [(P, Q), (Q, Q)])
+def test_a_late_word_neither_takes_nor_brings_the_conclusion_of_one_that_waits(known, late):
+    waits = {"waiting": True, "conclusion": Conclusion.ACTION_REQUIRED}
+    for now, before in ((waits, {}), ({}, waits)):
+        known_now = recorded(known, platform_at=at(10), conclusion=now.get("conclusion"))
+        got = verdict(known_now, github(late, platform_at=at(9), **before))
+        assert (got.state, got.conclusion) == (known, now.get("conclusion"))
 
 
 # ---- ends that we set ourselves

@@ -234,7 +234,7 @@ def _ask(recorded: Recorded) -> Verdict:
 
 def _stay(recorded: Recorded, seen: Observation) -> Verdict:
     conclusion = recorded.conclusion
-    if not recorded.state.terminal and seen.state is not None:
+    if not recorded.state.terminal and seen.state is not None and not _precedes(recorded, seen):
         conclusion = seen.conclusion
     return Verdict(Act.ENRICH, recorded.attempt, recorded.state, conclusion, ask=seen.doubtful)
 
@@ -324,6 +324,12 @@ def _is_older(recorded: Recorded, seen: Observation) -> bool:
     if seen.platform_at is None or recorded.platform_at is None:
         return False
     return seen.platform_at < recorded.platform_at - WHOLE_SECONDS
+
+
+def _precedes(recorded: Recorded, seen: Observation) -> bool:
+    if seen.platform_at is None or recorded.platform_at is None:
+        return False
+    return seen.platform_at < recorded.platform_at
 
 
 def _is_later(recorded: Recorded, seen: Observation, margin: timedelta = timedelta(0)) -> bool:
