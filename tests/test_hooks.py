@@ -10,6 +10,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import pytest
 import requests
@@ -189,6 +190,28 @@ def test_one_guid_serves_several_hooks(server):
     assert server.github(run("in_progress"), "g", X_GitHub_Hook_ID="2").json()["status"] == "accepted"
     assert server.github(run("in_progress"), "g", X_GitHub_Hook_ID="2").json()["status"] == "duplicate"
     assert server.count(models.events) == 1
+
+
+def test_an_endless_delivery_id_is_as_good_as_any(server):
+    endless = os.urandom(3500).hex()
+    for delivery, status in ((endless, "accepted"), (endless, "duplicate"), (endless[:-1], "accepted")):
+        reply = server.github(run(), delivery)
+        assert (reply.status_code, reply.json()["status"]) == (202, status)
+
+
+def test_the_longest_names_of_the_widest_characters_are_stored(server):
+    chance = Random(1)
+    repo, branch, origin = ("".join(chr(chance.randint(0x1F300, 0x1FAFF)) for _ in range(300)) for _ in "rbo")
+    report = {"runId": "wide", "event": "build_started", "repo": repo, "branch": branch, "origin": origin}
+    headers = {"Content-Type": "application/json", "X-Build-Token": SCRIPT}
+    reply = server.post("/api/internal/build-events", json.dumps(report).encode(), headers)
+    assert (reply.status_code, reply.json()) == (202, reply.json() | {"status": "accepted"})
+    with db.reading(server.engine) as connection:
+        columns = models.builds.c
+        row = connection.execute(select(columns.repository, columns.branch, columns.workflow)).one()
+    for stored, told in zip(row, (repo, branch, origin), strict=True):
+        assert told.startswith(stored)
+        assert len(stored) > 150
 
 
 def test_the_older_names_and_the_other_platforms(server):
