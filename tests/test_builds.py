@@ -424,6 +424,54 @@ def test_with_all_pushes_present_no_poll_is_needed_in_any_order(one_engine, tell
 # ---- errors that a log tells -----------------------------------------------------------------
 
 
+@st.composite
+def troubled(draw, tell):
+    """What of a story arrives, pushed or polled, and between it polls that fail, find nothing new, or find it gone."""
+    story = tell(draw)
+    key = story[0].key
+    gone = replace(
+        story[0], observed_by=ObservedBy.POLL, attempt=None, state=F, jobs=(), platform_at=None, ours=True, error="gone"
+    )  # fmt: skip
+    others = [
+        PollFailed(key, "http 500", "unavailable"),
+        Unchanged(key),
+        gone,
+        ErrorFound(key, 1, "tax is off"),
+    ]
+    fact = st.sampled_from(story).flatmap(
+        lambda told: st.sampled_from([told, replace(told, observed_by=ObservedBy.POLL), *others])
+    )
+    return draw(st.lists(st.tuples(st.floats(0, 400), fact), min_size=1, max_size=30))
+
+
+@FEW
+@pytest.mark.parametrize("tell", [github_story, gitlab_story])
+@given(data=st.data())
+def test_whatever_happens_no_open_build_is_forgotten_and_none_is_polled_without_a_pause(
+    one_engine, tell, data
+):
+    suffix, now = uuid4().hex, NOON
+    for seconds, fact in data.draw(troubled(tell)):
+        now += timedelta(seconds=seconds)
+        changed = {"key": fact.key + suffix}
+        if isinstance(fact, Observation):
+            changed |= {"build_id": fact.build_id + suffix, "group": None}
+        outcome = record(one_engine, replace(fact, **changed), now=now)[0]
+        if outcome.build is None:
+            continue
+        build = row(one_engine, changed["key"])
+        if not State(build["state"]).terminal and build["polling"] != "error":
+            assert build["next_poll_at"] is not None, "it would never be looked at again"
+        polled = isinstance(fact, PollFailed | Unchanged) or (
+            isinstance(fact, Observation) and fact.observed_by is ObservedBy.POLL
+        )
+        if polled and build["next_poll_at"] is not None:
+            assert build["next_poll_at"] > now, "it would be polled again at once, for ever"
+    if outcome.build is not None:
+        sequences = [event["sequence"] for event in events(one_engine, changed["key"])]
+        assert sequences == list(range(1, build["sequence"] + 1))
+
+
 def test_an_error_that_a_log_tells_fills_what_nobody_told_once_and_changes_no_state(engine):
     record(engine, github(F))
     before = row(engine)
