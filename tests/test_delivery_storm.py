@@ -10,22 +10,28 @@ import random
 import subprocess
 import sys
 import threading
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 
 import pytest
 from cryptography.fernet import Fernet
-from sqlalchemy import func, insert, select
+from sqlalchemy import event, func, insert, select
 
 from tests.facts import NOON, PACE, github
 from webhook_app import builds, db, deliveries, endpoints, models, queues, replays, subscribers
+from webhook_app.deliveries import Tried
 from webhook_app.lifecycle import State
+from webhook_app.replays import Range
+from webhook_app.retries import RetryPolicy
+from webhook_app.room import Room
 from webhook_app.simulated.subscriber import Subscriber
 from webhook_app.times import utc_now
 
 KEYS = (Fernet.generate_key().decode(),)
 STORY = (State.QUEUED, State.IN_PROGRESS, State.COMPLETED)
-BUILDS, WORKERS = 40, 3
+BUILDS, WORKERS, CROWD = 40, 3, 6
 EVENTS = BUILDS * len(STORY)
 DEAD_END = 4
 """So many builds are on a branch whose subscriber never recovers."""
@@ -310,3 +316,91 @@ def test_what_never_succeeds_is_dead_with_its_reason(
             assert set(connection.execute(select(models.messages.c.reason)).scalars()) == {"http_500"}
         assert replays.redrive(engine, None, "http_500", utc_now()).count == 3
         assert counts(engine) == {"pending": 3}
+
+
+class Crowd:
+    """Workers side by side on one database, which claim, "send" and settle; what they saw that must not be.
+
+    A try fails by chance.  `begun` counts tries per message; `heard` has what each lane received.
+    """
+
+    def __init__(self, engine, seed):
+        self.engine, self.seed = engine, seed
+        self.policy = RetryPolicy([0.01] * 200, lambda: 0.5)
+        self.lock, self.done = threading.Lock(), threading.Event()
+        self.begun, self.under_way, self.heard = Counter(), Counter(), defaultdict(set)
+        self.faults, self.errors = [], []
+        event.listen(engine, "handle_error", lambda context: self.errors.append(context.original_exception))
+        self.threads = [threading.Thread(target=self._work, args=(number,)) for number in range(CROWD)]
+        for thread in self.threads:
+            thread.start()
+
+    def _work(self, number):
+        chance = random.Random(self.seed + number)
+        room, tries = Room(16, per_host=16, first=8), []
+        while tries or not self.done.is_set():
+            claim = db.in_transaction(self.engine, partial(self._turn, tries, room))
+            for message in claim.messages:
+                self._begin(message)
+            self.done.wait(chance.random() * 0.003)
+            tries = [self._end(message, chance.random() < 0.3) for message in claim.messages]
+
+    def _turn(self, tries, room, connection):
+        now = utc_now()
+        deliveries.settle(connection, tries, now, self.policy)
+        endpoints.note(connection, tries, now)
+        return deliveries.claim(connection, now, room, 15)
+
+    def _begin(self, message):
+        with self.lock:
+            self.begun[message.message_id] += 1
+            if message.lane is None:
+                return
+            if self.under_way[message.lane] or self.heard[message.lane] != set(
+                range(1, message.data["sequence"])
+            ):
+                self.faults.append((message, set(self.heard[message.lane])))
+            self.under_way[message.lane] += 1
+
+    def _end(self, message, fails):
+        with self.lock:
+            if message.lane is not None:
+                self.under_way[message.lane] -= 1
+                if not fails:
+                    self.heard[message.lane].add(message.data["sequence"])
+        return Tried(message, utc_now(), 0.0, 500 if fails else 200, "http_500" if fails else None, "")
+
+    def stop(self):
+        self.done.set()
+        for thread in self.threads:
+            thread.join(30)
+
+
+def test_many_workers_at_once_keep_the_order_and_never_wait_for_each_other(postgres_engine, wait_until):
+    """READ COMMITTED shows each statement another moment; then rows are locked.  Deadlocks would be repeated, slowly."""
+    seed = random.randrange(1_000_000)
+    print(f"seed {seed}")
+    with Subscriber() as endpoint:
+        more = ({}, {}, {"rate_limit_per_second": 200}, {"rate_limit_per_second": 200}, {"ordered": False})
+        crowded = [subscribe(postgres_engine, endpoint, **each) for each in more]
+    crowd = Crowd(postgres_engine, seed)
+    try:
+        for _ in tell(postgres_engine, random.Random(seed)):
+            pass
+        for party in crowded:
+            plan_test = partial(endpoints.plan_test, subscriber_id=party.id, now=utc_now())
+            db.as_writer(postgres_engine, plan_test)
+        number = len(crowded) * (EVENTS + 1)
+        wait_until(lambda: counts(postgres_engine) == {"delivered": number}, 60)
+        crowd.heard.clear()
+        for party in crowded:
+            with db.reading(postgres_engine) as connection:
+                row = subscribers.get(connection, party.id)
+            everything = Range(NOON - timedelta(days=3650), utc_now(), only_missing=False)
+            assert replays.replay(postgres_engine, row, everything, utc_now()).count == EVENTS
+        wait_until(lambda: counts(postgres_engine) == {"delivered": number}, 60)
+    finally:
+        crowd.stop()
+    assert crowd.faults == crowd.errors == []
+    assert len(crowd.begun) == number
+    assert tries(postgres_engine) == sum(crowd.begun.values())

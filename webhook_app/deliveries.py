@@ -272,9 +272,9 @@ def _take_due(connection: Connection, row: Mapping[str, Any], now: datetime, mos
     if not row["rate_limit_per_second"]:
         return _due_heads(connection, row, now, most)
     pace = _locked_pace(connection, row, now)
-    most = min(most, pace.allowed)
+    most = min(most, pace.allowed) if pace else 0
     taken = _due_heads(connection, row, now, most) if most > 0 else []
-    if taken:
+    if pace and taken:
         pace.spend(connection, row["id"], len(taken))
     return taken
 
@@ -318,10 +318,21 @@ class _Pace:
         connection.execute(update(models.subscribers).where(_s.id == subscriber_id).values(paced_until=paid))
 
 
-def _locked_pace(connection: Connection, row: Mapping[str, Any], now: datetime) -> _Pace:
-    """The pace as it stands now: locked, since every worker spends from the same bucket."""
-    until = connection.execute(select(_s.paced_until).where(_s.id == row["id"]).with_for_update()).scalar()
-    return _Pace(row["rate_limit_per_second"], until, now)
+_LOCKED_PACE = (
+    select(_s.paced_until)
+    .where(_s.id == bindparam("subscriber"))
+    .with_for_update(key_share=True, skip_locked=True)
+)
+"""Waits for nobody, or two workers would wait for each other; and new messages may refer to the row."""
+
+
+def _locked_pace(connection: Connection, row: Mapping[str, Any], now: datetime) -> _Pace | None:
+    """The pace as it stands now: locked, since every worker spends from the same bucket.
+
+    None: another worker is about to spend from it.
+    """
+    found = connection.execute(_LOCKED_PACE, {"subscriber": row["id"]}).one_or_none()
+    return None if found is None else _Pace(row["rate_limit_per_second"], found.paced_until, now)
 
 
 _OF_LANES = _per_store(

@@ -6,7 +6,7 @@ Before that is final it is left alone for a while and gets one more message; a s
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -40,12 +40,13 @@ def note(connection: Connection, tries: Sequence[Tried], now: datetime) -> list[
     """Count what tries say about their subscribers, in the transaction that settles them; what follows."""
     well = {tried.message.subscriber for tried in tries if tried.reason is None}
     failed = [tried for tried in tries if tried.reason is not None and not _is_our_fault(tried)]
-    if well:
-        _heal(connection, well)
     gone = {tried.message.subscriber for tried in failed if tried.status_code == 410}
-    last = {tried.message.subscriber: tried.started_at for tried in failed}
+    last: dict[str, datetime] = {}
     for tried in failed:
-        last[tried.message.subscriber] = max(last[tried.message.subscriber], tried.started_at)
+        last[tried.message.subscriber] = max(
+            tried.started_at, last.get(tried.message.subscriber, tried.started_at)
+        )
+    _heal(connection, _locked(connection, well, last.keys()) & well)
     ill = last.keys() - well
     for subscriber in ill:
         count = sum(tried.message.subscriber == subscriber for tried in failed)
@@ -58,17 +59,30 @@ def note(connection: Connection, tries: Sequence[Tried], now: datetime) -> list[
     return sentences
 
 
+def _locked(connection: Connection, well: Collection[str], failed: Collection[str]) -> set[str]:
+    """Those that failed now or failed lately, locked in the order of their ids.
+
+    Two workers that took them one by one would wait for each other.  A new message may refer to them.
+    """
+    if not well and not failed:
+        return set()
+    recovered = _s.id.in_(well) & _s.failing_since.is_not(None)
+    statement = select(_s.id).where(_s.id.in_(failed) | recovered).order_by(_s.id)
+    return set(connection.execute(statement.with_for_update(key_share=True)).scalars())
+
+
 def _is_our_fault(tried: Tried) -> bool:
     """Nothing was sent: a missing key or a fault of ours says nothing about the endpoint."""
     return (tried.reason or "").startswith("internal_")
 
 
 def _heal(connection: Connection, ids: set[str]) -> None:
-    connection.execute(
-        update(models.subscribers)
-        .where(_s.id.in_(ids), _s.failing_since.is_not(None))
-        .values(failing_since=None, failures=0, on_probation=False, warned_percent=0)
-    )
+    if ids:
+        connection.execute(
+            update(models.subscribers)
+            .where(_s.id.in_(ids))
+            .values(failing_since=None, failures=0, on_probation=False, warned_percent=0)
+        )
 
 
 def _slow_down(connection: Connection, subscriber: str, until: datetime) -> None:
