@@ -221,8 +221,11 @@ def test_gone_disables_at_once_and_what_waited_is_dead(engine):
     record(engine, github(Q), github(P))
     (message,) = claim(engine)
     assert settle(engine, went(message, 410)) == ["disable"]
-    by_state = {(row["subscriber"], row["state"]): row["reason"] for row in rows(engine)}
-    assert by_state == {(subscriber, "dead"): "subscriber_disabled", (watcher, "pending"): None}
+    assert [(row["subscriber"], row["state"], row["reason"]) for row in rows(engine)] == [
+        (subscriber, "dead", "http_410"),
+        (subscriber, "dead", "subscriber_disabled"),
+        (watcher, "pending", None),
+    ]
     record(engine, github(C))
     assert len(rows(engine)) == 3
     assert rows(engine, models.notices)[0]["kind"] == "subscriber.disabled"

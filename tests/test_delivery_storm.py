@@ -271,7 +271,7 @@ def assert_all_settled(engine, parties):
         dead = select(columns.subscriber, columns.reason).where(columns.state == "dead").distinct()
         reasons = {tuple(row) for row in connection.execute(dead)}
     assert reasons - {(hopeless.id, "disconnected"), (hopeless.id, "timeout")} == {
-        (hopeless.id, "http_500"), (gone.id, "subscriber_disabled"),
+        (hopeless.id, "http_500"), (gone.id, "http_410"), (gone.id, "subscriber_disabled"),
     }  # fmt: skip
 
 

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Engine, func, insert, select, update
+from sqlalchemy import Connection, Engine, case, func, insert, select, update
 
 from webhook_app import deliveries, models, retries, subscribers
 from webhook_app.db import Write, reading
 from webhook_app.deliveries import Tried
 
 _s, _m = models.subscribers.c, models.messages.c
+
+_WHY_DEAD = case((_m.reason == "http_410", _m.reason), else_="subscriber_disabled")
 
 GONE = "the endpoint answered 410 Gone"
 TOO_LONG = "the endpoint failed for too long"
@@ -146,12 +148,15 @@ def carry_out(write: Write, sentence: Sentence, now: datetime) -> None:
 
 
 def disable(write: Write, subscriber_id: str, reason: str, now: datetime) -> None:
-    """Disable a subscriber; what it did not get is dead with that reason, until enable and replay."""
+    """Disable a subscriber; what it did not get is dead, until enable and replay.
+
+    The reason is `subscriber_disabled`, but for the message whose 410 disabled it.
+    """
     subscribers.change(write, subscriber_id, {"state": "disabled", "disabled_reason": reason}, (), now)
     write.connection.execute(
         update(models.messages)
         .where(_m.subscriber == subscriber_id, _m.state == "pending")
-        .values(state="dead", due_at=None, claim=None, reason="subscriber_disabled", settled_at=now)
+        .values(state="dead", due_at=None, claim=None, reason=_WHY_DEAD, settled_at=now)
     )
     _tell(write, subscriber_id, "subscriber.disabled", f"was disabled: {reason}", now)
 
