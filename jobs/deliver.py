@@ -168,6 +168,8 @@ class _Drain:
 
     def _carry_out(self, sentence: Sentence) -> None:
         db.as_writer(self.held.engine, lambda write: endpoints.carry_out(write, sentence, utc_now()))
+        if sentence.act == "disable":
+            queues.Bell(self.held.redis).ring(queues.REPLAY)  # which buries what this left
 
 
 def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) -> Tried:

@@ -1,4 +1,4 @@
-"""The replay job: goes on with large replays and redrives, portion by portion."""
+"""The replay job: goes on with large replays, redrives and burials, portion by portion."""
 
 import logging
 import time
@@ -14,7 +14,7 @@ BUSY_SECONDS = 2.0
 
 
 def replay(held: Resources | None = None) -> None:
-    """Make due what replays and redrives have left, for a while; any number may run at once.
+    """Do what replays, redrives and burials have left, for a while; any number may run at once.
 
     After each portion it pauses for as long as that took, so that others come to write.
     `held`: what to work with; None (as a worker calls it) takes this process's own.

@@ -214,7 +214,7 @@ def test_a_subscriber_that_is_removed_meanwhile_costs_the_others_nothing(make_he
     worker.start()
     try:
         wait_until(lambda: [row[1] for row in states(held, leaving)] == [1])
-        db.as_writer(held.engine, lambda write: subscribers.remove(write, leaving))
+        subscribers.remove(held.engine, leaving, utc_now())
         staying = subscribe(held, quick)
         record(held, github(State.QUEUED, run=2))
         worker.join(60)

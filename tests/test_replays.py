@@ -1,10 +1,11 @@
 """Recovery: what a replay and a redrive send again, under which ids, in which order, and when interrupted."""
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import event, select
 
 from jobs import replay as replay_job
 from jobs.resources import Resources
@@ -242,9 +243,47 @@ def test_it_ends_when_its_subscriber_is_disabled_or_removed(engine, small_portio
     for id_ in (one, two):
         assert replays.replay(engine, row_of(engine, id_), span(), NOW).left
     db.as_writer(engine, lambda write: endpoints.disable(write, one, "in this test", NOW))
-    db.as_writer(engine, lambda write: subscribers.remove(write, two))
+    subscribers.remove(engine, two, NOW)
     assert [replays.advance(engine, NOW) for _ in range(2)] == [0, None]
     assert {row["state"] for row in rows(engine)} == {"dead"}
+
+
+@pytest.fixture
+def backlog(engine, monkeypatch):
+    """A subscriber that is disabled with eight pending messages, in portions of three."""
+    monkeypatch.setattr(endpoints, "PORTION", 3)
+    monkeypatch.setattr(subscribers, "REMOVED_AT_ONCE", 3)
+    one = subscribe(engine)
+    record(engine, *[github(Q, run=run) for run in range(1, 9)])
+    db.as_writer(engine, lambda write: endpoints.disable(write, one, "in this test", NOW))
+    return one
+
+
+def test_what_a_disabled_subscriber_leaves_is_buried_in_portions(engine, backlog):
+    assert Counter(row["state"] for row in rows(engine)) == {"dead": 3, "pending": 5}
+    assert not claim(engine, NOW)
+    assert [replays.advance(engine, NOW) for _ in range(3)] == [0, 0, None]
+    assert {(row["state"], row["reason"]) for row in rows(engine)} == {("dead", "subscriber_disabled")}
+
+
+def test_a_burial_ends_when_the_subscriber_is_enabled(engine, backlog):
+    db.as_writer(engine, lambda write: endpoints.enable(write, backlog, NOW))
+    assert [replays.advance(engine, NOW) for _ in range(2)] == [0, None]
+    assert len(drain(engine, NOW)) == 5
+
+
+def test_a_removal_killed_half_way_is_repeated(engine, backlog, monkeypatch):
+    commits = []
+    event.listen(engine, "commit", commits.append)
+    with monkeypatch.context() as patched:
+        patched.setattr(subscribers, "_remove_row", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            subscribers.remove(engine, backlog, NOW)
+    assert (rows(engine), len(commits)) == ([], 5)
+    assert row_of(engine, backlog)["state"] == "disabled"
+    assert subscribers.remove(engine, backlog, NOW)
+    assert rows(engine, models.subscribers) == []
+    assert not subscribers.remove(engine, backlog, NOW)
 
 
 def test_the_count_agrees_with_what_is_sent_whatever_the_filters(engine):

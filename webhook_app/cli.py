@@ -252,7 +252,7 @@ def _remove_subscriber(chosen: argparse.Namespace) -> int:
     if row is not None and row["origin"] == "settings":
         print(f"buildrelay: {chosen.id} is set by DASHBOARD_API_URL: unset that instead", file=sys.stderr)
         return 2
-    found = db.as_writer(engine, lambda write: subscribers.remove(write, chosen.id))
+    found = subscribers.remove(engine, chosen.id, utc_now())
     return _done(found, f"{chosen.id} is gone", chosen.id)
 
 

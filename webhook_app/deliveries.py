@@ -514,6 +514,23 @@ def _wake_lanes(connection: Connection, settled: Sequence[Claimed], now: datetim
         )
 
 
+def bury(connection: Connection, subscriber_id: str, reason: Any, most: int, now: datetime) -> int:
+    """Give up so many pending messages of a subscriber, for a reason or a column of one; how many it was."""
+    pending = (
+        select(_m.id)
+        .where(_PENDING, _m.subscriber == subscriber_id)
+        .order_by(_m.due_at, _m.id)
+        .limit(most)
+        .scalar_subquery()
+    )
+    result = connection.execute(
+        update(models.messages)
+        .where(_m.id.in_(pending), _PENDING)
+        .values(state="dead", due_at=None, claim=None, reason=reason, settled_at=now)
+    )
+    return result.rowcount
+
+
 def slow_down_of(tried: Tried, now: datetime) -> datetime | None:
     """Until when the endpoint of this try asked to be left alone."""
     seconds = slow_down(tried.status_code, tried.retry_after, now) if tried.reason is not None else None

@@ -23,6 +23,8 @@ _WHY_DEAD = case((_m.reason == "http_410", _m.reason), else_="subscriber_disable
 
 GONE = "the endpoint answered 410 Gone"
 TOO_LONG = "the endpoint failed for too long"
+PORTION = 500
+"""So many messages are given up in one transaction."""
 ANSWER_SECONDS = 10.0
 """How long whoever sends a test waits for its answer."""
 LOOK_SECONDS = 0.05
@@ -150,15 +152,19 @@ def carry_out(write: Write, sentence: Sentence, now: datetime) -> None:
 def disable(write: Write, subscriber_id: str, reason: str, now: datetime) -> None:
     """Disable a subscriber; what it did not get is dead, until enable and replay.
 
-    The reason is `subscriber_disabled`, but for the message whose 410 disabled it.
+    The reason is `subscriber_disabled`, but for the message whose 410 disabled it.  A backlog is left to
+    `replays.advance`, portion by portion: in one go it would hold up every push.
     """
     subscribers.change(write, subscriber_id, {"state": "disabled", "disabled_reason": reason}, (), now)
-    write.connection.execute(
-        update(models.messages)
-        .where(_m.subscriber == subscriber_id, _m.state == "pending")
-        .values(state="dead", due_at=None, claim=None, reason=_WHY_DEAD, settled_at=now)
-    )
+    if bury(write.connection, subscriber_id, now) == PORTION:
+        rest = {"kind": "burial", "subscriber": subscriber_id, "only_missing": False, "after": 0, "last": 0}
+        write.connection.execute(insert(models.recoveries), rest | {"created_at": now})
     _tell(write, subscriber_id, "subscriber.disabled", f"was disabled: {reason}", now)
+
+
+def bury(connection: Connection, subscriber_id: str, now: datetime) -> int:
+    """Give up a portion of what a disabled subscriber did not get; how many messages."""
+    return deliveries.bury(connection, subscriber_id, _WHY_DEAD, PORTION, now)
 
 
 def enable(write: Write, subscriber_id: str, now: datetime) -> bool:

@@ -1,6 +1,6 @@
-"""Recovery: send again what a subscriber missed, or all of a range; redrive what is dead.
+"""Recovery: send again what a subscriber missed, or all of a range; redrive what is dead; bury a backlog.
 
-Both walk in portions, each its own transaction.  The first is done at once; what is left is written
+All walk in portions, each its own transaction.  The first is done at once; what is left is written
 down as a row of `recoveries`, with how far it has come, and `jobs/replay.py` goes on from there, so a
 large one holds up neither a request nor the other writers, and a kill at any moment loses nothing.
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, delete, func, insert, literal_column, select, update
 
-from webhook_app import deliveries, models, subscribers
+from webhook_app import deliveries, endpoints, models, subscribers
 from webhook_app.db import Write, as_writer, reading
 from webhook_app.subscribers import Filters
 
@@ -134,6 +134,8 @@ def advance(engine: Engine, now: datetime) -> int | None:
 
 def _step(write: Write, task: Row, now: datetime) -> _Step:
     """One portion after `task["after"]`, by the writer, so that no subscriber is disabled meanwhile."""
+    if task["kind"] == "burial":
+        return _Step(0, task["after"] if _bury(write, task["subscriber"], now) else None)
     if task["kind"] == "redrive":
         ids = write.connection.execute(_dead(task).order_by(_m.id).limit(PORTION)).scalars().all()
         picked = _make_due(write.connection, _m.id.in_(ids), now)
@@ -142,6 +144,14 @@ def _step(write: Write, task: Row, now: datetime) -> _Step:
     if subscriber is None or subscriber["state"] != "active":
         return _Step(0, None)  # disabled meanwhile: what it misses is for the next replay
     return _replay_portion(write, subscribers.filters(subscriber), task, now)
+
+
+def _bury(write: Write, subscriber_id: str, now: datetime) -> bool:
+    """A portion of what a disabled subscriber left; is there more?  Enabled again, it gets the rest."""
+    subscriber = subscribers.get(write.connection, subscriber_id)
+    if subscriber is None or subscriber["state"] == "active":
+        return False
+    return endpoints.bury(write.connection, subscriber_id, now) == endpoints.PORTION
 
 
 def _replay_portion(write: Write, wants: Filters, task: Row, now: datetime) -> _Step:

@@ -12,7 +12,7 @@ import orjson
 from sqlalchemy import Connection, Engine, delete, insert, select, update
 
 from webhook_app import models, sealing, signing
-from webhook_app.db import Write, as_writer
+from webhook_app.db import Write, as_writer, in_transaction
 from webhook_app.times import iso
 
 Row = Mapping[str, Any]
@@ -177,7 +177,7 @@ def sync_static(write: Write, url: str, api_key: str, keys: Sequence[str], now: 
     """
     row = get(write.connection, STATIC_ID)
     if not url:
-        return row is not None and remove(write, STATIC_ID)
+        return row is not None and _remove_row(STATIC_ID, write)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     wanted: dict[str, Any] = {"url": url, "headers": headers}
     if row is None:
@@ -196,8 +196,30 @@ def _is_sealed_in(row: Row, headers: Any, keys: Sequence[str]) -> bool:
         return False  # sealed with a key that is gone: what the settings say is sealed anew
 
 
-def remove(write: Write, subscriber_id: str) -> bool:
-    """Delete a subscriber with its messages; False if there is none."""
+REMOVED_AT_ONCE = 2_000
+
+
+def remove(engine: Engine, subscriber_id: str, now: datetime) -> bool:
+    """Delete a subscriber with its messages; False if there is none.
+
+    Disabled first, so that no new ones come; then in portions, since all at once would hold up every push.
+    Whoever dies between leaves it disabled, to be removed again.
+    """
+    given_up = {"state": "disabled", "disabled_reason": "it is being removed"}
+    found = as_writer(engine, lambda write: change(write, subscriber_id, given_up, (), now))
+    while found and in_transaction(engine, partial(_remove_messages, subscriber_id)):
+        pass
+    return found and as_writer(engine, partial(_remove_row, subscriber_id))
+
+
+def _remove_messages(subscriber_id: str, connection: Connection) -> int:
+    columns = models.messages.c
+    some = select(columns.id).where(columns.subscriber == subscriber_id).limit(REMOVED_AT_ONCE)
+    return connection.execute(delete(models.messages).where(columns.id.in_(some.scalar_subquery()))).rowcount
+
+
+def _remove_row(subscriber_id: str, write: Write) -> bool:
+    """With the messages that it has left."""
     write.new_id("subscribers_revision")
     result = write.connection.execute(
         delete(models.subscribers).where(models.subscribers.c.id == subscriber_id)

@@ -134,12 +134,9 @@ def _need_own(row: Row) -> None:
 )  # fmt: skip
 def delete_subscriber(subscriber_id: str) -> Any:
     """Remove a subscriber, and with it its deliveries."""
-
-    def unit(write: db.Write) -> None:
-        _need_own(_need(write.connection, subscriber_id))
-        subscribers.remove(write, subscriber_id)
-
-    db.as_writer(state().engine, unit)
+    with db.reading(state().engine) as connection:
+        _need_own(_need(connection, subscriber_id))
+    subscribers.remove(state().engine, subscriber_id, utc_now())
 
 
 @operation(
