@@ -290,6 +290,19 @@ def test_enable_gives_a_clean_record(api):
     api("POST", path_of({"id": "sub_none"}, "enable"), 404)
 
 
+def test_a_new_address_begins_without_the_failures_of_the_old_one(api):
+    made = subscribe(api)
+    spoilt = {"failures": 30, "failing_since": at(0), "on_probation": True, "warned_percent": 90}
+    clean = {"failures": 0, "failing_since": None, "on_probation": False, "warned_percent": 0}
+    db.as_writer(api.engine, lambda write: subscribers.change(write, made["id"], spoilt, (), at(0)))
+    same = api("PATCH", path_of(made), json={"url": made["url"], "description": "the same"})
+    assert (same["failures"], same["on_probation"]) == (30, True)
+    moved = api("PATCH", path_of(made), json={"url": "https://example.net/moved"})
+    assert {name: moved[name] for name in spoilt} == clean
+    db.as_writer(api.engine, lambda write: endpoints.disable(write, made["id"], "in this test", utc_now()))
+    assert api("PATCH", path_of(made), json={"url": made["url"]})["state"] == "disabled"
+
+
 # ---- dead letters ----------------------------------------------------------------------------
 
 

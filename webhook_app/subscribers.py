@@ -20,15 +20,16 @@ Row = Mapping[str, Any]
 STATIC_ID = "sub_dashboard"
 """The subscriber that the settings make, if they name one."""
 
-CLEAN_RECORD: Row = {
-    "state": "active",
-    "disabled_reason": None,
+UNTRIED: Row = {
     "failing_since": None,
     "failures": 0,
     "on_probation": False,
     "warned_percent": 0,
     "slow_until": None,
 }
+"""The columns that tell how an endpoint fares, of one that nothing is known of."""
+
+CLEAN_RECORD: Row = {"state": "active", "disabled_reason": None, **UNTRIED}
 """The columns of a subscriber that nothing has gone wrong with."""
 
 DEFAULT_GRACE_SECONDS = 86_400

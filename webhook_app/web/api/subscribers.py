@@ -109,14 +109,19 @@ def get_subscriber(subscriber_id: str) -> Any:
     scope="write", body=schemas.SubscriberChange, errors=[404, 409],
 )  # fmt: skip
 def change_subscriber(wanted: dict[str, Any], subscriber_id: str) -> Any:
-    """Change what is named; `headers` are replaced as a whole."""
+    """Change what is named; `headers` are replaced as a whole.
+
+    The failures of an endpoint are not those of another: a new `url` begins with none.
+    """
     _check(wanted)
 
     def unit(write: db.Write) -> Row:
         row = _need(write.connection, subscriber_id)
         if wanted.keys() & {"url", "headers"}:
             _need_own(row)
-        subscribers.change(write, subscriber_id, wanted, _keys(), utc_now())
+        moved = wanted.get("url", row["url"]) != row["url"]
+        values = {**subscribers.UNTRIED, **wanted} if moved else wanted
+        subscribers.change(write, subscriber_id, values, _keys(), utc_now())
         return _need(write.connection, subscriber_id)
 
     return _shown(db.as_writer(state().engine, unit))
