@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 from rq import Queue, SimpleWorker
+from sqlalchemy import select
 
 from jobs.deliver import deliver
 from jobs.resources import Resources
@@ -341,6 +342,24 @@ def test_dead_letters_are_listed_with_their_reasons(api, buried):
         assert len(found) == 5
     assert api("GET", "/api/deliveries?reason=http_404")["items"] == []
     assert api("GET", "/api/deliveries?subscriber=sub_none")["items"] == []
+
+
+def test_the_tries_after_a_redrive_follow_those_before(api, buried):
+    (item, *_) = api("GET", f"/api/deliveries?subscriber={buried[0]['id']}")["items"]
+    numbers = (1, 2, 3, 1, 2)
+
+    def note_tries(connection):
+        columns = models.messages.c
+        message = connection.execute(select(columns.id).where(columns.message_id == item["id"])).scalar()
+        tried = {"message": message, "subscriber": buried[0]["id"], "duration_ms": 1, "reason": "http_500"}
+        for second, number in enumerate(numbers):
+            connection.execute(
+                models.delivery_attempts.insert(), tried | {"number": number, "started_at": at(second)}
+            )
+
+    db.in_transaction(api.engine, note_tries)
+    shown = api("GET", f"/api/deliveries/{item['id']}")["attempts"]
+    assert tuple(tried["number"] for tried in shown) == numbers
 
 
 def test_dead_letters_are_redriven(api, buried):

@@ -315,12 +315,12 @@ def delivery(connection: Connection, message_id: str) -> Row | None:
 
 
 def delivery_attempts(connection: Connection, message: int, most: int) -> Sequence[Row]:
-    """The tries of a message, in order."""
+    """The tries of a message as they began; a redrive numbers anew."""
     columns = models.delivery_attempts.c
     statement = (
         select(models.delivery_attempts)
         .where(columns.message == message)
-        .order_by(columns.number, columns.id)
+        .order_by(columns.started_at, columns.id)
         .limit(most)
     )
     return connection.execute(statement).mappings().all()
