@@ -119,6 +119,7 @@ def test_teams_shows_markdown_as_text(branch, shown):
     [
         None, "", "!channel", "@U012AB3CD", "javascript:alert(1)", "https://a.example/|text", "https://a b",
         "https://a.example/>x", "data:text/html,x", "https://a.example/" + "x" * 2000,
+        "https://a.example/?" + "&" * 900,
     ],
 )  # fmt: skip
 def test_only_a_plain_web_address_is_linked(url):

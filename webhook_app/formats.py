@@ -63,6 +63,7 @@ HEADLINE_CHARACTERS = 300
 FACT_CHARACTERS = 300
 """Slack takes 3000 characters of text and 2000 of a field; escaping makes up to five of one."""
 URL_CHARACTERS = 1000
+"""Escaped."""
 
 _MARKS = {
     "completed": ("✅", "Good"),
@@ -96,7 +97,7 @@ def _link(data: Data) -> str | None:
     """The build's page, if it is one that may be linked: `!channel` in its place would call everybody."""
     url = str(data.get("url") or "")
     plain = url.startswith(("https://", "http://")) and not _NOT_IN_A_LINK.search(url)
-    return url if plain and len(url) <= URL_CHARACTERS else None
+    return url if plain and len(_slack(url)) <= URL_CHARACTERS else None
 
 
 def _facts(told: Told) -> list[tuple[str, str]]:
