@@ -311,6 +311,26 @@ def test_children_of_a_supervisor_that_runs_are_left_alone(sleeper, tmp_path):
     assert file.exists()
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"supervisor": 1, "children": 2}', "null"])
+def test_a_pid_file_without_its_content_is_cleared_away(tmp_path, content):
+    (tmp_path / "up-1.json").write_text(content)
+    assert supervisor.end_leftovers(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pid_file_that_can_not_be_written_ends_nothing(start, pid_of, tmp_path):
+    with start(("web", lasting("web"), "go"), ("late", lasting("late"), None)) as process:
+        pid_of("web")
+        (tmp_path / "run" / f"up-{process.pid}.draft").mkdir()
+        (tmp_path / "go").touch()
+        read_until(process, "all ready")
+        first = pid_of("late")
+        os.kill(first, signal.SIGKILL)
+        assert pid_of("late", but=first)
+        process.terminate()
+        assert process.wait(timeout=10) == 0
+
+
 def test_the_pid_file_names_the_supervisor_and_its_children(start, pid_of, tmp_path):
     with start(("web", lasting("web"), None)) as process:
         read_until(process, "all ready")

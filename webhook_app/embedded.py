@@ -129,10 +129,13 @@ def run(data_dir: Path) -> None:
     """Wait for the lock of `data_dir`, then become its server; returns only by `EmbeddedError`."""
     server = find_server()
     directory = data_dir.absolute() / "redis"
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory.mkdir(mode=0o700, exist_ok=True)
     redis_url(data_dir)
-    _hold_lock(directory / "lock")
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        _hold_lock(directory / "lock")
+    except OSError as error:
+        raise EmbeddedError(f"{directory} can't be used: {error.strerror}") from error
     os.execv(server, [str(server), *server_arguments(data_dir)])  # noqa: S606
 
 

@@ -428,13 +428,15 @@ def identity(pid: int) -> str:
 
 
 def _write_pid_file(house: _House) -> None:
+    """Note who runs.  A full disk must not end what does: on Linux nobody needs the file."""
     if house.pid_file is None:
         return
     pids = [seat.process.pid for seat in house.seats if seat.process is not None]
     content = {"supervisor": _identified(os.getpid()), "children": [_identified(pid) for pid in pids]}
     draft = house.pid_file.with_suffix(".draft")
-    draft.write_text(json.dumps(content), encoding="utf-8")
-    draft.replace(house.pid_file)
+    with suppress(OSError):
+        draft.write_text(json.dumps(content), encoding="utf-8")
+        draft.replace(house.pid_file)
 
 
 def _identified(pid: int) -> tuple[int, str]:
@@ -445,19 +447,29 @@ def end_leftovers(pid_dir: Path) -> list[int]:
     """Kill the children of supervisors that died without stopping them; the pids that were killed.
 
     A number that belongs to another process by now is left alone, and so are the children of a
-    supervisor that still runs.
+    supervisor that still runs.  A file that a power cut left without its content names nobody who lives.
     """
     killed = []
     for file in pid_dir.glob("up-*.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if _same_process(*content["supervisor"]):
+        supervisor, children = _noted(file)
+        if _same_process(*supervisor):
             continue
-        for pid, known in content["children"]:
+        for pid, known in children:
             if _same_process(pid, known):
                 _signal_group(pid, signal.SIGKILL)
                 killed.append(pid)
         file.unlink(missing_ok=True)
     return killed
+
+
+def _noted(file: Path) -> tuple[tuple[int, str], list[tuple[int, str]]]:
+    """The supervisor and the children that a pid file names."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        (pid, known), children = content["supervisor"], content["children"]
+        return (int(pid), str(known)), [(int(pid), str(known)) for pid, known in children]
+    except (OSError, ValueError, KeyError, TypeError):
+        return (0, ""), []
 
 
 def _same_process(pid: int, known: str) -> bool:
