@@ -6,6 +6,7 @@ transactions at once, ids are given out in the order they become visible, and a 
 event ids has no gaps.  Group commit gives back the throughput that this costs.
 """
 
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import orjson
 from sqlalchemy import Connection, Engine, create_engine, event, select
-from sqlalchemy.engine import Dialect
+from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
@@ -28,6 +29,9 @@ Result = TypeVar("Result")
 
 LOST_RACES = {"40001", "40P01"}
 """PostgreSQL's serialization_failure and deadlock_detected: the whole unit is repeated."""
+
+LACKS = {"42P01", "42703"}
+"""PostgreSQL's undefined_table and undefined_column."""
 
 TRIES = 5
 
@@ -43,6 +47,10 @@ MOST_PATIENCE_SECONDS = 0.01
 
 class StoreUnavailable(Exception):
     """The database does not answer or can't be written; nothing of the unit was stored."""
+
+
+class SchemaMissing(StoreUnavailable):
+    """The database answers, but has not our tables, or not as this program knows them."""
 
 
 def connect(url: str, synchronous: str = "FULL", pool_size: int = 16) -> Engine:
@@ -92,6 +100,14 @@ def _prepare_sqlite(engine: Engine, synchronous: str) -> None:
         ):
             connection.execute(f"PRAGMA {pragma}")
 
+    @event.listens_for(engine, "handle_error")
+    def damaged(context: ExceptionContext) -> None:
+        """A file that is no database, or a broken one, has no name in Python; to us the store is away."""
+        if type(context.original_exception) is sqlite3.DatabaseError:
+            raise OperationalError(
+                context.statement, context.parameters, context.original_exception
+            ) from context.original_exception
+
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         writing = connection.get_execution_options().get("writing")
@@ -105,7 +121,7 @@ def reading(engine: Engine) -> Iterator[Connection]:
         with engine.connect() as connection:
             yield connection
     except UNAVAILABLE as error:
-        raise StoreUnavailable(_reason(error)) from error
+        raise unavailable(error) from error
 
 
 def in_transaction(engine: Engine, unit: Callable[[Connection], Result]) -> Result:
@@ -120,7 +136,7 @@ def in_transaction(engine: Engine, unit: Callable[[Connection], Result]) -> Resu
                 return unit(connection)
         except UNAVAILABLE as error:
             if tried == TRIES or not _worth_repeating(error):
-                raise StoreUnavailable(_reason(error)) from error
+                raise unavailable(error) from error
             time.sleep(0.01 * 2**tried)
     raise AssertionError("unreachable")
 
@@ -135,9 +151,14 @@ def _worth_repeating(error: Exception) -> bool:
     return state in LOST_RACES or "locked" in str(error.orig)
 
 
-def _reason(error: Exception) -> str:
+def unavailable(error: Exception) -> StoreUnavailable:
+    """What one of `UNAVAILABLE` means, in one line."""
     original = getattr(error, "orig", None) or error
-    return str(original).strip().split("\n")[0]
+    reason = str(original).strip().split("\n")[0]
+    lacks = getattr(original, "sqlstate", None) in LACKS or reason.startswith(
+        ("no such table", "no such column")
+    )
+    return SchemaMissing(reason) if lacks else StoreUnavailable(reason)
 
 
 @dataclass(slots=True)
