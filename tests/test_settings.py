@@ -98,7 +98,7 @@ GOOD = {
     "DATABASE_URL": ("sqlite:////var/lib/x.db", "sqlite:////var/lib/x.db"),
     "REDIS_URL": ("rediss://:pw@example.com:6380/0", "rediss://:pw@example.com:6380/0"),
     "BUILDRELAY_DATA_DIR": ("/var/lib/buildrelay", "/var/lib/buildrelay"),
-    "PORT": ("0", 0),
+    "PORT": ("1", 1),
     "WEB_CONCURRENCY": ("3", 3),
     "ENCRYPTION_KEYS": (f"{KEY}, {OTHER_KEY}", (KEY, OTHER_KEY)),
     "ADMIN_TOKEN": ("abc", "abc"),
@@ -173,12 +173,13 @@ def company(name):
 
 WEB_URL = "a URL that begins with http:// or https://"
 BAD = {
-    "DATABASE_URL": ["mysql://x", "x.db", "sqlite://", "sqlite:///:memory:", "postgresql"],
+    "DATABASE_URL": ["mysql://x", "x.db", "sqlite://", "sqlite:///:memory:", "postgresql", "postgres://u:pw@h:port/x"],
     "REDIS_URL": ["http://example.com", "localhost:6379", "redis://", "redis://example.com:port"],
     "BUILDRELAY_DATA_DIR": ["~nobody-of-this-name/data"],
-    "PORT": ["-1", "65536", "http", "80.5", " "],
+    "PORT": ["0", "-1", "65536", "http", "80.5", " "],
     "WEB_CONCURRENCY": ["0", "257", "many"],
     "ENCRYPTION_KEYS": ["short", f"{KEY},short", KEY[:-2], "ü" * 44],
+    "GITLAB_WEBHOOK_SECRET": ["whsec_", "whsec_%%%", "plain,whsec_a b"],
     "GITHUB_API_URL": ["ftp://x", "api.github.com", "https://", "https:///path", "https://[::1", "http://h:p"],
     "GITHUB_REPOS": ["octo", "octo/one,two", "https://github.com/octo/one", "octo/one two/three"],
     "GITHUB_APP_ID": ["4 2", "https://github.com/apps/x"],
@@ -221,7 +222,7 @@ BAD = {
     "SQLITE_SYNCHRONOUS": ["OFF"],
 }  # fmt: skip
 ANYTHING_GOES = {
-    "ADMIN_TOKEN", "GITHUB_WEBHOOK_SECRET", "GITLAB_WEBHOOK_SECRET", "JENKINS_WEBHOOK_SECRET",
+    "ADMIN_TOKEN", "GITHUB_WEBHOOK_SECRET", "JENKINS_WEBHOOK_SECRET",
     "DASHBOARD_API_KEY", "BUILD_EVENT_TOKEN", "GITHUB_TOKEN", "GITLAB_TOKEN", "GITLAB_PROJECTS", "JENKINS_USERNAME",
     "JENKINS_API_TOKEN", "JENKINS_JOBS", "JENKINS_DEFAULT_JOB", "GITLAB_OAUTH_CLIENT_SECRET",
     "GITLAB_OAUTH_REFRESH_TOKEN",
@@ -302,7 +303,7 @@ def test_a_bad_value_is_refused_by_name_with_what_is_allowed(name, text):
 @pytest.mark.parametrize(
     ("name", "text", "allowed"),
     [
-        ("PORT", "x", "a whole number from 0 to 65535"),
+        ("PORT", "x", "a whole number from 1 to 65535"),
         ("BUILD_POLL_INTERVAL", "x", "a whole number from 10 to 86400000 (milliseconds)"),
         ("HEARTBEAT_TIMEOUT", "x", "a number from 1 to 86400 (seconds)"),
         ("ENABLE_GH", "x", "true or false"),

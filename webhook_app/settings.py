@@ -18,8 +18,10 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.fernet import Fernet
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
-from webhook_app import destinations, embedded
+from webhook_app import destinations, embedded, signing
 from webhook_app.platforms import Source, github, gitlab
 from webhook_app.polling import Pace
 
@@ -283,9 +285,23 @@ def _database(text: str) -> str:
         "sqlite": "sqlite",
     }
     in_memory = scheme == "sqlite" and rest in ("", "/", "/:memory:")  # no two processes would share it
+    allowed = "a URL that begins with postgres://, postgresql:// or sqlite:///PATH"
     if not colon or scheme not in drivers or in_memory:
-        raise ValueError("a URL that begins with postgres://, postgresql:// or sqlite:///PATH")
-    return f"{drivers[scheme]}://{rest}"
+        raise ValueError(allowed)
+    url = f"{drivers[scheme]}://{rest}"
+    try:
+        make_url(url)
+    except (ArgumentError, ValueError):  # a port that is no number
+        raise ValueError(allowed) from None
+    return url
+
+
+def _gitlab_secrets(text: str) -> tuple[str, ...]:
+    """A signing token that can't be decoded would match nothing, and every push would be refused."""
+    secrets = _words(text)
+    if not all(signing.is_hmac_secret(one) for one in secrets if one.startswith(signing.HMAC_PREFIX)):
+        raise ValueError("base64 after each whsec_, comma separated,")
+    return secrets
 
 
 def _pace(text: str) -> bool:
@@ -313,12 +329,12 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("DATABASE_URL", "", _database, "SQLite in the data directory, or PostgreSQL", secret=True),
     Variable("REDIS_URL", "", _url("redis", "rediss", "unix"), "embedded by `up` unless set", secret=True),
     Variable("BUILDRELAY_DATA_DIR", "./data", _directory, "SQLite, embedded Redis and secrets.env live here"),
-    Variable("PORT", "8000", _whole(0, 65535), "port of the web process"),
+    Variable("PORT", "8000", _whole(1, 65535), "port of the web process"),
     Variable("WEB_CONCURRENCY", str(os.cpu_count() or 1), _whole(1, 256), "web processes"),
     Variable("ENCRYPTION_KEYS", "", _fernet_keys, "Fernet keys, comma separated, newest first", secret=True),
     Variable("ADMIN_TOKEN", "", _text, "bootstrap API token with every scope", secret=True),
     Variable("GITHUB_WEBHOOK_SECRET", "", _words, "comma separated, all accepted", secret=True),
-    Variable("GITLAB_WEBHOOK_SECRET", "", _words, "comma separated; `whsec_…` is a signing token", secret=True),
+    Variable("GITLAB_WEBHOOK_SECRET", "", _gitlab_secrets, "comma separated; `whsec_…` is a signing token", secret=True),
     Variable("JENKINS_WEBHOOK_SECRET", "", _words, "comma separated, all accepted", secret=True),
     Variable(
         "BUILD_EVENT_TOKEN", "", _words, "for build scripts (`X-Build-Token`)",
@@ -442,6 +458,25 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         sqlite_synchronous=values["SQLITE_SYNCHRONOUS"],
         log_level=values["LOG_LEVEL"],
     )
+
+
+def data_dir(environ: Mapping[str, str]) -> Path:
+    """The data directory, for what is read there before all is known.  Raises `SettingsError`."""
+    (variable,) = (one for one in VARIABLES if one.name == "BUILDRELAY_DATA_DIR")
+    path: Path = _value(variable, environ, _read_yaml(environ.get("BUILDRELAY_CONFIG", "")))
+    return path
+
+
+def given(environ: Mapping[str, str]) -> set[str]:
+    """The variables that are set: in the environment, under an alias, by a file, in the YAML file."""
+    file = _read_yaml(environ.get("BUILDRELAY_CONFIG", ""))
+    spelled = {
+        variable.name: [
+            f"{name}{end}" for name in (variable.name, *variable.aliases) for end in ("", "_FILE")
+        ]
+        for variable in VARIABLES
+    }
+    return {name for name, words in spelled.items() if name in file or any(map(environ.get, words))}
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -666,7 +701,7 @@ def _further_source(entry: Any) -> SourceSettings:
             name, platform, read("api_url", web_url), read("token", _text), read("username", _text)
         ),
         enabled=read("enabled", _flag, "true"),
-        webhook_secrets=read("webhook_secret", _words),
+        webhook_secrets=read("webhook_secret", _gitlab_secrets if platform == "gitlab" else _words),
         timeout_seconds=read("timeout", _timeout, "30000"),
         repositories=read("repositories", _repositories if platform == "github" else _words),
         app=_app(told, spelled),

@@ -126,6 +126,14 @@ def verify_v1a(
     return _verify(headers, body, public_keys, now, tolerance_seconds, genuine)
 
 
+def is_hmac_secret(secret: str) -> bool:
+    """Can `secret` sign and verify `v1`?"""
+    try:
+        return bool(_hmac_key(secret))
+    except ValueError:
+        return False
+
+
 def new_hmac_secret(random_bytes: bytes) -> str:
     """A `whsec_…` secret out of 24 to 64 random bytes; ValueError for any other number of them."""
     if len(random_bytes) not in SECRET_BYTES:

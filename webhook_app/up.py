@@ -1,15 +1,17 @@
 """`buildrelay up`: everything on one machine in one terminal.
 
-Secrets that are missing are made once and kept in `DIR/secrets.env` (0600); the environment wins.
+Secrets that are missing are made once and kept in `DIR/secrets.env` (0600); environment and YAML file win.
 """
 
 import base64
+import fcntl
 import os
 import secrets
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -21,39 +23,89 @@ from webhook_app.supervisor import Child
 from webhook_app.times import utc_now
 
 SECRETS_FILE = "secrets.env"
+RUN_DIRECTORY = "run"
 
 
 def read_secrets(data_dir: Path) -> dict[str, str]:
-    """The variables of `DIR/secrets.env`; empty if there is none."""
-    path = data_dir / SECRETS_FILE
-    if not path.exists():
-        return {}
-    pairs = (line.partition("=") for line in path.read_text(encoding="utf-8").splitlines())
-    return {name.strip(): value.strip() for name, sign, value in pairs if sign and not name.startswith("#")}
+    """The variables of `DIR/secrets.env`; empty if there is none.
+
+    As a shell reads them: `export` before a name and quotes around a value don't count.
+    Raises `CannotStart`.
+    """
+    lines = map(str.strip, _read_text(data_dir / SECRETS_FILE).splitlines())
+    pairs = (line.removeprefix("export ").partition("=") for line in lines if not line.startswith("#"))
+    return {name.strip(): _unquoted(value.strip()) for name, sign, value in pairs if sign}
+
+
+def under(environ: Mapping[str, str], kept: Mapping[str, str]) -> dict[str, str]:
+    """The environment, and of what is kept in `secrets.env` that which nobody set elsewhere."""
+    given = settings.given(environ)
+    return {name: value for name, value in kept.items() if name not in given} | {
+        name: value for name, value in environ.items() if value
+    }
+
+
+def _unquoted(value: str) -> str:
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    return value[1:-1] if is_quoted else value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise CannotStart(f"{path} can't be read: {error}") from error
 
 
 def ensure_secrets(data_dir: Path, environ: Mapping[str, str]) -> dict[str, str]:
-    """Make the secrets that neither the environment nor the file has, and keep them in the file (0600).
+    """Make the secrets that neither the settings nor the file have, and keep them in the file (0600).
 
-    Returns all variables of the file, old and new.
+    Returns all variables of the file, old and new.  Of two first starts at once the second takes what the
+    first has made.  Raises `CannotStart`, and then the file is as it was.
     """
-    kept = read_secrets(data_dir)
-    made = {
-        name: make()
-        for name, make in _MAKERS.items()
-        if name not in kept and not environ.get(name) and not environ.get(f"{name}_FILE")
-    }
-    if made:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _append_private(data_dir / SECRETS_FILE, "".join(f"{name}={value}\n" for name, value in made.items()))
+    with _alone_in(data_dir / RUN_DIRECTORY):
+        kept = read_secrets(data_dir)
+        known = kept.keys() | settings.given(environ)
+        made = {name: make() for name, make in _MAKERS.items() if name not in known}
+        if made:
+            _append_private(data_dir / SECRETS_FILE, made)
     return kept | made
 
 
-def _append_private(path: Path, text: str) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    with os.fdopen(os.open(path, flags, 0o600), "a", encoding="utf-8") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(text)
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    held = os.open(directory / "secrets.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def _append_private(path: Path, made: Mapping[str, str]) -> None:
+    """Write the file anew, and only then put it in place: half a secret would be taken for a whole one."""
+    text = _read_text(path)
+    lines = [
+        *([text.removesuffix("\n")] if text else []),
+        *(f"{name}={value}" for name, value in made.items()),
+    ]
+    target = path.resolve()
+    draft = target.with_name(f"{target.name}.draft")
+    try:
+        with os.fdopen(
+            os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+        ) as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write("\n".join(lines) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise CannotStart(f"{path} can't be written: {error.strerror}") from error
 
 
 def _token() -> str:
@@ -76,19 +128,23 @@ _MAKERS = {
 
 def environment(data_dir: Path, host: str, environ: Mapping[str, str]) -> dict[str, str]:
     """The whole environment of the children: secrets, Redis, what a loopback host allows."""
-    made = {
-        **ensure_secrets(data_dir, environ),
-        **{name: value for name, value in environ.items() if value},
+    told = {
+        **under(environ, ensure_secrets(data_dir, environ)),
         "BUILDRELAY_DATA_DIR": str(data_dir),
         "PYTHONUNBUFFERED": "1",
     }
-    made.setdefault("REDIS_URL", embedded.redis_url(data_dir))
-    if made.get("DATABASE_URL", "sqlite:").startswith("sqlite:"):
-        made.setdefault("WEB_CONCURRENCY", "1")  # SQLite has one writer; one process commits in groups
-    made.setdefault("LOG_LEVEL", "warning")
+    given = settings.given(told)
+    return told | {name: value for name, value in _ours(told, data_dir, host).items() if name not in given}
+
+
+def _ours(told: Mapping[str, str], data_dir: Path, host: str) -> dict[str, str]:
+    """What `up` sets unless somebody else did."""
+    ours = {"REDIS_URL": embedded.redis_url(data_dir), "LOG_LEVEL": "warning"}
+    if settings.load(told).database_url.startswith("sqlite:"):
+        ours["WEB_CONCURRENCY"] = "1"  # SQLite has one writer; one process commits in groups
     if is_loopback(host):
-        made.setdefault("ALLOW_PRIVATE_CALLBACKS", "true")
-    return made
+        ours["ALLOW_PRIVATE_CALLBACKS"] = "true"
+    return ours
 
 
 def is_loopback(host: str) -> bool:
@@ -106,13 +162,16 @@ def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] |
 
     Raises `SettingsError`, `EmbeddedError`, `StoreUnavailable`, `CannotStart`.
     """
-    given = os.environ if environ is None else environ
+    environ = dict(os.environ if environ is None else environ)
+    if port is not None:
+        environ["PORT"] = str(port)
     data_dir = data_dir.expanduser().absolute()
+    if not host:
+        raise CannotStart("--host: an address is needed, or 0.0.0.0 for all of them")
     _make(data_dir)
     first = not (data_dir / SECRETS_FILE).exists()
-    env = environment(data_dir, host, given)
-    if port is not None:
-        env["PORT"] = str(port)
+    env = environment(data_dir, host, environ)
+    given = settings.given(under(environ, read_secrets(data_dir)))
     values = settings.load(env)
     _check_port(host, values.port)
     prepare(values)
@@ -120,9 +179,9 @@ def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] |
     env["BUILDRELAY_BIND"] = f"{_bracketed(host)}:{values.port}"
     private = "ALLOW_PRIVATE_CALLBACKS" not in given and values.allow_private_callbacks
     return supervisor.supervise(
-        children(env, data_dir, url, own_redis=not given.get("REDIS_URL")),
+        children(env, data_dir, url, own_redis="REDIS_URL" not in given),
         on_ready=lambda: print(banner(url, values, first=first, private=private), flush=True),
-        pid_dir=data_dir / "run",
+        pid_dir=data_dir / RUN_DIRECTORY,
     )
 
 
@@ -131,13 +190,16 @@ class CannotStart(Exception):
 
 
 def _make(data_dir: Path) -> None:
+    """The data directory, and in it the one of the pid files; see that we may write there."""
     try:
-        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for directory in (data_dir, data_dir / RUN_DIRECTORY):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         probe = data_dir / ".probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise CannotStart(f"{data_dir} can't be used as data directory: {error.strerror}") from error
+        where = "" if error.filename == str(data_dir) else f" ({error.filename})"
+        raise CannotStart(f"{data_dir} can't be used as data directory: {error.strerror}{where}") from error
 
 
 def _check_port(host: str, port: int) -> None:
@@ -156,9 +218,7 @@ def prepare(values: Settings) -> None:
     try:
         migrations.upgrade(engine)
     except db.UNAVAILABLE as error:
-        raise db.StoreUnavailable(
-            str(getattr(error, "orig", None) or error).strip().split("\n")[0]
-        ) from error
+        raise db.unavailable(error) from error
     db.as_writer(
         engine,
         lambda write: subscribers.sync_static(
