@@ -1,6 +1,8 @@
 """The commands about subscribers, deliveries and keys, on a SQLite file."""
 
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from sqlalchemy import select
 
 from tests import hub as hubs
 from tests.facts import PACE, at, github
-from webhook_app import builds, cli, db, deliveries, endpoints, models, sealing, subscribers
+from webhook_app import builds, cli, db, deliveries, endpoints, models, sealing, subscribers, tokens
 from webhook_app.deliveries import Tried
 from webhook_app.lifecycle import State
 from webhook_app.retries import RetryPolicy
@@ -260,6 +262,9 @@ def test_a_target_that_can_not_be_used_stops_the_start(box, monkeypatch, name, v
         ({"DATABASE_URL": "postgresql://u:sekret@127.0.0.1:1/x"}, [], "the database does not answer: "),
         ({}, ["--data-dir", "/proc/x"], "/proc/x can't be used as data directory: "),
         ({}, ["--data-dir", "/etc/passwd"], "/etc/passwd can't be used as data directory: "),
+        ({}, ["--host", ""], "--host: an address is needed"),
+        ({}, ["--port", "0"], "PORT='0': a whole number from 1 to 65535 is needed"),
+        ({"DATABASE_URL": "postgres://u:sekret@h:port/x"}, [], "DATABASE_URL=(secret): a URL "),
         ({}, ["--port", "{used}"], "can't listen on 127.0.0.1 port {used}: Address already in use"),
     ],
 )
@@ -278,8 +283,82 @@ def test_up_says_in_one_line_why_it_can_not_start(tmp_path, given, arguments, sa
     assert "sekret" not in made.stderr + made.stdout
 
 
+COMMANDS = [
+    ("subscribers", "list"), ("subscribers", "add", "https://example.com/"), ("subscribers", "test", "sub_1"),
+    ("subscribers", "remove", "sub_1"), ("subscribers", "rotate-secret", "sub_1"),
+    ("subscribers", "replay", "sub_1", "--since", SINCE), ("deliveries", "list"), ("deliveries", "retry", "1"),
+    ("deliveries", "redrive"), ("tokens", "list"), ("tokens", "add", "me"), ("sources", "list"), ("rekey",),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", COMMANDS)
+def test_a_command_away_from_its_store_says_where_to_run_it_and_makes_none(
+    tmp_path, monkeypatch, capsys, arguments
+):
+    monkeypatch.setenv("BUILDRELAY_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("ENCRYPTION_KEYS", OLD)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    box = Box(None, capsys)
+    said = box(*arguments, code=2)
+    assert said.startswith(f"buildrelay: there is no store {tmp_path / 'buildrelay.db'}: ")
+    assert "BUILDRELAY_DATA_DIR" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_on_a_store_without_tables_names_what_makes_them(database_url):
+    engine = db.connect(database_url)
+    engine.connect().close()  # SQLite: an empty file
+    engine.dispose()
+    command = [sys.executable, "-m", "webhook_app", "tokens", "list"]
+    env = hubs.clean_environment({"DATABASE_URL": database_url})
+    made = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert made.returncode == 1
+    assert re.fullmatch(
+        r"buildrelay: the schema is not current \(.*\): run `buildrelay migrate`\n", made.stderr
+    )
+
+
+def test_a_reader_that_has_enough_gets_no_trace(box):
+    db.as_writer(
+        box.engine,
+        lambda write: [tokens.create(write.connection, "x" * 250, ["read"], utc_now()) for _ in range(900)],
+    )
+    made = subprocess.run(
+        f"{sys.executable} -m webhook_app tokens list | head -n 1",
+        shell=True, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert made.stdout.endswith("x" * 250 + "\n")
+    assert made.stderr == ""
+
+
+@pytest.mark.parametrize("most", ["0", "-1", "100001", "x"])
+def test_a_list_has_a_length(box, most):
+    assert "a number from 1 to 100000" in box("deliveries", "list", "--most", most, code=2)
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[31m", "x" * 256])
+def test_a_token_has_a_name_that_fits_on_a_line(box, name):
+    assert "1 to 255 characters on one line" in box("tokens", "add", name, code=2)
+    assert box("tokens", "list") == []
+
+
 def test_the_demo_refuses_numbers_that_make_no_sense():
     for words in (["--builds", "0"], ["--builds", "-1"], ["--loss", "1.1"], ["--loss", "-0.1"]):
         command = [sys.executable, "-m", "webhook_app", "demo", *words]
         made = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert (made.returncode, made.stderr.count("\n")) == (2, 1), made.stderr
+
+
+def test_ctrl_c_during_a_command_is_no_fault(box):
+    id_, _ = box.add()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        env = {"REDIS_URL": f"redis://127.0.0.1:{silent.getsockname()[1]}"}
+        command = [sys.executable, "-m", "webhook_app", "subscribers", "test", id_]
+        with subprocess.Popen(
+            command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            ringing, _ = silent.accept()
+            with ringing:  # and no answer
+                process.send_signal(signal.SIGINT)
+                said, _ = process.communicate(timeout=30)
+    assert (process.returncode, said) == (130, "")

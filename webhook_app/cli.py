@@ -42,19 +42,37 @@ from webhook_app.times import iso, utc_now
 REDIS_SECONDS = 2.0
 """A Redis that says nothing for so long is away: a command does not wait for it."""
 
+MOST_LISTED = 100_000
+MOST_NAME = 255
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit."""
     chosen = _parser().parse_args(arguments)
     try:
         code = chosen.run(chosen)
-    except (SettingsError, EmbeddedError, SealError, up.CannotStart) as error:
-        print(f"buildrelay: {error}", file=sys.stderr)
-        code = 2
+        sys.stdout.flush()
+    except (SettingsError, EmbeddedError, SealError, up.CannotStart, NoStore) as error:
+        code = _complain(error, 2)
+    except db.SchemaMissing as error:
+        code = _complain(f"the schema is not current ({error}): run `buildrelay migrate`", 1)
     except db.StoreUnavailable as error:
-        print(f"buildrelay: the database does not answer: {error}", file=sys.stderr)
+        code = _complain(f"the database does not answer: {error}", 1)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     raise SystemExit(code)
+
+
+class NoStore(Exception):
+    """There is no database to work on; the message is the one line a person needs."""
+
+
+def _complain(reason: object, code: int) -> int:
+    print(f"buildrelay: {reason}", file=sys.stderr)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,8 +125,7 @@ def _add_processes(commands: Any) -> None:
 
 def _up(chosen: argparse.Namespace) -> int:
     supervisor.tie_to_starter()
-    data_dir = chosen.data_dir or Path(os.environ.get("BUILDRELAY_DATA_DIR") or "data")
-    return up.up(chosen.host, chosen.port, data_dir)
+    return up.up(chosen.host, chosen.port, chosen.data_dir or settings.data_dir(os.environ))
 
 
 def _demo(chosen: argparse.Namespace) -> int:
@@ -137,8 +154,7 @@ def _scheduler(_chosen: argparse.Namespace) -> int:
 
 def _environment() -> dict[str, str]:
     """Our environment, and under it the secrets that `up` made in the data directory."""
-    data_dir = Path(os.environ.get("BUILDRELAY_DATA_DIR") or "data")
-    return {**up.read_secrets(data_dir), **os.environ}
+    return up.under(os.environ, up.read_secrets(settings.data_dir(os.environ)))
 
 
 def _settings() -> Settings:
@@ -203,6 +219,23 @@ def _moment(text: str) -> datetime:
     if moment is None or moment.tzinfo is None:
         raise argparse.ArgumentTypeError("a time with its zone is needed, like 2026-11-01T10:00:00Z")
     return moment
+
+
+def _count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if not 1 <= count <= MOST_LISTED:
+        raise argparse.ArgumentTypeError(f"a number from 1 to {MOST_LISTED} is needed")
+    return count
+
+
+def _token_name(text: str) -> str:
+    """As the API takes it, and on one line of a list."""
+    if not (1 <= len(text) <= MOST_NAME and text.isprintable()):
+        raise argparse.ArgumentTypeError(f"1 to {MOST_NAME} characters on one line are needed")
+    return text
 
 
 def _list_subscribers(_chosen: argparse.Namespace) -> int:
@@ -348,7 +381,7 @@ def _add_deliveries(commands: Any) -> None:
     list_ = _command(group, "list", _list_deliveries, "List the dead deliveries, or those of one subscriber.")
     list_.add_argument("--state", choices=["pending", "delivered", "dead"], help="default: dead")
     list_.add_argument("--subscriber", help="the id of one subscriber")
-    list_.add_argument("--most", type=int, default=50, help="how many (default: %(default)s)")
+    list_.add_argument("--most", type=_count, default=50, help="how many (default: %(default)s)")
     retry = _command(group, "retry", _retry_delivery, "Send one delivery again, under its id.")
     retry.add_argument("id")
     redrive = _command(group, "redrive", _redrive, "Send the dead deliveries of active subscribers again.")
@@ -460,7 +493,8 @@ def _connect(chosen: argparse.Namespace) -> int:
         print(_JENKINS.format(url=address.url))
         return 0
     try:
-        source = credentials.with_token(_engine(values), values.encryption_keys, source)
+        if source.app or source.oauth:  # a token of our own needs no store
+            source = credentials.with_token(_engine(values), values.encryption_keys, source)
     except PollError as error:
         print(f"buildrelay: {chosen.source}: {error}", file=sys.stderr)
         return 1
@@ -524,7 +558,7 @@ def _add_tokens(commands: Any) -> None:
     group = _group(commands, "tokens", "API tokens.")
     _command(group, "list", _list_tokens, "List the API tokens.")
     add = _command(group, "add", _add_token, "Make an API token; prints it, this once.")
-    add.add_argument("name")
+    add.add_argument("name", type=_token_name)
     add.add_argument("--scope", choices=["read", "write", "admin"], default="read")
     remove = _command(group, "remove", _remove_token, "Revoke an API token.")
     remove.add_argument("id")
@@ -552,7 +586,15 @@ def _remove_token(chosen: argparse.Namespace) -> int:
 
 
 def _engine(values: Settings) -> Engine:
-    return db.connect(values.database_url, values.sqlite_synchronous)
+    """The store that is there.  (SQLite would make an empty one of any name.)"""
+    engine = db.connect(values.database_url, values.sqlite_synchronous)
+    file = engine.url.database if engine.dialect.name == "sqlite" else None
+    if file and not Path(file).exists():
+        raise NoStore(
+            f"there is no store {file}: run this where `buildrelay up` runs, or name its directory by "
+            "BUILDRELAY_DATA_DIR; DATABASE_URL names another store"
+        )
+    return engine
 
 
 def _done(found: bool, said: str, id_: str) -> int:
