@@ -25,7 +25,8 @@ def subscribe(engine: Engine, urls: Sequence[str], **more: object) -> list[str]:
 
 def remove(engine: Engine, ids: Sequence[str]) -> None:
     """Remove them with their messages."""
-    db.as_writer(engine, lambda write: [subscribers.remove(write, one) for one in ids])
+    for one in ids:
+        subscribers.remove(engine, one, utc_now())
 
 
 def record(engine: Engine, number: int, pace: Pace) -> None:
