@@ -1,6 +1,6 @@
 """The polling jobs: `poll` reads what is due, `discover` says where to look for builds nobody told of.
 
-One round of a lane (a token, see `pollers.budget`): own it, take the stalest places the allowance covers,
+One round of a lane (a token, see `webhook_app.budget`): own it, take the stalest places the allowance covers,
 read them, record what they told in one transaction and give the lane back.  Lanes go side by side; a tick
 that comes twice, late, or beside another finds the lane owned, or nothing due.
 """
@@ -16,13 +16,13 @@ from datetime import datetime, timedelta
 
 from jobs.resources import Resources, resources
 from jobs.schedule import ring_at
-from pollers import adaptive, budget, client, discovery, repository, stale
+from pollers import adaptive, client, discovery, repository, stale
 from pollers.adaptive import Trust
-from pollers.budget import Ledger, Spent
 from pollers.client import Client, Purse
 from pollers.repository import Findings, Terms
 from pollers.stale import Place
-from webhook_app import builds, credentials, db, platforms, queues
+from webhook_app import budget, builds, credentials, db, queues
+from webhook_app.budget import Ledger, Spent
 from webhook_app.credentials import Keyring
 from webhook_app.platforms import Manners, PollError
 from webhook_app.settings import SourceSettings
@@ -37,6 +37,8 @@ ROUND_SECONDS = 5.0
 PLACES_AT_ONCE = 64
 PUSHED_WELL = 0.5
 LEASE_MARGIN_SECONDS = 10.0
+TURN_SECONDS, LOOK_SECONDS = 3.0, 0.05
+"""So long a round waits for a single request of somebody else to end, looking so often."""
 SOON = timedelta(minutes=1)
 
 
@@ -77,12 +79,12 @@ class _Lane:
     has_plenty: bool = False
 
     @property
-    def platform(self) -> str:
-        return next(iter(self.sources.values())).source.platform
+    def budget(self) -> budget.Lane:
+        return budget.lane_of(next(iter(self.sources.values())), self.held.settings.api_budget_reserve)
 
     @property
     def manners(self) -> Manners:
-        return platforms.polled()[self.platform].MANNERS
+        return self.budget.manners
 
     @property
     def lease(self) -> timedelta:
@@ -154,27 +156,38 @@ def _round(lane: _Lane) -> bool:
 
 
 def _begin(lane: _Lane) -> tuple[Ledger, list[Place]] | None:
-    """Own the lane and take what may be read now; None while somebody else owns it."""
-    reserve = lane.held.settings.api_budget_reserve
+    """Own the lane and take what may be read now; None while somebody else owns it.
 
-    def unit(write: db.Write) -> tuple[Ledger, list[Place]] | None:
-        now = utc_now()
-        ledger = budget.take(write, lane.name, list(lane.sources), lane.owner, now + lane.lease, now)
-        if ledger is None:
-            return None
-        ledger = budget.reckoned(ledger, now, lane.manners, reserve)
-        lane.has_plenty = budget.has_plenty(ledger, reserve)
-        paused = budget.paused(write.connection, now)
-        awake = {name: source for name, source in lane.sources.items() if name not in paused}
-        most = min(budget.allowance(ledger), PLACES_AT_ONCE)
-        places = stale.work(write.connection, awake, now, most) if awake and most else []
-        lane.trust = adaptive.trust(write.connection, awake, now) if places else {}
-        if lane.held.settings.adaptive_pace:
-            interval = lane.held.pace.interval_seconds
-            places = adaptive.ease(write, places, lane.trust, interval, now)
-        return ledger, places
+    A single request beside the polling is waited for, if it does not take long.
+    """
+    until = time.monotonic() + TURN_SECONDS
+    while True:
+        begun = db.as_writer(lane.held.engine, lambda write: _take(write, lane))
+        if begun is not None or not _is_brief(lane) or time.monotonic() > until:
+            return begun
+        time.sleep(LOOK_SECONDS)
 
-    return db.as_writer(lane.held.engine, unit)
+
+def _is_brief(lane: _Lane) -> bool:
+    with db.reading(lane.held.engine) as connection:
+        return budget.is_brief(connection, lane.budget, utc_now())
+
+
+def _take(write: db.Write, lane: _Lane) -> tuple[Ledger, list[Place]] | None:
+    now = utc_now()
+    ledger = budget.take(write, lane.budget, list(lane.sources), lane.owner, now + lane.lease, now)
+    if ledger is None:
+        return None
+    lane.has_plenty = budget.has_plenty(ledger, lane.budget.reserve)
+    paused = budget.paused(write.connection, now)
+    awake = {name: source for name, source in lane.sources.items() if name not in paused}
+    most = min(budget.allowance(ledger), PLACES_AT_ONCE)
+    places = stale.work(write.connection, awake, now, most) if awake and most else []
+    lane.trust = adaptive.trust(write.connection, awake, now) if places else {}
+    if lane.held.settings.adaptive_pace:
+        interval = lane.held.pace.interval_seconds
+        places = adaptive.ease(write, places, lane.trust, interval, now)
+    return ledger, places
 
 
 def _read(lane: _Lane, places: Sequence[Place], purse: Purse) -> list[Findings]:
@@ -236,12 +249,11 @@ def _finish(lane: _Lane, ledger: Ledger, findings: Sequence[Findings], spent: Sp
         for found in findings:
             _note_place(write, lane, found, now)
         budget.note(write, worked, faults, now, ledger.strikes)
-        settled = budget.charged(ledger, spent, now)
-        settled = budget.struck(settled, [fault for _, fault in faults], worked=bool(worked))
-        budget.settle(write, lane.name, settled, lane.owner)
-        lane.ready_at = now + timedelta(
-            seconds=budget.wait_seconds(settled, now, lane.manners, lane.held.settings.api_budget_reserve)
+        settled = budget.settle(
+            write, lane.budget, lane.owner, spent, now, [fault for _, fault in faults], worked=bool(worked)
         )
+        wait_seconds = budget.wait_seconds(settled, now, lane.manners, lane.budget.reserve)
+        lane.ready_at = now + timedelta(seconds=wait_seconds)
         return sum(outcome.events for outcome in outcomes)
 
     return db.as_writer(lane.held.engine, unit)

@@ -13,8 +13,8 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, select, update
 
 from jobs.resources import Resources, resources
-from pollers import budget
-from webhook_app import db, health, models, queues, registration
+from webhook_app import budget, db, health, models, queues, registration
+from webhook_app.account import Account
 from webhook_app.credentials import Keyring
 from webhook_app.inbox import Arrival
 from webhook_app.platforms import Hook, HookDelivery, PollError, hook_api
@@ -176,9 +176,9 @@ def _follow(held: Resources, look: Look) -> None:
     """Look at one webhook and note what came of it.  Never raises for what a platform does."""
     began, address = utc_now(), Address(look.source, held.settings.public_url)
     try:
-        settings = _with_token(held, look)
-        hook = registration.ours(registration.find_hooks(settings, look.repository), address)
-        left = _ask_again(held, settings, look, hook) if hook and look.since else False
+        account = _account(held, look)
+        hook = registration.ours(registration.find_hooks(account, look.repository), address)
+        left = _ask_again(held, account, look, hook) if hook and look.since else False
     except (PollError, RegistrationError) as error:
         log.warning("webhook not looked at: %s %s: %s", look.source, look.repository, error)
         _note_fault(held, look, error)
@@ -187,21 +187,22 @@ def _follow(held: Resources, look: Look) -> None:
     db.as_writer(held.engine, lambda write: _note_look(write.connection, look, hook, values, utc_now()))
 
 
-def _with_token(held: Resources, look: Look) -> SourceSettings:
+def _account(held: Resources, look: Look) -> Account:
     """The source with a token that can be used."""
     settings = held.settings.sources[look.source]
     keyring = Keyring(held.engine, held.settings.encryption_keys)
-    return replace(settings, source=keyring.source(settings, utc_now()))
+    able = replace(settings, source=keyring.source(settings, utc_now()))
+    return Account(able, held.engine, held.settings.api_budget_reserve, patient=True, clock=utc_now)
 
 
-def _ask_again(held: Resources, settings: SourceSettings, look: Look, hook: Hook) -> bool:
+def _ask_again(held: Resources, account: Account, look: Look, hook: Hook) -> bool:
     """Ask for each failed delivery once; are some left for the next run?"""
     assert look.since is not None
-    failed = registration.failed_deliveries(settings, look.repository, hook, look.since)
+    failed = registration.failed_deliveries(account, look.repository, hook, look.since)
     with db.reading(held.engine) as connection:
         wanted = unsettled(connection, look.source, hook.id, failed)
     for delivery in wanted[:MOST_ASKED]:
-        registration.redeliver(settings, look.repository, hook, delivery)
+        registration.redeliver(account, look.repository, hook, delivery)
         _remember(held, look.source, hook.id, delivery.envelope.delivery_id)
     if wanted:
         log.info("redeliveries asked for: %s %s %d", look.source, look.repository, len(wanted[:MOST_ASKED]))

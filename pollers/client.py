@@ -9,8 +9,8 @@ from typing import Any
 
 from sqlalchemy import Engine, bindparam, delete, insert, select
 
-from pollers.budget import Spent
 from webhook_app import db, models, outbound, platforms
+from webhook_app.budget import Spent
 from webhook_app.db import Write
 from webhook_app.destinations import OutboundError
 from webhook_app.platforms import Answer, Polled, PollError, PollFault, Request, Source

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO, TypeVar, cast
 
-from pollers.budget import Spent
 from webhook_app import archives, logs, outbound, platforms
+from webhook_app.account import Account
 from webhook_app.collection import MOST_TRIES, Brought, Claimed, Found
 from webhook_app.destinations import OutboundError
 from webhook_app.logs import Keeper, Log
@@ -19,7 +19,6 @@ from webhook_app.outbound import Reply, Sink
 from webhook_app.platforms import Answer, EndedJob, FileApi, LogFile, PollError, PollFault, Request, Source
 from webhook_app.platforms._read import next_page, poll_error
 from webhook_app.redaction import Redactor
-from webhook_app.settings import SourceSettings
 
 Item = TypeVar("Item")
 
@@ -45,22 +44,21 @@ class Look:
 
     brought: Brought
     fault: PollError | None = None
-    spent: Spent = field(default_factory=Spent)
 
 
-def look(settings: SourceSettings, source: Source, claimed: Claimed, redact: Redactor) -> Look:
+def look(account: Account, source: Source, claimed: Claimed, redact: Redactor) -> Look:
     """Read what is still wanted of one attempt; one that was claimed too often has killed its readers."""
     if claimed.tries > MOST_TRIES:
         never = Found(never=PollFault.UNAVAILABLE.value)
         return Look(Brought(never if claimed.wants_log else None, never if claimed.wants_artifacts else None))
-    return _Reader(settings, source, claimed, redact).look()
+    return _Reader(account, source, claimed, redact).look()
 
 
 @dataclass(slots=True)
 class _Reader:
     """One look: the platform, the time left, and the answers so far (GitLab tells two things in one)."""
 
-    settings: SourceSettings
+    account: Account
     source: Source
     claimed: Claimed
     redact: Redactor
@@ -68,7 +66,6 @@ class _Reader:
     deadline: float = field(init=False)
     answers: dict[str, list[Answer]] = field(default_factory=dict)
     error: str | None = None
-    spent: Spent = field(default_factory=Spent)
 
     def __post_init__(self) -> None:
         platform = platforms.file_api(self.source.platform)
@@ -88,8 +85,8 @@ class _Reader:
             seconds = fault.retry_after_seconds or (
                 RATE_LIMIT_SECONDS if fault.fault is PollFault.RATE_LIMITED else UNAUTHORIZED_SECONDS
             )
-            return Look(Brought(log, artifacts, self.error, postponed_seconds=seconds), fault, self.spent)
-        return Look(Brought(log, artifacts, self.error), spent=self.spent)
+            return Look(Brought(log, artifacts, self.error, postponed_seconds=seconds), fault)
+        return Look(Brought(log, artifacts, self.error))
 
     def _find(self, read: Callable[[], object]) -> Found:
         """What `read` brings, or why not; a fault of the whole source is raised."""
@@ -233,33 +230,32 @@ class _Reader:
 
     def _send(self, request: Request, most_bytes: int, into: Sink | None = None) -> Reply:
         """One GET within the time of this look; raises `Never` for what is gone."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise PollError(PollFault.UNAVAILABLE, "timeout: the look took too long")
-        most_seconds = left if into is not None else min(left, self.settings.timeout_seconds)
-        try:
-            reply = outbound.send(
-                "GET",
-                request.url,
-                request.headers,
-                timeout_seconds=most_seconds,
-                byte_cap=most_bytes,
-                guard=False,
-                follow_redirects=True,
-                into=into,
-            )
-        except OutboundError as error:
-            self._note(None)
-            raise PollError(PollFault.UNAVAILABLE, f"{error.reason}: {error}") from error
-        self._note(Answer(reply.status, reply.headers, b""))
+        with self.account.turn(self._left()) as turn:
+            left = self._left()
+            most_seconds = left if into is not None else min(left, self.account.settings.timeout_seconds)
+            try:
+                reply = outbound.send(
+                    "GET",
+                    request.url,
+                    request.headers,
+                    timeout_seconds=most_seconds,
+                    byte_cap=most_bytes,
+                    guard=False,
+                    follow_redirects=True,
+                    into=turn.over_at_first(into) if into is not None else None,
+                )
+            except OutboundError as error:
+                raise PollError(PollFault.UNAVAILABLE, f"{error.reason}: {error}") from error
+            turn.answer = Answer(reply.status, reply.headers, reply.body)
         if reply.status == 410:
             raise Never("gone")
         return reply
 
-    def _note(self, answer: Answer | None) -> None:
-        """What a request cost; a store that a redirect led to tells no limits."""
-        told = self.platform.limits(answer) if answer is not None else None
-        self.spent = Spent(self.spent.requests + 1, self.spent.counted + 1, told or self.spent.limits)
+    def _left(self) -> float:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise PollError(PollFault.UNAVAILABLE, "timeout: the look took too long")
+        return left
 
 
 def _answer(reply: Reply) -> Answer:

@@ -1,7 +1,7 @@
 """What is due: builds that had no recent push, and repositories whose newest builds are to be listed.
 
 A portion of work is a list of `Place`s, the stalest first.  Nothing is claimed row by row: whoever owns
-the lane (`pollers.budget`) is the only one to read with it, and what it does not get to stays due.
+the lane (`webhook_app.budget`) is the only one to read with it, and what it does not get to stays due.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pollers import budget
-from pollers.budget import Ledger, Spent
 from tests.facts import NOON, at
+from webhook_app import budget
+from webhook_app.budget import Ledger, Spent
 from webhook_app.platforms import Limits, Manners, PollError, PollFault
 
 MANNERS = Manners(at_once=1, per_minute=3600, free_unchanged=True, lists_changes=False)

@@ -11,19 +11,18 @@ import time
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from jobs import collect as collect_job
 from jobs import sweep as sweep_job
-from pollers import budget, endings
-from pollers.budget import Pause
+from pollers import endings
 from tests.hub import clean_environment
 from tests.stand import ON_SQLITE, environment, stands
-from webhook_app import collection, credentials, db, logs, models, queues
+from webhook_app import budget, collection, db, logs, models, queues
+from webhook_app.budget import Pause
 from webhook_app.lifecycle import Conclusion, ObservedBy, State
 from webhook_app.logs import Log
 from webhook_app.simulated.ci import LOGGED_SECRETS
@@ -589,11 +588,11 @@ def test_without_budget_to_spare_everything_waits_and_nothing_is_dropped(make_st
 
 def ledger(stand, **values):
     """What the lane of GitHub has left, as if states had been read with it."""
-    lane = credentials.lane(stand.held.settings.sources["github"])
+    lane = budget.lane_of(stand.held.settings.sources["github"], 0.1)
 
     def unit(write):
-        taken = budget.take(write, lane, "github", "the test", stand.now(), stand.now())
-        budget.settle(write, lane, replace(taken, reckoned_at=stand.now(), **values), "the test")
+        budget.open_lane(write, lane, ["github"], stand.now())
+        write.connection.execute(update(models.budgets).values(reckoned_at=stand.now(), **values))
 
     db.as_writer(stand.engine, unit)
 
@@ -651,7 +650,7 @@ def test_a_killed_worker_loses_nothing(make_stand, store_url, redis_url, tmp_pat
 
 
 def test_two_workers_never_read_the_same_build(make_stand, store_url, redis_url, tmp_path):
-    stand = pushed_ends(make_stand, 12)
+    stand = pushed_ends(make_stand, 12, platform="gitlab")
     past(stand)
     both, lock, workers = threading.Event(), threading.Lock(), set()
 
@@ -664,15 +663,48 @@ def test_two_workers_never_read_the_same_build(make_stand, store_url, redis_url,
         both.wait(60)
         return usual(request)
 
-    usual = stand.servers["github"]._answer
+    usual = stand.servers["gitlab"]._answer
     env = child_environment(stand, store_url, redis_url, tmp_path)
-    with answering(stand.servers["github"], {"/jobs$": slowly}) as asked:
+    with answering(stand.servers["gitlab"], {r"/pipelines/\d+/jobs$": slowly}) as asked:
         command = [sys.executable, "-c", "from jobs.collect import collect; collect()"]
         children = [subprocess.Popen(command, env=env) for _ in range(2)]
         assert [child.wait(240) for child in children] == [0, 0]
     assert both.is_set()
-    read = [path for path in asked if "/attempts/1/jobs" in path]
+    read = [path for path in asked if re.search(r"/pipelines/\d+/jobs", path)]
     assert len(read) == len(set(read)) == 12
+    assert {left(stand, build)["log_state"] for build in stand.world.builds} == {"stored"}
+
+
+@ON_SQLITE
+def test_two_workers_ask_github_one_after_the_other(make_stand, store_url, redis_url, tmp_path, wait_until):
+    stand = pushed_ends(make_stand, 4)
+    past(stand)
+    lock, under_way, most = threading.Lock(), [], []
+
+    def wanted():
+        with db.reading(stand.engine) as connection:
+            return connection.execute(select(models.budgets.c.wanted_by)).scalar() is not None
+
+    def slowly(request):
+        """The first one is answered when another one waits, here or for its turn."""
+        with lock:
+            under_way.append(request)
+            most.append(len(under_way))
+        if len(most) == 1:
+            wait_until(lambda: wanted() or len(most) > 1)
+        try:
+            return usual(request)
+        finally:
+            with lock:
+                under_way.remove(request)
+
+    usual = stand.servers["github"]._answer
+    env = child_environment(stand, store_url, redis_url, tmp_path)
+    with answering(stand.servers["github"], {"/repos/": slowly}):
+        command = [sys.executable, "-c", "from jobs.collect import collect; collect()"]
+        children = [subprocess.Popen(command, env=env) for _ in range(2)]
+        assert [child.wait(240) for child in children] == [0, 0]
+    assert max(most) == 1
     assert {left(stand, build)["log_state"] for build in stand.world.builds} == {"stored"}
 
 

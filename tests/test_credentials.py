@@ -13,10 +13,9 @@ from cryptography.fernet import Fernet
 from sqlalchemy import select
 
 from jobs import collect as collect_job
-from pollers import budget
 from tests.stand import FRESH, ON_SQLITE, stands
 from tests.test_cli import NEW, OLD, Box, box  # noqa: F401
-from webhook_app import credentials, db, grants, models, outbound, platforms, sealing
+from webhook_app import budget, credentials, db, grants, models, outbound, platforms, sealing
 from webhook_app.app import create_app
 from webhook_app.credentials import Keyring, lane
 from webhook_app.platforms import PollError, PollFault, PollTarget, Source, github, gitlab

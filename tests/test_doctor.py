@@ -13,6 +13,7 @@ from tests.facts import PACE, github
 from tests.hub import clean_environment, free_port
 from tests.stand import ON_SQLITE
 from webhook_app import builds, cli, db, doctor, health, models, queues, registration, settings
+from webhook_app.account import Account
 from webhook_app.lifecycle import State
 from webhook_app.simulated.github import GitHubServer, html, rate_limited
 from webhook_app.simulated.github_access import App
@@ -53,7 +54,7 @@ class Clinic:
         self.engine = db.connect(store_url)
         for name, repository in HOOKED.items():
             source = self.values().sources[name]
-            made = registration.connect(source, repository, registration.Address(name, URL))
+            made = registration.connect(Account(source, None), repository, registration.Address(name, URL))
             assert made.action == "created"
         for hook in hub.hooks.hooks:
             hook.last_status = 202  # the ping found nobody here

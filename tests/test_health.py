@@ -3,9 +3,8 @@
 import pytest
 from sqlalchemy import event, select
 
-from pollers import budget
 from tests.facts import PACE, at, github, gitlab
-from webhook_app import builds, db, health, models, platforms
+from webhook_app import budget, builds, db, health, models, platforms
 from webhook_app.lifecycle import State
 
 Q, P, C = State.QUEUED, State.IN_PROGRESS, State.COMPLETED

@@ -7,8 +7,9 @@ import socket
 import threading
 import time
 import zipfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import quote
 
 import pytest
@@ -18,7 +19,7 @@ from tests.stand import ON_SQLITE, stands
 from tests.test_api import ADMIN, Caller, application
 from tests.test_collect import answering, collect, end, ended, left
 from tests.test_sweep import Script
-from webhook_app import artifacts, collection, db, models, queues
+from webhook_app import artifacts, budget, collection, db, logs, models, queues
 from webhook_app.lifecycle import Detail, Observation, ObservedBy, State
 from webhook_app.simulated.github import rate_limited
 from webhook_app.simulated.httpd import Response, Server
@@ -318,7 +319,8 @@ def test_a_download_is_whole_or_an_error(make_stand, serve, answer, digest, stat
     assert told.mimetype == "application/problem+json"
     assert (status == 503) == ("Retry-After" in told.headers)
     with answering(stand.servers["github"], {"/artifacts/1/zip": Response(200, b"content")}):
-        assert get(api, path).status_code == 200, "a failure leaves nothing behind"
+        left_behind = 503 if status == 503 else 200
+        assert get(api, path).status_code == left_behind, "a failure leaves nothing behind but a limit"
 
 
 @ON_SQLITE
@@ -521,3 +523,166 @@ def test_a_rerun_lists_what_is_there_then(make_stand, serve):
     assert list_of(api, build)["state"] == "stored"
     with db.reading(stand.engine) as connection:
         assert len(connection.execute(select(models.artifacts.c.name)).all()) == len(first)
+
+
+# ---- the token's budget ----------------------------------------------------------------------
+
+
+def lane_of(stand):
+    return budget.lane_of(stand.held.settings.sources["github"], 0.1)
+
+
+def shorten(stand, **values):
+    """From now on the token of GitHub is as good as used up, for polling."""
+
+    def unit(write):
+        budget.open_lane(write, lane_of(stand), ["github"], stand.now())
+        short = {"limit": 5000, "remaining": 500, "credit": 0.0, "reckoned_at": stand.now()}
+        until = {"reset_at": stand.now() + timedelta(seconds=3000)}
+        write.connection.execute(update(models.budgets).values(short | until | values))
+
+    db.as_writer(stand.engine, unit)
+
+
+def spent(stand):
+    with db.reading(stand.engine) as connection:
+        return connection.execute(select(models.budgets)).mappings().one()
+
+
+def test_the_log_that_a_person_asks_for_comes_out_of_the_reserve(make_stand, serve):
+    stand, build = ended(make_stand, "github")
+    api = serve(stand)
+    shorten(stand)
+    collect(stand)
+    assert left(stand, build)["log_state"] is None, "logs yield to the reading of states"
+    log_of(api, build, 202)
+    collect(stand)
+    assert "FAIL tests/test_cart.py::test_tax_is_rounded" in log_of(api, build)["lines"]
+    assert spent(stand)["requests"] == 3
+
+
+def own(stand, owner):
+    """Somebody else reads with the token of GitHub for the next minutes."""
+    until = stand.now() + timedelta(minutes=5)
+    taken = db.as_writer(
+        stand.engine, lambda write: budget.take(write, lane_of(stand), ["github"], owner, until, stand.now())
+    )
+    assert taken is not None
+
+
+def let_go(stand, owner):
+    db.as_writer(stand.engine, lambda write: budget.give_back(write, lane_of(stand), owner))
+
+
+def test_a_download_waits_for_no_poll_and_is_charged(make_stand, serve):
+    stand, build = ended(make_stand, "github", "success")
+    api = serve(stand)
+    collect(stand, after=collection.LIST_DELAY_SECONDS)
+    (one, *_) = list_of(api, build)["items"]
+    own(stand, "a round")
+    before = spent(stand)["requests"]
+    answer = get(api, f"/api/builds/{build.build_id}/artifacts/{quote(one['name'])}")
+    assert answer.status_code == 200
+    row = spent(stand)
+    assert (row["requests"], row["owner"]) == (before + 1, "a round")
+
+
+@ON_SQLITE
+def test_nobody_downloads_while_a_limit_is_waited_for(make_stand, serve):
+    stand, build = ended(make_stand, "github", "success")
+    stand.clock.advance(time.time() - stand.clock())
+    api = serve(stand)
+    collect(stand, after=collection.LIST_DELAY_SECONDS)
+    (one, *_) = list_of(api, build)["items"]
+    path = f"/api/builds/{build.build_id}/artifacts/{quote(one['name'])}"
+    server = stand.servers["github"]
+    with answering(server, {"/zip$": Response(429, headers={"Retry-After": "600"})}):
+        assert get(api, path).status_code == 503
+    before = server.count()
+    answer = get(api, path)
+    assert (answer.status_code, server.count()) == (503, before)
+    assert 500 < int(answer.headers["Retry-After"]) <= 600
+    assert "is left alone until" in answer.json["detail"]
+
+
+@ON_SQLITE
+def test_a_log_waits_for_the_round_before_it(make_stand, serve, wait_until):
+    stand, build = ended(make_stand, "github")
+    own(stand, "a round")
+    before = stand.requests()
+    reader = threading.Thread(target=collect, args=(stand,))
+    reader.start()
+    wait_until(lambda: spent(stand)["wanted_by"] is not None)
+    assert stand.requests() == before
+    let_go(stand, "a round")
+    reader.join(30)
+    assert left(stand, build)["log_state"] == "stored"
+
+
+@ON_SQLITE
+def test_a_poll_goes_between_the_requests_for_a_log(make_stand, serve, wait_until):
+    """The log itself comes from a store: while it comes, states may be read."""
+    stand, build = ended(make_stand, "github")
+    going, owners = threading.Event(), []
+
+    def text():
+        yield b"a line\n" * 20_000
+        wait_until(lambda: spent(stand)["owner"] is None)
+        owners.append(spent(stand)["owner"])
+        going.set()
+        yield b"the last line\n"
+
+    with (
+        slow_store(text()) as url,
+        answering(stand.servers["github"], {r"/jobs/\d+/logs": Response(302, headers={"Location": url})}),
+    ):
+        collect(stand)
+    assert going.is_set()
+    assert "the last line" in logs.unpack(left(stand, build)["log"])
+    assert spent(stand)["owner"] is None
+
+
+@contextmanager
+def slow_store(pieces):
+    """A server that sends what `pieces` gives, when it gives it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain")
+            self.end_headers()
+            for piece in pieces:
+                self.wfile.write(piece)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/log"
+    finally:
+        server.shutdown()
+        thread.join(5)
+        server.server_close()
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(("name", "status"), [("dist/web.zip", 502), ("report.html", 200)])
+def test_a_log_in_page_is_no_artifact(make_stand, serve, name, status):
+    stand, build = ended(make_stand, "jenkins", "success")
+    api = serve(stand)
+    collect(stand, after=collection.LIST_DELAY_SECONDS)
+    row = stand.row(build)["id"]
+    db.as_writer(
+        stand.engine,
+        lambda write: write.connection.execute(
+            insert(models.artifacts),
+            {"build": row, "name": name, "ref": name, "expired": False, "listed_at": stand.now()},
+        ),
+    )
+    page = Response(200, b"<html>", {"Content-Type": "text/html"})
+    with answering(stand.servers["jenkins"], {"/artifact/": page}):
+        answer = get(api, f"/api/builds/{build.build_id}/artifacts/{quote(name)}")
+    assert answer.status_code == status

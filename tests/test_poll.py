@@ -16,10 +16,11 @@ import pytest
 from sqlalchemy import select
 
 from jobs import poll as poll_job
-from pollers import budget, client, stale
+from pollers import client, stale
 from tests.hub import clean_environment
 from tests.stand import FRESH, INTERVAL, ON_SQLITE, change, environment, stands
-from webhook_app import builds, credentials, db, models, platforms, polling, queries, queues, settings
+from webhook_app import budget, builds, db, models, platforms, polling, queries, queues, settings
+from webhook_app.budget import Lane, Spent
 from webhook_app.lifecycle import ObservedBy, State
 from webhook_app.platforms import PollError, PollFault
 from webhook_app.simulated import github as simulated_github
@@ -258,32 +259,74 @@ def test_retried_pipelines_are_found_by_their_change_however_old_they_are(make_s
 # ---- the lane
 
 
-def test_a_lane_has_one_owner_until_it_gives_it_back_or_dies(make_stand):
-    stand = make_stand(("github",), 1)
+LANE = Lane("lane", platforms.polled()["github"].MANNERS, 0.1)
+
+
+def takes(stand, lane=LANE):
+    """`take(owner, later)`: the ledger, or None if it is refused; `settle(owner, spent)`."""
     until, now = stand.now() + timedelta(seconds=45), stand.now()
 
     def take(owner, later=0.0):
         at_ = now + timedelta(seconds=later)
         return db.as_writer(
-            stand.engine, lambda write: budget.take(write, "lane", ["github"], owner, until, at_)
+            stand.engine, lambda write: budget.take(write, lane, ["github"], owner, until, at_)
         )
 
-    ledger = take("a")
-    assert ledger == budget.Ledger(now)
+    def settle(owner, spent):
+        return db.as_writer(
+            stand.engine, lambda write: budget.settle(write, lane, owner, spent, now, worked=True)
+        )
+
+    return take, settle
+
+
+def test_a_lane_has_one_owner_until_it_gives_it_back_or_dies(make_stand):
+    stand = make_stand(("github",), 1)
+    take, settle = takes(stand)
+    assert take("a") == budget.Ledger(stand.now())
     assert take("b") is None
-    assert take("a") == ledger
-    assert take("b", later=45) == ledger
-    spent = replace(ledger, requests=3, credit=0.5)
-    db.as_writer(stand.engine, lambda write: budget.settle(write, "lane", spent, "a"))
+    assert take("a") is not None
+    assert take("b", later=45) is not None
+    settle("a", Spent(3, 2))
     assert take("c") is None, "it was lost to b, so a gives nothing back"
-    db.as_writer(stand.engine, lambda write: budget.settle(write, "lane", spent, "b"))
-    assert take("c") == spent
+    settle("b", Spent(4, 1))
+    ledger = take("c")
+    assert (ledger.requests, ledger.counted) == (7, 3), "what was asked was asked, whoever owned the lane"
+
+
+def test_rounds_and_single_requests_take_turns(make_stand):
+    stand = make_stand(("github",), 1)
+    take, settle = takes(stand)
+    one, other = budget.turn_owner(), budget.turn_owner()
+    assert take("a round")
+    assert take(one) is None
+    assert take("another worker") is None
+    settle("a round", Spent())
+    assert take("a round") is None, "somebody waits for a single request"
+    assert take(one)
+    assert take("a round") is None
+    settle(one, Spent())
+    assert take(one) is None, "now the round is next"
+    assert take(other) is None
+    assert take("a round")
+    settle("a round", Spent())
+    assert take(one)
+
+
+def test_who_waited_and_died_keeps_nobody(make_stand):
+    stand = make_stand(("github",), 1)
+    take, settle = takes(stand)
+    assert take("a round")
+    assert take(budget.turn_owner()) is None
+    settle("a round", Spent())
+    assert take("a round", later=0.9) is None
+    assert take("a round", later=1.1)
 
 
 def test_a_lane_that_another_process_reads_is_left_to_it(make_stand):
     stand = make_stand(("github", "jenkins"), 8, speed=0.01)
     stand.push_all()
-    lane = credentials.lane(stand.held.settings.sources["github"])
+    lane = budget.lane_of(stand.held.settings.sources["github"], 0.1)
     until = stand.now() + timedelta(seconds=2 * FRESH)
     db.as_writer(
         stand.engine, lambda write: budget.take(write, lane, ["github"], "another", until, stand.now())

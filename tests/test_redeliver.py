@@ -16,6 +16,7 @@ from tests.hub import free_port
 from tests.stand import ON_SQLITE, stands
 from webhook_app import app as web
 from webhook_app import db, health, models, queues, registration
+from webhook_app.account import Account
 from webhook_app.registration import Address
 from webhook_app.simulated.httpd import Response
 from webhook_app.simulated.sender import Secrets, Sender
@@ -90,7 +91,9 @@ def url_of(store_url):
 def connect(stand, platform):
     settings = stand.held.settings.sources[platform]
     for repository in settings.repositories:
-        registration.connect(settings, repository, Address(platform, stand.held.settings.public_url))
+        registration.connect(
+            Account(settings, None), repository, Address(platform, stand.held.settings.public_url)
+        )
 
 
 def sweep(stand, after=0.0):
@@ -223,6 +226,30 @@ def test_a_platform_that_fails_is_asked_later(make_stand, relay):
     redeliver(stand, after=300)
     assert attempts(stand, "github") > 0
     assert stand.notices("source.hooks_hidden") == []
+
+
+@ON_SQLITE
+def test_a_limit_ends_the_looks_at_a_source_and_pauses_it(make_stand, relay):
+    stand, sender = make_stand("github", 3)
+    connect(stand, "github")
+    assert len(stand.held.settings.sources["github"].repositories) > 1
+    sweep(stand)
+    stand.clock.advance(300)
+    sender.send_due()
+    restart(stand, relay)
+    server = stand.servers["github"]
+    server.inject(Response(429, headers={"Retry-After": "600"}), path_contains="/hooks")
+    before = server.count()
+    redeliver(stand)
+    assert server.count() == before + 1, "nothing more is asked of it"
+    assert stand.pauses()["github"] == (pytest.approx(600, abs=1), "rate_limited")
+    server.clear_faults()
+    redeliver(stand, after=601)
+    assert attempts(stand, "github") > 0
+    with db.reading(stand.engine) as connection:
+        row = connection.execute(select(models.budgets)).mappings().one()
+    assert row["requests"] == server.count() - before, "looks are charged to the token"
+    assert (row["owner"], row["strikes"]) == (None, 0)
 
 
 @ON_SQLITE

@@ -15,10 +15,11 @@ from typing import Any, BinaryIO, cast
 from sqlalchemy import Connection, select, update
 
 from webhook_app import models, outbound, platforms
+from webhook_app.account import Account
 from webhook_app.db import Write
 from webhook_app.destinations import OutboundError
 from webhook_app.outbound import Reply
-from webhook_app.platforms import Answer, PollFault, PollTarget, Source
+from webhook_app.platforms import Answer, PollError, PollFault, PollTarget, Request, Source
 from webhook_app.platforms._read import poll_error
 
 CAP_BYTES = 1024 * 1024 * 1024
@@ -71,23 +72,26 @@ def is_expired(artifact: Row, now: datetime) -> bool:
     return artifact["expired"] or (artifact["expires_at"] is not None and artifact["expires_at"] <= now)
 
 
-def fetch(source: Source, target: PollTarget, artifact: Row) -> Download:
-    """Download one and verify it; raises `NoDownload`.  `source` has a token that can be used."""
+def fetch(account: Account, source: Source, target: PollTarget, artifact: Row) -> Download:
+    """Download one and verify it; raises `NoDownload`.  `source` has a token that can be used.
+
+    A person asks: it is charged, but waits for nobody.
+    """
     if (artifact["size_bytes"] or 0) > CAP_BYTES:
         raise NoDownload(502, f"it has more than the {CAP_BYTES} bytes that are passed on")
     if not _seats.acquire(blocking=False):
         raise NoDownload(503, "too many downloads at once", BUSY_SECONDS)
     try:
-        return _fetch(source, target, artifact)
+        return _fetch(account, source, target, artifact)
     finally:
         _seats.release()
 
 
-def _fetch(source: Source, target: PollTarget, artifact: Row) -> Download:
+def _fetch(account: Account, source: Source, target: PollTarget, artifact: Row) -> Download:
     spool = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115  it goes on to whoever asked
     try:
         sink = _Hashing(spool)
-        _check(_get(source, target, artifact["ref"], sink), artifact["digest"])
+        _check(_get(account, source, target, artifact["ref"], sink), artifact)
         if artifact["digest"] not in (None, f"sha256:{sink.sha256.hexdigest()}"):
             raise NoDownload(502, "what the platform sent is not what it listed: its SHA-256 is another one")
         spool.seek(0)
@@ -111,11 +115,21 @@ class _Hashing:
         self.file.write(piece)
 
 
-def _get(source: Source, target: PollTarget, ref: str, into: _Hashing) -> Reply:
+def _get(account: Account, source: Source, target: PollTarget, ref: str, into: _Hashing) -> Reply:
     platform = platforms.file_api(source.platform)
     request = platform.artifact_request(source, target, ref) if platform else None
     if request is None:
         raise NoDownload(404, "this source has no API to read it from")
+    try:
+        with account.turn(DOWNLOAD_SECONDS) as turn:
+            reply = _send(request, into)
+            turn.answer = Answer(reply.status, reply.headers, reply.body)
+            return reply
+    except PollError as limit:
+        raise NoDownload(503, str(limit), limit.retry_after_seconds) from limit
+
+
+def _send(request: Request, into: _Hashing) -> Reply:
     try:
         return outbound.send(
             "GET",
@@ -134,8 +148,8 @@ def _get(source: Source, target: PollTarget, ref: str, into: _Hashing) -> Reply:
         raise NoDownload(503, f"it can't be kept while it is verified: {error.strerror}") from error
 
 
-def _check(reply: Reply, digest: str | None) -> None:
-    """Is it a file, and whole?"""
+def _check(reply: Reply, artifact: Row) -> None:
+    """Is it a file, that file, and whole?"""
     if reply.status in (404, 410):
         raise NoDownload(reply.status, "its platform does not have it (any more)")
     if reply.status != 200:
@@ -146,8 +160,17 @@ def _check(reply: Reply, digest: str | None) -> None:
         raise NoDownload(503 if limited else 502, f"the platform: {fault}", fault.retry_after_seconds)
     if reply.truncated:
         raise NoDownload(502, f"it has more than the {CAP_BYTES} bytes that are passed on")
-    if digest is None and not {"content-length", "transfer-encoding"} & set(reply.headers):
+    if artifact["digest"] is None:
+        _check_without_digest(reply, artifact["name"])
+
+
+def _check_without_digest(reply: Reply, name: str) -> None:
+    """What comes first is what later downloads are held against: a log-in page must not be that."""
+    if not {"content-length", "transfer-encoding"} & set(reply.headers):
         raise NoDownload(502, "the platform does not tell where it ends")
+    is_page = reply.headers.get("content-type", "").startswith("text/html")
+    if is_page and not name.lower().endswith((".html", ".htm")):
+        raise NoDownload(502, "a web page came instead: a log-in page of the platform or of a proxy?")
 
 
 def note_digest(write: Write, artifact: Row, download: Download) -> None:

@@ -32,11 +32,12 @@ from webhook_app import (
     tokens,
     up,
 )
+from webhook_app.account import Account
 from webhook_app.embedded import EmbeddedError
 from webhook_app.lifecycle import Conclusion, State
 from webhook_app.platforms import PollError
 from webhook_app.sealing import SealError
-from webhook_app.settings import Settings, SettingsError, SourceSettings
+from webhook_app.settings import Settings, SettingsError
 from webhook_app.times import iso, utc_now
 
 REDIS_SECONDS = 2.0
@@ -498,7 +499,8 @@ def _connect(chosen: argparse.Namespace) -> int:
     except PollError as error:
         print(f"buildrelay: {chosen.source}: {error}", file=sys.stderr)
         return 1
-    done = [_connect_one(source, repository, address, chosen) for repository in chosen.repositories]
+    account = Account(source, _engine_if_any(values), values.api_budget_reserve)
+    done = [_connect_one(account, repository, address, chosen) for repository in chosen.repositories]
     return 0 if all(done) else 1
 
 
@@ -513,15 +515,15 @@ and let it send the secret: as the header X-Build-Token, or as an X-Hub-Signatur
 
 
 def _connect_one(
-    source: SourceSettings, repository: str, address: registration.Address, chosen: argparse.Namespace
+    account: Account, repository: str, address: registration.Address, chosen: argparse.Namespace
 ) -> bool:
     act = registration.connect if chosen.connects else registration.disconnect
     try:
-        done = act(source, repository, address, dry_run=chosen.dry_run)
+        done = act(account, repository, address, dry_run=chosen.dry_run)
     except (PollError, registration.RegistrationError) as error:
         print(f"buildrelay: {repository}: {error}", file=sys.stderr)
         if isinstance(error, PollError) and error.fault in registration.HIDDEN:
-            print(f"  the token needs: {registration.permission(source)}", file=sys.stderr)
+            print(f"  the token needs: {registration.permission(account.settings)}", file=sys.stderr)
         return False
     would = "would be " if chosen.dry_run and done.action != "absent" else ""
     hook = f" (webhook {done.hook_id})" if done.hook_id else ""
@@ -595,6 +597,14 @@ def _engine(values: Settings) -> Engine:
             "BUILDRELAY_DATA_DIR; DATABASE_URL names another store"
         )
     return engine
+
+
+def _engine_if_any(values: Settings) -> Engine | None:
+    """The store, for what is only noted in it."""
+    try:
+        return _engine(values)
+    except NoStore:
+        return None
 
 
 def _done(found: bool, said: str, id_: str) -> int:

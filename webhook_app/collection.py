@@ -51,6 +51,7 @@ def new(build: Row, now: datetime, due_at: datetime, *, wants_log: bool) -> dict
         "artifacts_state": None,
         "artifacts_reason": None,
         "noted_at": now,
+        "asked": False,
     }
 
 
@@ -132,25 +133,21 @@ _WANTED = (
 _DUE = (
     select(*_WANTED)
     .join(models.builds, _b.id == _c.build)
-    .where(
-        _c.source == bindparam("the_source"),
-        _c.wants_log == bindparam("with_log"),
-        _c.due_at <= bindparam("now"),
-    )
+    .where(_c.source == bindparam("the_source"), _c.due_at <= bindparam("now"))
     .order_by(_c.due_at)
     .limit(1)
     .with_for_update(of=models.collections, skip_locked=True)
 )
+_ASKED, _FAILED, _OTHERS = _DUE.where(_c.asked), _DUE.where(_c.wants_log), _DUE.where(~_c.wants_log)
 
 
-def claim(connection: Connection, source: str, now: datetime) -> Claimed | None:
-    """Take the attempt of this source that is due for the longest, failed ones first.
+def claim(connection: Connection, source: str, now: datetime, *, asked_only: bool = False) -> Claimed | None:
+    """Take the attempt of this source that is due for the longest: what a person asked for, then failed ones.
 
     Run in a write transaction.  If the reader dies, it is due again after `LEASE_SECONDS`.
     """
-    for with_log in (True, False):
-        asked = {"the_source": source, "with_log": with_log, "now": now}
-        row = connection.execute(_DUE, asked).mappings().one_or_none()
+    for statement in (_ASKED,) if asked_only else (_ASKED, _FAILED, _OTHERS):
+        row = connection.execute(statement, {"the_source": source, "now": now}).mappings().one_or_none()
         if row is not None:
             return _take(connection, row, now)
     return None
@@ -180,11 +177,13 @@ def _take(connection: Connection, row: Row, now: datetime) -> Claimed:
     )
 
 
-def next_due(connection: Connection, sources: Sequence[str]) -> datetime | None:
-    """When the next attempt of these sources is due."""
+def next_due(connection: Connection, sources: Sequence[str], *, asked: bool = False) -> datetime | None:
+    """When the next attempt of these sources is due; `asked`: the next that a person asked for."""
     statement = (
         select(_c.due_at).where(_c.due_at.is_not(None), _c.source.in_(sources)).order_by(_c.due_at).limit(1)
     )
+    if asked:
+        statement = statement.where(_c.asked)
     due: datetime | None = connection.execute(statement).scalar()
     return due
 
@@ -286,12 +285,20 @@ def want(write: Write, build: Row, now: datetime, *, log: bool) -> None:
     Needs the writer's lock.
     """
     if of_attempt(write.connection, build["id"], build["attempt"]) is None:
-        write.connection.execute(insert(models.collections), new(build, now, now, wants_log=log))
+        asked = new(build, now, now, wants_log=log) | {"asked": True}
+        write.connection.execute(insert(models.collections), asked)
         return
+    note_asked(write, build)
     wanted = update(models.collections).where(_c.build == build["id"], _c.attempt == build["attempt"])
     if log:
         write.connection.execute(wanted.values(wants_log=True))
     write.connection.execute(wanted.where(_c.claim.is_(None)).values(due_at=now, tries=0))
+
+
+def note_asked(write: Write, build: Row) -> None:
+    """A person waits for it: when it is due it is read first, and from the reserve."""
+    here = (_c.build == build["id"], _c.attempt == build["attempt"])
+    write.connection.execute(update(models.collections).where(*here).values(asked=True))
 
 
 def forget(write: Write, before: datetime, most: int) -> None:

@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import text
 
 from webhook_app import credentials, db, health, migrations, platforms, queues, registration, up
+from webhook_app.account import Account
 from webhook_app.platforms import Answer, Hook, PollError, PollFault, TokenFacts
 from webhook_app.registration import Address, RegistrationError
 from webhook_app.settings import Settings, SourceSettings
@@ -249,17 +250,26 @@ def _age(age: timedelta) -> str:
 
 def _access(values: Settings, source: SourceSettings, until: float) -> Iterator[Finding]:
     """Token, clock, repositories and their webhooks; a token that is refused ends it."""
-    name = source.source.name
-    api = platforms.token_api(source.source.platform)
-    assert api is not None
     try:
         source = _with_token(values, source)
     except PollError as error:
-        yield _refused(name, "no token is lent", error)
+        yield _refused(source.source.name, "no token is lent", error)
         return
+    engine = db.connect(values.database_url, values.sqlite_synchronous, pool_size=1)
+    try:
+        yield from _with_access(values, Account(source, engine, values.api_budget_reserve), until)
+    finally:
+        engine.dispose()
+
+
+def _with_access(values: Settings, account: Account, until: float) -> Iterator[Finding]:
+    source = account.settings
+    name = source.source.name
+    api = platforms.token_api(source.source.platform)
+    assert api is not None
     began = utc_now()
     try:
-        answer = registration.ask(source, api.token_call(source.source), CALL_SECONDS)
+        answer = registration.ask(account, api.token_call(source.source), CALL_SECONDS)
         yield from _clock(name, answer, began, utc_now())
         yield from _token(source, api.parse_token(answer))
     except PollError as error:
@@ -270,7 +280,7 @@ def _access(values: Settings, source: SourceSettings, until: float) -> Iterator[
             left = len(source.repositories) - place
             yield Finding(name, WARN, f"{left} repositories were not looked at for want of time")
             return
-        yield from _repository(values, source, repository)
+        yield from _repository(values, account, repository)
 
 
 def _with_token(values: Settings, source: SourceSettings) -> SourceSettings:
@@ -333,7 +343,8 @@ def _token(source: SourceSettings, facts: TokenFacts) -> Iterator[Finding]:
 # ---- repositories and their webhooks ---------------------------------------------------------
 
 
-def _repository(values: Settings, source: SourceSettings, repository: str) -> Iterator[Finding]:
+def _repository(values: Settings, account: Account, repository: str) -> Iterator[Finding]:
+    source = account.settings
     name = f"{source.source.name} {repository}"
     platform = platforms.polled()[source.source.platform]
     request = platform.list_request(source.source, [repository], None, 1)
@@ -342,21 +353,22 @@ def _repository(values: Settings, source: SourceSettings, repository: str) -> It
         return
     call = platforms.Call("GET", request.url, request.headers)
     try:
-        platform.parse_list(source.source, [repository], registration.ask(source, call, CALL_SECONDS))
+        platform.parse_list(source.source, [repository], registration.ask(account, call, CALL_SECONDS))
         yield Finding(name, OK, "its builds can be read")
     except PollError as error:
         yield _refused(name, "its builds can't be read", error)
         return
     if platforms.hook_api(source.source.platform) and source.source.token and source.webhook_secrets:
-        yield from _webhook(values, source, repository, name)
+        yield from _webhook(values, account, repository, name)
 
 
-def _webhook(values: Settings, source: SourceSettings, repository: str, name: str) -> Iterator[Finding]:
+def _webhook(values: Settings, account: Account, repository: str, name: str) -> Iterator[Finding]:
+    source = account.settings
     api = platforms.hook_api(source.source.platform)
     assert api is not None
     address = Address(source.source.name, values.public_url)
     try:
-        hook = registration.ours(registration.find_hooks(source, repository, CALL_SECONDS), address)
+        hook = registration.ours(registration.find_hooks(account, repository, CALL_SECONDS), address)
     except (PollError, RegistrationError) as error:
         if isinstance(error, PollError) and error.fault not in registration.HIDDEN:
             yield _refused(name, "its webhooks can't be read", error)

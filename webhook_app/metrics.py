@@ -58,7 +58,7 @@ METRICS: Mapping[str, About] = {
     "budget_reset_seconds": About("Until the reset.", _SOURCE),
     "budget_forecast_remaining": About("What will be left at the reset at the present pace.", _SOURCE),
     "budget_pace_per_second": About("Requests spent, over the last ten minutes.", _SOURCE),
-    "requests_total": About("Requests made to poll.", _SOURCE),
+    "requests_total": About("Requests made with its token, to poll or for people.", _SOURCE),
     "requests_counted_total": About("Those of them that cost budget.", _SOURCE),
     "polling_behind_seconds": About("How long the stalest build has been due for its poll.", _SOURCE),
     "builds_open": About("Builds that go on and are watched.", ("source", "state")),

@@ -350,6 +350,8 @@ budgets = Table(
     Column("sources", JSON, nullable=False),
     Column("owner", Text),
     Column("owned_until", Moment),
+    Column("wanted_by", Text),
+    Column("wanted_until", Moment),
     comment="What a token may still ask, and who reads with it now.",
 )
 
@@ -454,8 +456,12 @@ collections = Table(
     Column("artifacts_state", Text),
     Column("artifacts_reason", Text),
     Column("noted_at", Moment, nullable=False),
+    Column("asked", Boolean, nullable=False, server_default=text("false")),
     Index("ix_collections_due", "source", "wants_log", "due_at",
           postgresql_where=text("due_at IS NOT NULL"), sqlite_where=text("due_at IS NOT NULL")),
+    Index("ix_collections_asked", "source", "due_at",
+          postgresql_where=text("asked AND due_at IS NOT NULL"),
+          sqlite_where=text("asked = 1 AND due_at IS NOT NULL")),
     Index("ix_collections_noted_at", "noted_at"),
     comment="What ended attempts left: `log` is zlib compressed; states are null, stored or unavailable.",
 )  # fmt: skip

@@ -7,9 +7,11 @@ network does; no secret is in any message.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from math import inf
 from urllib.parse import urlsplit
 
 from webhook_app import outbound, platforms
+from webhook_app.account import Account
 from webhook_app.destinations import OutboundError
 from webhook_app.platforms import Answer, Call, Hook, HookApi, HookDelivery, PollError, PollFault
 from webhook_app.settings import SourceSettings
@@ -38,9 +40,12 @@ class Address:
 
     def is_at(self, url: str) -> bool:
         """Does a registered URL lead here?  Without a known base its path decides."""
-        if self.base:
-            return _plain(url) == _plain(self.url)
-        return urlsplit(url).path.rstrip("/").endswith(self.url)
+        try:
+            if self.base:
+                return _plain(url) == _plain(self.url)
+            return urlsplit(url).path.rstrip("/").endswith(self.url)
+        except ValueError:  # half an IPv6 address: somebody else's
+            return False
 
 
 def _plain(url: str) -> tuple[str, str, str]:
@@ -56,15 +61,22 @@ class Done:
     hook_id: str
 
 
-def ask(settings: SourceSettings, call: Call, timeout_seconds: float | None = None) -> Answer:
+def ask(account: Account, call: Call, timeout_seconds: float | None = None) -> Answer:
     """Send one call; any status is an `Answer`, anything else a `PollError`."""
+    most_seconds = min(timeout_seconds or inf, account.settings.timeout_seconds)
+    with account.turn(most_seconds) as turn:
+        turn.answer = _send(call, most_seconds)
+        return turn.answer
+
+
+def _send(call: Call, timeout_seconds: float) -> Answer:
     try:
         reply = outbound.send(
             call.method,
             call.url,
             call.headers,
             call.body,
-            timeout_seconds=min(timeout_seconds or settings.timeout_seconds, settings.timeout_seconds),
+            timeout_seconds=timeout_seconds,
             byte_cap=ANSWER_CAP_BYTES,
             guard=False,
             follow_redirects=call.method == "GET",
@@ -76,15 +88,14 @@ def ask(settings: SourceSettings, call: Call, timeout_seconds: float | None = No
     return Answer(reply.status, reply.headers, reply.body)
 
 
-def find_hooks(
-    settings: SourceSettings, repository: str, timeout_seconds: float | None = None
-) -> tuple[Hook, ...]:
+def find_hooks(account: Account, repository: str, timeout_seconds: float | None = None) -> tuple[Hook, ...]:
     """The webhooks of a repository."""
+    settings = account.settings
     api = _api(settings)
     call = api.list_hooks(settings.source, repository)
     if call is None:
         raise RegistrationError(f"{repository!r} names no repository of {settings.source.name}")
-    return api.parse_hooks(ask(settings, call, timeout_seconds))
+    return api.parse_hooks(ask(account, call, timeout_seconds))
 
 
 def _api(settings: SourceSettings) -> HookApi:
@@ -107,15 +118,16 @@ def ours(hooks: Iterable[Hook], address: Address) -> Hook | None:
 # ---- registering -----------------------------------------------------------------------------
 
 
-def connect(settings: SourceSettings, repository: str, address: Address, *, dry_run: bool = False) -> Done:
+def connect(account: Account, repository: str, address: Address, *, dry_run: bool = False) -> Done:
     """Register our webhook, or set the one that is there right; raises `RegistrationError` as well.
 
     Safe to repeat.  A webhook with another address is left alone.
     """
+    settings = account.settings
     api, source = _api(settings), settings.source
     if not settings.webhook_secrets:
         raise RegistrationError(f"{source.name} has no webhook secret: set one first")
-    found = ours(find_hooks(settings, repository), address)
+    found = ours(find_hooks(account, repository), address)
     if dry_run:
         return Done("updated" if found else "created", found.id if found else "")
     secret = settings.webhook_secrets[0]
@@ -124,29 +136,31 @@ def connect(settings: SourceSettings, repository: str, address: Address, *, dry_
         if found
         else api.create_hook(source, repository, address.url, secret)
     )
-    made = api.parse_hook(ask(settings, call))
+    made = api.parse_hook(ask(account, call))
     if made.has_secret is not True:
-        _withdraw(settings, repository, made, existed=found is not None)
+        _withdraw(account, repository, made, existed=found is not None)
     return Done("updated" if found else "created", made.id)
 
 
-def _withdraw(settings: SourceSettings, repository: str, made: Hook, *, existed: bool) -> None:
+def _withdraw(account: Account, repository: str, made: Hook, *, existed: bool) -> None:
     """A server that ignores our kind of secret would send what we must refuse, until it mutes the hook."""
+    settings = account.settings
     if not existed and made.id:
-        ask(settings, _api(settings).delete_hook(settings.source, repository, made.id))
+        ask(account, _api(settings).delete_hook(settings.source, repository, made.id))
     raise RegistrationError(
         f"{settings.source.name} kept no secret: signing tokens (whsec_…) need GitLab 19.0 or newer; "
         "set any other text as the webhook secret"
     )
 
 
-def disconnect(settings: SourceSettings, repository: str, address: Address, *, dry_run: bool = False) -> Done:
+def disconnect(account: Account, repository: str, address: Address, *, dry_run: bool = False) -> Done:
     """Remove our webhook; no harm if there is none."""
-    found = ours(find_hooks(settings, repository), address)
+    settings = account.settings
+    found = ours(find_hooks(account, repository), address)
     if found is None:
         return Done("absent", "")
     if not dry_run:
-        answer = ask(settings, _api(settings).delete_hook(settings.source, repository, found.id))
+        answer = ask(account, _api(settings).delete_hook(settings.source, repository, found.id))
         if answer.status != 404:
             _api(settings).parse_hook(answer)
     return Done("removed", found.id)
@@ -175,43 +189,39 @@ def has_failed(hook: Hook) -> bool:
 # ---- failed deliveries -----------------------------------------------------------------------
 
 
-def failed_deliveries(
-    settings: SourceSettings, repository: str, hook: Hook, since: datetime
-) -> list[HookDelivery]:
+def failed_deliveries(account: Account, repository: str, hook: Hook, since: datetime) -> list[HookDelivery]:
     """One try of each delivery about builds of which no try succeeded, oldest first, as far as `since`.
 
     Its newest try: that one the platform keeps the longest.
     """
     tries: dict[str, list[HookDelivery]] = {}
-    for delivery in _deliveries(settings, repository, hook, since):
-        known = delivery.envelope.event in _api(settings).DELIVERED_EVENTS
+    for delivery in _deliveries(account, repository, hook, since):
+        known = delivery.envelope.event in _api(account.settings).DELIVERED_EVENTS
         if known and delivery.id and delivery.envelope.delivery_id:
             tries.setdefault(delivery.envelope.delivery_id, []).append(delivery)
     failed = [group[0] for group in tries.values() if not any(one.ok for one in group)]
     return failed[::-1]
 
 
-def _deliveries(
-    settings: SourceSettings, repository: str, hook: Hook, since: datetime
-) -> Iterator[HookDelivery]:
-    api = _api(settings)
-    call: Call | None = api.list_deliveries(settings.source, repository, hook.id)
+def _deliveries(account: Account, repository: str, hook: Hook, since: datetime) -> Iterator[HookDelivery]:
+    api, source = _api(account.settings), account.settings.source
+    call: Call | None = api.list_deliveries(source, repository, hook.id)
     for _ in range(MOST_PAGES):
         if call is None:
             return
-        answer = ask(settings, call)
+        answer = ask(account, call)
         page = api.parse_deliveries(hook.id, answer)
         yield from (one for one in page if one.at is None or one.at >= since)
         if _is_before(page, since):
             return
-        call = api.next_deliveries(settings.source, answer)
+        call = api.next_deliveries(source, answer)
 
 
 def _is_before(page: Sequence[HookDelivery], since: datetime) -> bool:
     return bool(page) and page[-1].at is not None and page[-1].at < since
 
 
-def redeliver(settings: SourceSettings, repository: str, hook: Hook, delivery: HookDelivery) -> None:
+def redeliver(account: Account, repository: str, hook: Hook, delivery: HookDelivery) -> None:
     """Ask the platform to send a delivery once more."""
-    api = _api(settings)
-    api.parse_hook(ask(settings, api.redeliver(settings.source, repository, hook.id, delivery.id)))
+    api = _api(account.settings)
+    api.parse_hook(ask(account, api.redeliver(account.settings.source, repository, hook.id, delivery.id)))

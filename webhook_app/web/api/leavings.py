@@ -13,6 +13,7 @@ from werkzeug.wsgi import FileWrapper
 
 from webhook_app import artifacts, collection, db, logs, queries, queues, redaction
 from webhook_app import settings as settings_
+from webhook_app.account import Account
 from webhook_app.artifacts import Download, NoDownload, TokenRefused
 from webhook_app.collection import STORED, UNAVAILABLE
 from webhook_app.credentials import Keyring
@@ -56,7 +57,11 @@ def _ask_for_it(build: Row, held: Row | None, *, log: bool) -> None:
     first = held is not None and held["tries"] == 0 and held["due_at"] is not None
     if held is None or (log and not held["wants_log"]) or (first and held["due_at"] > utc_now()):
         db.as_writer(state().engine, lambda write: collection.want(write, build, utc_now(), log=log))
-        state().bell.ring(queues.COLLECT)
+    elif not held["asked"]:
+        db.as_writer(state().engine, lambda write: collection.note_asked(write, build))
+    else:
+        return
+    state().bell.ring(queues.COLLECT)
 
 
 # ---- logs ------------------------------------------------------------------------------------
@@ -209,15 +214,16 @@ def _fetch(build: Row, artifact: Row) -> Download:
 def _with_a_token(source: SourceSettings, target: PollTarget, artifact: Row) -> Download:
     """Download with a token that can be used; a refused one is renewed once."""
     keyring = Keyring(state().engine, state().settings.encryption_keys)
+    account = Account(source, state().engine, state().settings.api_budget_reserve)
     try:
         lent = keyring.source(source, utc_now())
         try:
-            return artifacts.fetch(lent, target, artifact)
+            return artifacts.fetch(account, lent, target, artifact)
         except TokenRefused:
             renewed = keyring.refreshed(source, lent, utc_now())
             if renewed is None:
                 raise
-            return artifacts.fetch(renewed, target, artifact)
+            return artifacts.fetch(account, renewed, target, artifact)
     except PollError as error:
         raise NoDownload(502, f"there is no token to read it with: {error}") from error
 

@@ -1,8 +1,8 @@
 """What a token may still ask, and how long a source is left alone.
 
 A *lane* is one token with one platform: whatever reads with it, in whatever process, shares one row of
-`budgets`.  Whoever owns the lane for the moment is the only one to read with it, so no repository is
-read twice at once.  The reckoning is pure:
+`budgets`.  Whoever owns the lane for the moment is the only one to read states with it, so no repository is
+read twice at once.  What else is asked (`account`) is charged to it one by one.  The reckoning is pure:
 
 * `credit`: requests that cost budget and may be made at once.  It grows so that what is left of the hour,
   less a reserve for releases and people, lasts until the reset; a burst is allowed.
@@ -11,16 +11,18 @@ read twice at once.  The reckoning is pure:
 """
 
 import math
-from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass, fields, replace
+import secrets
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
 
-from webhook_app import health, models
+from webhook_app import credentials, health, models, platforms
 from webhook_app.db import Write
 from webhook_app.platforms import Limits, Manners, PollError, PollFault
+from webhook_app.settings import SourceSettings
 
 RATE_LIMIT_SECONDS = 60.0
 UNAUTHORIZED_SECONDS = 300.0
@@ -171,32 +173,123 @@ def has_plenty(ledger: Ledger, reserve: float) -> bool:
 _l = models.budgets.c
 _LEDGER = [entry.name for entry in fields(Ledger)]
 
+_TURN = "turn:"
+"""How the owners of single turns are named; all others own whole rounds."""
+WANTED = timedelta(seconds=1)
+"""Whoever waits for a lane says so again within this time, or is forgotten."""
 
-def take(
-    write: Write, lane: str, sources: Sequence[str], owner: str, until: datetime, now: datetime
-) -> Ledger | None:
-    """Own the lane until then, dead or alive; None while somebody else owns it."""
-    row = write.connection.execute(select(models.budgets).where(_l.lane == lane)).mappings().one_or_none()
-    ours: dict[str, Any] = {"owner": owner, "owned_until": until, "sources": sorted(sources)}
-    if row is None:
-        ledger = Ledger(now)
-        blank = {"lane": lane} | {name: getattr(ledger, name) for name in _LEDGER}
-        write.connection.execute(insert(models.budgets), blank | ours)
-        return ledger
-    if row["owner"] not in (None, owner) and row["owned_until"] > now:
-        return None
-    write.connection.execute(update(models.budgets).where(_l.lane == lane).values(ours))
+Row = Mapping[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A token (`credentials.lane`), what its platform asks of readers, the share (0 to 1) kept for people."""
+
+    name: str
+    manners: Manners
+    reserve: float
+
+
+def lane_of(settings: SourceSettings, reserve: float) -> Lane:
+    """The lane that a source is read in."""
+    manners = platforms.polled()[settings.source.platform].MANNERS
+    return Lane(credentials.lane(settings), manners, reserve)
+
+
+def _row(connection: Connection, lane: Lane) -> Row | None:
+    found = select(models.budgets).where(_l.lane == lane.name)
+    return connection.execute(found).mappings().one_or_none()
+
+
+def _ledger(row: Row) -> Ledger:
     return Ledger(**{name: row[name] for name in _LEDGER})
 
 
-def settle(write: Write, lane: str, ledger: Ledger, owner: str) -> None:
-    """Store what was spent, and give the lane back; if it was lost meanwhile, only the sums count."""
-    values = {name: getattr(ledger, name) for name in _LEDGER}
-    write.connection.execute(
-        update(models.budgets)
-        .where(_l.lane == lane, _l.owner == owner)
-        .values(owner=None, owned_until=None, **values)
-    )
+def _reckoned(row: Row, lane: Lane, now: datetime) -> Ledger:
+    return reckoned(_ledger(row), now, lane.manners, lane.reserve)
+
+
+def take(
+    write: Write, lane: Lane, sources: Sequence[str], owner: str, until: datetime, now: datetime
+) -> Ledger | None:
+    """Own the lane until then, dead or alive; None while somebody else owns it, or waits for it.
+
+    Who is refused by the owner of a single turn, or by one who waits, is the next to get it.
+    """
+    row = open_lane(write, lane, sources, now)
+    if _is_owned(row, owner, now) or _is_wanted(row, owner, now):
+        if not _is_wanted(row, owner, now) and (_is_turn(row["owner"]) or _is_turn(owner)):
+            _store(write, lane, wanted_by=owner, wanted_until=now + WANTED)
+        return None
+    taken = _reckoned(row, lane, now)
+    own = {"owner": owner, "owned_until": until, "wanted_by": None, "wanted_until": None}
+    own |= {} if _is_turn(owner) else {"sources": sorted(sources)}
+    _store(write, lane, **asdict(taken), **own)
+    return taken
+
+
+def open_lane(write: Write, lane: Lane, sources: Sequence[str], now: datetime) -> Row:
+    """The row of the lane; a new one if nobody has asked in it yet."""
+    row = _row(write.connection, lane)
+    if row is not None:
+        return row
+    blank = {"lane": lane.name, "sources": sorted(sources)} | asdict(Ledger(now))
+    write.connection.execute(insert(models.budgets), blank)
+    return blank | dict.fromkeys(("owner", "owned_until", "wanted_by", "wanted_until"))
+
+
+def _store(write: Write, lane: Lane, **values: object) -> None:
+    write.connection.execute(update(models.budgets).where(_l.lane == lane.name).values(values))
+
+
+def _is_owned(row: Row, owner: str, now: datetime) -> bool:
+    return row["owner"] not in (None, owner) and bool(row["owned_until"] > now)
+
+
+def _is_wanted(row: Row, owner: str, now: datetime) -> bool:
+    return row["wanted_by"] not in (None, owner) and bool(row["wanted_until"] > now)
+
+
+def turn_owner() -> str:
+    """A name for who makes one request."""
+    return _TURN + secrets.token_hex(8)
+
+
+def _is_turn(owner: str | None) -> bool:
+    return (owner or "").startswith(_TURN)
+
+
+def is_brief(connection: Connection, lane: Lane, now: datetime) -> bool:
+    """Is the lane owned, or waited for, to make a single request?"""
+    row = _row(connection, lane)
+    return row is not None and (_is_turn(row["owner"]) or _is_wanted(row, "", now))
+
+
+def settle(
+    write: Write, lane: Lane, owner: str, spent: Spent, now: datetime, faults: Sequence[PollError] = (),
+    *, worked: bool,
+) -> Ledger:  # fmt: skip
+    """Charge what was spent, beside what others spent meanwhile; give the lane back if it is still ours."""
+    row = _row(write.connection, lane)
+    assert row is not None, "a lane that was taken has a row"
+    before = _ledger(row) if row["owner"] else _reckoned(row, lane, now)
+    after = struck(charged(before, spent, now), faults, worked=worked)
+    _store(write, lane, **asdict(after))
+    give_back(write, lane, owner)
+    return after
+
+
+def give_back(write: Write, lane: Lane, owner: str) -> None:
+    """Let others have the lane, if it is still ours."""
+    mine = (_l.lane == lane.name, _l.owner == owner)
+    write.connection.execute(update(models.budgets).where(*mine).values(owner=None, owned_until=None))
+
+
+def has_room(connection: Connection, settings: SourceSettings, reserve: float, now: datetime) -> bool:
+    """Is there budget that reading states does not need?"""
+    lane = lane_of(settings, reserve)
+    row = _row(connection, lane)
+    return row is None or is_rich(_reckoned(row, lane, now), reserve)
 
 
 # ---- pauses of a source --------------------------------------------------------------------------
@@ -242,6 +335,18 @@ def paused(connection: Connection, now: datetime) -> dict[str, datetime]:
     columns = models.sources.c
     found = connection.execute(select(columns.name, columns.paused_until).where(columns.paused_until > now))
     return {row.name: row.paused_until for row in found}
+
+
+def limited_until(connection: Connection, source: str, now: datetime) -> datetime | None:
+    """Until when a limit of the source has to be waited for; None: there is none."""
+    columns = models.sources.c
+    found = select(columns.paused_until).where(
+        columns.name == source,
+        columns.paused_until > now,
+        columns.pause_reason == PollFault.RATE_LIMITED.value,
+    )
+    until: datetime | None = connection.execute(found).scalar()
+    return until
 
 
 def apply(write: Write, pause: Pause, now: datetime) -> None:
