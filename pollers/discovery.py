@@ -174,20 +174,31 @@ def known(connection: Connection, found: Sequence[Observation]) -> dict[str, Map
     return {row["key"]: row for row in rows}
 
 
-def is_untold_rerun(seen: Observation, attempt: int, told: State, ended_at: datetime | None = None) -> bool:
+def is_untold_rerun(seen: Observation, attempt: int, told: State) -> bool:
     """Is this a re-run of an ended build that nobody told of?
 
-    Without numbers (GitLab) another state than the recorded end may be one; the verdict decides.  `ended_at`:
-    the platform's time of that end, as far as it is known.
+    Without numbers (GitLab) another state than the recorded end may be one; the verdict decides.
     """
     if not told.terminal or seen.platform_at is None:
         return False
     if seen.attempt is not None:
         return seen.attempt > attempt
-    if seen.state is State.FAILED and told in (State.FAILED, State.TIMEOUT):
-        # a list does not tell time-outs: one that changed after its end may have failed in another way
-        return ended_at is not None and seen.platform_at > ended_at + WHOLE_SECONDS
-    return seen.state is not None and seen.state is not told
+    return seen.state is not None and not _is_same_end(seen.state, told)
+
+
+def may_have_run_again(seen: Observation, told: State, ended_at: datetime | None) -> bool:
+    """Did a build without attempt numbers change after its end, to show the same end again?
+
+    `ended_at`: the platform's time of that end, as far as it is known.  The build itself tells when it ended.
+    """
+    if seen.attempt is not None or seen.platform_at is None or ended_at is None:
+        return False
+    return _is_same_end(seen.state, told) and seen.platform_at > ended_at + WHOLE_SECONDS
+
+
+def _is_same_end(seen: State | None, told: State) -> bool:
+    """A list does not tell time-outs: they are failures there."""
+    return seen is told or (seen is State.FAILED and told is State.TIMEOUT)
 
 
 def is_recent(seen: Observation, now: datetime) -> bool:

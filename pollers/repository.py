@@ -11,12 +11,12 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from pollers import discovery
-from pollers.client import Client, OverBudget, Seen, Tag
+from pollers.client import Client, Make, OverBudget, Seen, Tag
 from pollers.stale import Due, Place
 from webhook_app import db, polling
 from webhook_app.builds import Fact, PollFailed, Unchanged
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
-from webhook_app.platforms import Listing, PollError, PollFault, Request, Source
+from webhook_app.platforms import Listing, PollError, PollFault, PollTarget, Request, Source
 from webhook_app.times import http_date
 
 log = logging.getLogger(__name__)
@@ -139,15 +139,21 @@ def _pages(client: Client, place: Place) -> tuple[Seen, Listing | None]:
     while (
         listing.more is not None and platform.MANNERS.lists_changes and _since(place) and pages < MOST_PAGES
     ):
-        following = client.ask(_next(listing.more))
+        following = client.ask(_next(client, place, listing.more))
         further = platform.parse_list(client.source, place.repositories, following.answer)
         listing = Listing(listing.observations + further.observations, further.more)
         pages += 1
     return seen, listing
 
 
-def _next(more: Request) -> Any:
-    return lambda _source: more
+def _next(client: Client, place: Place, more: Request) -> Make:
+    """The next page with the token of that moment: it may be another one by then."""
+
+    def make(source: Source) -> Request | None:
+        first = _list_request(client, place, source)
+        return first and replace(first, url=more.url)
+
+    return make
 
 
 def _list_request(client: Client, place: Place, source: Source) -> Request | None:
@@ -207,8 +213,8 @@ def _sift(
     answered = set()
     for key, seen in {seen.key: seen for seen in listing.observations}.items():
         kind = "due" if key in listable else _kind(rows.get(key), seen, terms)
-        if kind in ("due", "news"):
-            found.facts.append(fact := _closer(client, seen))
+        if kind in ("due", "news", "again"):
+            found.facts.append(fact := _closer(client, seen, again=kind == "again"))
             answered.add(key)
             settled &= not isinstance(fact, PollFailed)
         settled &= kind != "early"
@@ -221,21 +227,23 @@ def _sift(
 
 
 def _kind(row: Row | None, seen: Observation, terms: Terms) -> str:
-    """What a listed build that is not due is to us: `news`, `early` (its push may be on the way) or `old`."""
+    """What a listed build that is not due is to us: `news`, `early` (its push may be on the way) or `old`.
+
+    `again`: it may have been run once more, which only the build itself tells.
+    """
     if row is None:
         if not discovery.is_recent(seen, terms.platform_now):
             return "old"
         return "news" if discovery.is_ripe(seen, terms.platform_now, terms.grace_seconds) else "early"
-    if State(row["told_state"]).terminal:
-        return (
-            "news"
-            if discovery.is_untold_rerun(seen, row["attempt"], State(row["told_state"]), row["platform_at"])
-            else "old"
-        )
-    if row["next_poll_at"] is None:
-        return "old"  # stopped by hand, or given up
-    if not _differs(row, seen):
+    told = State(row["told_state"])
+    if told.terminal and discovery.is_untold_rerun(seen, row["attempt"], told):
+        return "news"
+    if told.terminal:
+        return "again" if discovery.may_have_run_again(seen, told, row["platform_at"]) else "old"
+    if row["polling"] == "stopped" or not _differs(row, seen):
         return "old"
+    if row["next_poll_at"] is None:  # given up: an end that is shown nevertheless is believed
+        return "news" if seen.state is not None and seen.state.terminal else "old"
     fresh = row["last_push_at"] and row["last_push_at"] > terms.now - timedelta(
         seconds=terms.freshness_seconds
     )
@@ -253,16 +261,21 @@ def _differs(row: Row, seen: Observation) -> bool:
     return bool(told != (row["attempt"], row["state"]) or (seen.conclusion or None) != row["conclusion"])
 
 
-def _closer(client: Client, seen: Observation) -> Fact:
-    """A listed build with what a list leaves open; when it ended, if not told, is when it last changed."""
-    if seen.state is not None and seen.state.terminal:
-        seen = replace(seen, ended_at=seen.ended_at or seen.platform_at)
+def _closer(client: Client, seen: Observation, *, again: bool = False) -> Fact:
+    """A listed build with what a list leaves open; `again`: read by itself."""
     try:
-        return complete(client, seen)
+        return complete(client, _by_itself(client, seen) if again else seen)
     except PollError as fault:
         if fault.fault in SOURCE_FAULTS:
             raise
         return PollFailed(seen.key, _told(fault), fault.fault.value)
+
+
+def _by_itself(client: Client, seen: Observation) -> Observation:
+    platform = client.platform
+    target = PollTarget(seen.build_id, seen.key, seen.repository, seen.number, seen.attempt or 1, seen.url)
+    told = client.ask(lambda source: platform.poll_request(source, target))
+    return platform.parse_poll(client.source, target, told.answer)
 
 
 def _note_names(found: Findings, observations: Iterable[Observation]) -> None:

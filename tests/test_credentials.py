@@ -531,6 +531,32 @@ def test_where_no_token_is_lent_the_source_is_paused_and_admins_are_told(stand_o
     assert lender.server.count() <= 6
 
 
+@ON_SQLITE
+def test_a_token_that_somebody_renews_between_two_pages_of_a_list_is_taken(stand_of, keyring):
+    stand, lender = stand_of("gitlab")
+    (build,) = stand.world.builds
+    stand.discover()
+    server, usual = lender.server, lender.server._answer
+
+    def two_pages(request):
+        answer = usual(request)
+        if not request.path.endswith("/pipelines") or "page=2" in request.query:
+            return answer
+        ours = Source("gitlab", "gitlab", token=request.headers["authorization"].split()[1])
+        if lender.made() == 1:
+            keyring.refreshed(lender.settings, ours, stand.now())
+        more = f'<{server.url}{request.path}?{request.query}&page=2>; rel="next"'
+        return replace(answer, headers={**answer.headers, "Link": more})
+
+    server._answer = two_pages
+    stand.discover(after=60)
+    server._answer = usual
+    assert lender.made() == 2
+    assert (stand.pauses(), stand.notices()) == ({}, [])
+    stand.poll(after=stand.world.ends_at - stand.clock() + FRESH)
+    assert stand.row(build)["state"] == "completed"
+
+
 # ---- lanes -----------------------------------------------------------------------------------
 
 

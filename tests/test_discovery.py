@@ -1,5 +1,6 @@
 """Discovery: builds whose every push was lost are found, and nothing else is touched."""
 
+import re
 from dataclasses import replace
 from datetime import timedelta
 
@@ -8,8 +9,8 @@ from sqlalchemy import func, select
 
 from pollers import discovery
 from tests.facts import at, github
-from tests.stand import INTERVAL, ON_SQLITE, stands
-from webhook_app import db, models, queues
+from tests.stand import FRESH, INTERVAL, ON_SQLITE, change, stands
+from webhook_app import db, models, polling, queues
 from webhook_app.lifecycle import State
 from webhook_app.simulated import github as simulated_github
 from webhook_app.simulated.httpd import Response, dropped
@@ -232,8 +233,91 @@ def test_a_rerun_that_nobody_told_is_found_though_its_build_is_known(seen, found
 
 
 @pytest.mark.parametrize(("changed", "worth_a_look"), [(100, False), (101, False), (102, True)])
-def test_a_failed_pipeline_that_changed_after_its_end_may_have_failed_anew(changed, worth_a_look):
-    """Its jobs tell whether it ran out of time; then the verdict sees another end."""
-    listed = github(State.FAILED, None, by="poll", platform_at=at(changed))
-    assert discovery.is_untold_rerun(listed, 1, State.FAILED, at(100)) is worth_a_look
-    assert not discovery.is_untold_rerun(listed, 1, State.FAILED, None)
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [(State.FAILED, State.FAILED), (State.FAILED, State.TIMEOUT), (State.COMPLETED, State.COMPLETED)],
+)
+def test_a_pipeline_that_changed_after_its_end_may_have_run_again(state, told, changed, worth_a_look):
+    listed = github(state, None, by="poll", platform_at=at(changed))
+    assert discovery.may_have_run_again(listed, told, at(100)) is worth_a_look
+    assert not discovery.is_untold_rerun(listed, 1, told)
+    assert not discovery.may_have_run_again(listed, told, None)
+    assert not discovery.may_have_run_again(replace(listed, attempt=1), told, at(100))
+
+
+@pytest.mark.parametrize("kind", ["optional_manual", "retry_timeout"])
+def test_a_pipeline_that_ended_the_same_way_again_between_two_lists_is_a_new_attempt(make_stand, kind):
+    """Nobody told of it: its own time of the end does, which a list lacks."""
+    stand = make_stand(("gitlab",), 1, kinds={"gitlab": [kind]}, speed=0.05)
+    (build,) = stand.world.builds
+    while not stand.world.truth(build.build_id).terminal:
+        stand.clock.advance(1)
+    stand.discover(after=20)
+    first = stand.row(build)
+    assert (first["attempt"], first["polling"]) == (1, "done")
+    stand.clock.at = build.ends_at
+    stand.discover(after=60)
+    again = stand.row(build)
+    assert (again["attempt"], again["state"]) == (2, stand.world.truth(build.build_id).state)
+    assert again["ended_at"] > first["ended_at"]
+    asked = stand.servers["gitlab"].count(f"/pipelines/{build.run_id}")
+    stand.discover(after=60)
+    assert stand.row(build)["attempt"] == 2
+    assert stand.servers["gitlab"].count(f"/pipelines/{build.run_id}") == asked, "it is known now"
+
+
+@ON_SQLITE
+def test_a_change_after_the_end_that_is_no_run_is_looked_at_once(make_stand):
+    """GitLab touches pipelines long after their end, as when artifacts are unlocked."""
+    stand = make_stand(("gitlab",), 1, kinds={"gitlab": ["success"]})
+    (build,) = stand.world.builds
+    stand.clock.at = build.ends_at + 5
+    stand.discover()
+    server = stand.servers["gitlab"]
+    usual = server._answer
+
+    stand.clock.advance(60)
+    touched_at = f'"updated_at":"{stand.now():%Y-%m-%dT%H:%M:%S.000Z}"'.encode()
+
+    def touched(request):
+        answer = usual(request)
+        return replace(answer, body=re.sub(rb'"updated_at":"[^"]*"', touched_at, answer.body))
+
+    server._answer = touched
+    stand.discover()
+    stand.discover(after=60)
+    asked = server.count(f"/pipelines/{build.run_id}")
+    assert asked == 1
+    row = stand.row(build)
+    assert (row["attempt"], row["state"], row["polling"]) == (1, "completed", "done")
+    assert row["ended_at"].timestamp() == pytest.approx(build.ends_at, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("gave_up", "platform"), [("timeout", "github"), ("error", "github"), ("error", "gitlab")]
+)
+def test_a_list_that_shows_the_end_of_a_build_that_polling_gave_up_is_believed(make_stand, gave_up, platform):
+    stand = make_stand((platform,), 1, kinds={platform: ["success"]}, speed=0.1)
+    (build,) = stand.world.builds
+    stand.push(build)
+    given_up = {"polling": gave_up, "next_poll_at": None}
+    if gave_up == "timeout":
+        given_up |= {"state": "timeout", "conclusion": "timed_out", "ended_at": stand.now()}
+    change(stand, build, given_up)
+    stand.discover(after=FRESH)
+    assert stand.row(build)["state"] == ("timeout" if gave_up == "timeout" else "in_progress"), "it goes on"
+    assert stand.row(build)["next_poll_at"] is None
+    stand.clock.at = build.ends_at + FRESH
+    stand.discover()
+    assert (stand.row(build)["state"], stand.row(build)["next_poll_at"]) == ("completed", None)
+
+
+@ON_SQLITE
+def test_what_was_stopped_by_hand_stays_so(make_stand):
+    stand = make_stand(("github",), 1, kinds={"github": ["success"]})
+    (build,) = stand.world.builds
+    stand.push(build)
+    change(stand, build, polling.stop())
+    stand.clock.at = build.ends_at + FRESH
+    stand.discover()
+    assert (stand.row(build)["state"], stand.row(build)["polling"]) == ("in_progress", "stopped")

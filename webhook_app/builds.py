@@ -317,7 +317,7 @@ def _enter(draft: _Draft, seen: Observation, decided: Verdict, now: datetime) ->
         "state": state.value,
         "conclusion": decided.conclusion.value if decided.conclusion else None,
         "waiting": seen.waiting,
-        "ended_at": (seen.ended_at or now) if state.terminal else None,
+        "ended_at": (seen.ended_at or seen.platform_at or now) if state.terminal else None,
         "error": seen.error,
     }
     if not seen.ours:

@@ -12,9 +12,10 @@ The rules, in the order they are tried:
 * an end told by the platform is final for its attempt.  An end that we set ourselves
   (polling gave up, heartbeat lost, not found) yields to a later word;
 * a platform without attempt numbers (GitLab) shows a re-run by its jobs: a retry makes job
-  ids larger than any seen, a played manual job wakes up.  With that evidence, or with a poll
-  whose platform clock is later than all we know, a new attempt opens.  Without it, `running`
-  after `success` may be a retry or a late delivery: the verdict is `ASK`, and a poll decides.
+  ids larger than any seen, a played manual job wakes up.  With that evidence, or with a poll that
+  tells another state, or the same end, at a time later than all we know, a new attempt opens.
+  Without it, `running` after `success` may be a retry or a late delivery: the verdict is `ASK`,
+  and a poll decides.
 
 Order comes from attempt, rank, job ids and the platform's own clock, never from the time of
 arrival.
@@ -279,7 +280,7 @@ def _after_the_end(recorded: Recorded, seen: Observation, state: State) -> Verdi
     if _job_evidence(recorded, seen):
         return _reopen(seen, recorded.attempt + 1)
     if _same_end(recorded.state, seen, state):
-        return _stay(recorded, seen)
+        return _reopen(seen, recorded.attempt + 1) if _ended_anew(recorded, seen) else _stay(recorded, seen)
     if seen.observed_by is ObservedBy.POLL:
         return _poll_after_the_end(recorded, seen, state)
     return _ask(recorded)
@@ -289,6 +290,17 @@ def _same_end(known: State, seen: Observation, state: State) -> bool:
     """GitLab's REST shows a time-out as a plain failure as long as nobody reads its jobs."""
     blurred = seen.observed_by is ObservedBy.POLL and (known, state) == (State.TIMEOUT, State.FAILED)
     return state is known or blurred
+
+
+def _ended_anew(recorded: Recorded, seen: Observation) -> bool:
+    """Does the platform tell an end that is later than all we know of the one before?"""
+    polled, known_at = seen.observed_by is ObservedBy.POLL, recorded.platform_at
+    return (
+        polled
+        and seen.ended_at is not None
+        and known_at is not None
+        and seen.ended_at > known_at + WHOLE_SECONDS
+    )
 
 
 def _poll_after_the_end(recorded: Recorded, seen: Observation, state: State) -> Verdict:
