@@ -103,6 +103,8 @@ def ease(
             continue
         place.singly = True
         for due in place.listable:
+            if due.row["polling"] == "requested":
+                continue  # somebody asked for it now
             begun = due.row["started_at"]
             of_its_kind = expected.get(due.row["id"])
             known_well = of_its_kind is not None and of_its_kind.count >= ENOUGH

@@ -7,8 +7,8 @@ from sqlalchemy import insert, update
 
 from pollers import adaptive
 from pollers.adaptive import Trust
-from tests.stand import FRESH, INTERVAL, ON_SQLITE, stands
-from webhook_app import db, models
+from tests.stand import FRESH, INTERVAL, ON_SQLITE, change, stands
+from webhook_app import db, models, polling
 from webhook_app.lifecycle import State
 
 
@@ -149,6 +149,16 @@ def test_a_doubtful_build_does_not_wait(trusted):
     stand.push(build, doubtful=True)
     stand.poll()
     assert stand.row(build)["poll_count"] == 1
+
+
+@ON_SQLITE
+def test_a_build_that_somebody_asks_to_be_polled_does_not_wait(trusted):
+    stand, build = trusted()
+    change(stand, build, polling.request(stand.now()))
+    stand.poll()
+    assert stand.row(build)["poll_count"] == 1
+    stand.poll(after=INTERVAL)
+    assert stand.wait(build) > INTERVAL, "once it was read it waits like the others"
 
 
 @ON_SQLITE
