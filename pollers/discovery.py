@@ -132,8 +132,8 @@ def note_alias(write: Write, source: str, name: str, told: str, now: datetime) -
     """`name` (an id, another case) is the repository that its platform calls `told`: only that is listed."""
     if not write.connection.execute(_ALIAS, {"of": source, "name": name, "same": told}).rowcount:
         return
-    there = select(_p.repository).where(_p.source == source, _p.repository == told)
-    if write.connection.execute(there).one_or_none() is None:
+    itself = {"of": source, "name": told, "same": None}  # it may have been renamed there and back
+    if not write.connection.execute(_ALIAS, itself).rowcount:
         blank = {"source": source, "repository": told, "next_list_at": now, "errors": 0}
         write.connection.execute(insert(models.places), blank)
 

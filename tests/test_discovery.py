@@ -5,9 +5,9 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, insert, select
 
-from pollers import discovery
+from pollers import discovery, stale
 from tests.facts import at, github
 from tests.stand import FRESH, INTERVAL, ON_SQLITE, change, stands
 from webhook_app import db, models, polling, queues
@@ -130,6 +130,23 @@ def test_a_place_that_is_named_twice_makes_each_build_once(make_stand):
     before = stand.servers["gitlab"].count("/pipelines")
     stand.discover(after=60)
     assert stand.servers["gitlab"].count("/pipelines") - before == 2, "each project by one name only"
+
+
+@ON_SQLITE
+def test_a_repository_that_is_renamed_there_and_back_is_listed_on(make_stand):
+    stand = make_stand(("github",), 1)
+    (place,) = stand.world.places["github"][:1]
+    now, name = stand.now(), place.full_name
+
+    def rename(write):
+        blank = {"source": "github", "repository": name, "next_list_at": now, "errors": 0}
+        write.connection.execute(insert(models.places), blank)
+        discovery.note_alias(write, "github", name, "octo/new-name", now)
+        discovery.note_alias(write, "github", "octo/new-name", name, now)
+        return stale.work(write.connection, stand.held.settings.sources, now, 9)
+
+    (found,) = db.as_writer(stand.engine, rename)
+    assert found.repositories == [name]
 
 
 @ON_SQLITE
