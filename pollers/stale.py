@@ -37,6 +37,12 @@ class Due:
     missing: bool
     row: Row
 
+    @property
+    def listable(self) -> bool:
+        """May a list of its repository answer for it?"""
+        asked_for_itself = self.doubtful or self.named_only or self.row["unlisted"]
+        return bool(self.target.repository) and not asked_for_itself
+
 
 @dataclass(slots=True)
 class Place:
@@ -61,7 +67,7 @@ class Place:
     @property
     def listable(self) -> list[Due]:
         """The builds that a list may answer for; not those of which we want to know for sure."""
-        return [due for due in self.due if not (due.doubtful or due.named_only) and due.target.repository]
+        return [due for due in self.due if due.listable]
 
     @property
     def wants_list(self) -> bool:

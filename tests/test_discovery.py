@@ -338,3 +338,31 @@ def test_what_was_stopped_by_hand_stays_so(make_stand):
     stand.clock.at = build.ends_at + FRESH
     stand.discover()
     assert (stand.row(build)["state"], stand.row(build)["polling"]) == ("in_progress", "stopped")
+
+
+@ON_SQLITE
+def test_a_child_pipeline_is_read_by_itself_for_no_list_shows_it(make_stand):
+    """The silence of a list means "nothing changed" for all others."""
+    stand = make_stand(("gitlab",), 1, kinds={"gitlab": ["success"]}, speed=0.05)
+    (child,) = stand.world.builds
+    server = stand.servers["gitlab"]
+    usual = server._answer
+
+    def as_child(request):
+        answer = usual(request)
+        if request.path.endswith("/pipelines"):
+            return replace(answer, body=b"[]")
+        return replace(answer, body=answer.body.replace(b'"source":"push"', b'"source":"parent_pipeline"'))
+
+    server._answer = as_child
+    stand.push(child)
+    other = "gitlab:9:9"  # that the list was read before, and will be again
+    clock = {"list_clock": stand.now(), "listed_at": stand.now(), "next_list_at": stand.now(), "errors": 0}
+    place = {"source": "gitlab", "repository": child.repository.full_name} | clock
+    db.as_writer(stand.engine, lambda write: write.connection.execute(insert(models.places), place))
+    stand.push(child, key=other, build_id=other)
+    stand.poll(after=FRESH)
+    assert stand.row(child)["unlisted"]
+    stand.clock.at = child.ends_at + FRESH
+    stand.poll(after=INTERVAL)
+    assert stand.row(child)["state"] == "completed"

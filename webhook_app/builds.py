@@ -176,6 +176,7 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
     before = len(draft.events)
     if polled and not draft.new:
         _begin_polling(draft, now)
+    _note_unlisted(draft, fact)
     _apply_verdict(draft, fact, decided, now)
     drafts.add(draft)  # its group may be known only now
     _schedule(draft, fact, decided, now, pace)
@@ -187,6 +188,12 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
         len(draft.events) - before,
         missed=overtook and decided.act in _MOVES,
     )
+
+
+def _note_unlisted(draft: _Draft, seen: Observation) -> None:
+    """However late it is told: it never changes."""
+    if seen.unlisted and not draft.row["unlisted"]:
+        draft.change({"unlisted": True})
 
 
 def _apply_silence(draft: _Draft, fact: PollFailed | Unchanged, now: datetime, pace: Pace) -> Outcome:
@@ -242,6 +249,7 @@ def _blank(write: Write, seen: Observation, now: datetime) -> Row:
         "last_push_at": None,
         "last_poll_at": None,
         "watched_at": None,
+        "unlisted": False,
         "created_at": now,
         "updated_at": now,
         "attempt": 1,

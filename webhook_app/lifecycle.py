@@ -117,6 +117,7 @@ class Observation:
     `ours`: an end that BuildRelay sets, not the platform.
     `progress`: percent told by the sender; None lets the jobs say.
     `expected_seconds`: how long the platform expects this build to take in all.
+    `unlisted`: its platform's lists do not show it, so their silence says nothing.
     """
 
     source: str
@@ -146,6 +147,7 @@ class Observation:
     expected_seconds: float | None = None
     error: str | None = None
     doubtful: bool = False
+    unlisted: bool = False
     ours: bool = False
     detail: Detail | None = None
     preview_url: str | None = None

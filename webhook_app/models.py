@@ -122,6 +122,7 @@ builds = Table(
     Column("doubtful", Boolean, nullable=False),
     Column("requested", Boolean, nullable=False),
     Column("watched_at", Moment),
+    Column("unlisted", Boolean, nullable=False, server_default=text("false")),
     Column("created_at", Moment, nullable=False),
     Column("updated_at", Moment, nullable=False),
     Index("ix_builds_due", "next_poll_at", "source", "repository",

@@ -13,6 +13,7 @@ tells them from late deliveries are job ids and GitLab's own clock, so both are 
   sent side by side and overtake each other): it only counts for progress.
 * A job that has not begun says nothing at all.  Its event may be old (a manual job was `created`
   once), and keeping its id would hide a retry from the pipeline event that proves it.
+* A child pipeline is in no list of its project: its source is `parent_pipeline`.
 * The jobs that REST lists are read a moment after their pipeline.  They count only if they show it
   running exactly as it was read: else their ids may be those of a retry.
 """
@@ -78,6 +79,9 @@ _JOB_STATUS = (
     | dict.fromkeys(_RUNNING, JobStatus.IN_PROGRESS)
     | dict.fromkeys(_ENDS, JobStatus.COMPLETED)
 )
+
+_CHILD = "parent_pipeline"
+"""https://docs.gitlab.com/api/pipelines/#list-project-pipelines"""
 
 _RETRY_GAP = timedelta(minutes=1)
 
@@ -296,6 +300,7 @@ def _rest_pipeline(source: Source, repository: str | None, pipeline: dict[str, A
         waiting=status in _WAITING,
         repository=repository or _project_path(source, url),
         workflow=_read.text(pipeline.get("name")) or _read.text(pipeline.get("source")),
+        unlisted=pipeline.get("source") == _CHILD,
         branch=_branch(pipeline.get("ref")),
         commit=_read.text(pipeline.get("sha")),
         number=_read.whole(pipeline.get("iid")),
@@ -389,6 +394,7 @@ def _pipeline_hook(source: Source, payload: dict[str, Any]) -> Observation:
         waiting=status in _WAITING,
         repository=_read.text(project.get("path_with_namespace")),
         workflow=_read.text(pipeline.get("name")) or _read.text(pipeline.get("source")),
+        unlisted=pipeline.get("source") == _CHILD,
         branch=_branch(pipeline.get("ref")),
         commit=_read.text(pipeline.get("sha")),
         number=_read.whole(pipeline.get("iid")),

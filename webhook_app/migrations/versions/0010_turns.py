@@ -1,4 +1,4 @@
-"""Single requests have their turn among rounds, and what a person asked for is known."""
+"""Single requests have their turn among rounds, what a person asked for and what no list shows is known."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -20,9 +20,11 @@ def upgrade() -> None:
         postgresql_where=sa.text("asked AND due_at IS NOT NULL"),
         sqlite_where=sa.text("asked = 1 AND due_at IS NOT NULL"),
     )
+    op.add_column("builds", sa.Column("unlisted", sa.Boolean(), nullable=False, server_default=sa.false()))
 
 
 def downgrade() -> None:
+    op.drop_column("builds", "unlisted")
     op.drop_index("ix_collections_asked", "collections")
     op.drop_column("collections", "asked")
     op.drop_column("budgets", "wanted_until")
