@@ -50,8 +50,10 @@ def poll(held: Resources | None = None) -> None:
     held = held or resources()
     queues.answer(held.redis, queues.POLL)
     lanes = _lanes(held)
-    _drain(lanes)
+    failures = _drain(lanes)
     _come_back(held, lanes)
+    if failures:
+        raise ExceptionGroup("rounds that failed", failures)
 
 
 def discover(held: Resources | None = None) -> None:
@@ -119,17 +121,24 @@ def _next_turn(due: datetime | None, lane: _Lane) -> datetime | None:
     return max(due, lane.ready_at) if due and lane.ready_at else due
 
 
-def _drain(lanes: Sequence[_Lane]) -> None:
-    """Round after round in each lane, until none has anything it may read or the time is up."""
-    until = time.monotonic() + LONGEST_DRAIN_SECONDS
+def _drain(lanes: Sequence[_Lane]) -> list[Exception]:
+    """Round after round in each lane, until none has anything it may read or the time is up.
+
+    A lane that fails for a reason of ours holds up no other; what failed is returned.
+    """
+    until, failures = time.monotonic() + LONGEST_DRAIN_SECONDS, []
     with ThreadPoolExecutor(max(len(lanes), 1), thread_name_prefix="lane") as threads:
         running: dict[Future[bool], _Lane] = {threads.submit(_round, lane): lane for lane in lanes}
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 lane = running.pop(future)
-                if future.result() and time.monotonic() < until:
+                failure = future.exception()
+                if isinstance(failure, Exception):
+                    failures.append(failure)
+                elif future.result() and time.monotonic() < until:
                     running[threads.submit(_round, lane)] = lane
+    return failures
 
 
 # ---- one round -----------------------------------------------------------------------------------

@@ -338,6 +338,23 @@ def test_a_lane_that_another_process_reads_is_left_to_it(make_stand):
     assert stand.requests()["github"] > 0
 
 
+@ON_SQLITE
+def test_a_lane_that_fails_for_a_reason_of_ours_holds_up_no_other(make_stand, monkeypatch):
+    stand = make_stand(("gitlab", "github"), 4, kinds={"gitlab": ["success"], "github": ["success"]})
+    stand.push_all()
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(platforms.polled()["gitlab"], "parse_list", broken)
+    monkeypatch.setattr(platforms.polled()["gitlab"], "parse_poll", broken)
+    stand.clock.at = stand.world.ends_at + FRESH
+    with pytest.raises(ExceptionGroup):
+        stand.poll()
+    states = {build.platform: stand.row(build)["state"] for build in stand.world.builds}
+    assert states == {"gitlab": "in_progress", "github": "completed"}
+
+
 @contextmanager
 def held_back(server):
     """Answer nobody before the block ends."""
