@@ -5,6 +5,7 @@ poll; GitLab's are also looked at once an hour, since GitLab mutes them without 
 """
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -28,6 +29,11 @@ MOST_AT_ONCE = 20
 """Repositories per run; the others wait for the next tick."""
 MOST_ASKED = 5
 """Redeliveries per repository and run: GitLab allows five a minute."""
+MOST_IN_ALL = 40
+"""Redeliveries per run, which is a minute: GitHub allows 80 such requests a minute, whatever they are for.
+https://docs.github.com/en/rest/using-the-rest-api/rate-limits-for-the-rest-api#about-secondary-rate-limits"""
+LONGEST_SECONDS = 90.0
+"""No look begins later: a job may take 180."""
 KEPT = timedelta(days=3)
 """How long GitHub keeps deliveries.  https://docs.github.com/en/webhooks/testing-and-troubleshooting-webhooks"""
 MARGIN = timedelta(minutes=10)
@@ -56,8 +62,11 @@ def redeliver(held: Resources | None = None) -> None:
     """
     held = held or resources()
     queues.answer(held.redis, queues.REDELIVER)
+    until, asked = time.monotonic() + LONGEST_SECONDS, 0
     for look in _claim(held, utc_now()):
-        _follow(held, look)
+        if asked >= MOST_IN_ALL or time.monotonic() > until:
+            break  # the others are due again when their claim is over
+        asked += _follow(held, look)
 
 
 def _claim(held: Resources, now: datetime) -> list[Look]:
@@ -172,19 +181,23 @@ def _is_stale(looked_at: datetime | None, now: datetime) -> bool:
 # ---- one look --------------------------------------------------------------------------------
 
 
-def _follow(held: Resources, look: Look) -> None:
-    """Look at one webhook and note what came of it.  Never raises for what a platform does."""
+def _follow(held: Resources, look: Look) -> int:
+    """Look at one webhook and note what came of it; how many redeliveries were asked for.
+
+    Never raises for what a platform does.
+    """
     began, address = utc_now(), Address(look.source, held.settings.public_url)
     try:
         account = _account(held, look)
         hook = registration.ours(registration.find_hooks(account, look.repository), address)
-        left = _ask_again(held, account, look, hook) if hook and look.since else False
+        asked, left = _ask_again(held, account, look, hook) if hook and look.since else (0, False)
     except (PollError, RegistrationError) as error:
         log.warning("webhook not looked at: %s %s: %s", look.source, look.repository, error)
         _note_fault(held, look, error)
-        return
+        return 0
     values = {"refused": False, "next_look_at": None} | ({} if left else {"looked_at": began})
     db.as_writer(held.engine, lambda write: _note_look(write.connection, look, hook, values, utc_now()))
+    return asked
 
 
 def _account(held: Resources, look: Look) -> Account:
@@ -195,8 +208,8 @@ def _account(held: Resources, look: Look) -> Account:
     return Account(able, held.engine, held.settings.api_budget_reserve, patient=True, clock=utc_now)
 
 
-def _ask_again(held: Resources, account: Account, look: Look, hook: Hook) -> bool:
-    """Ask for each failed delivery once; are some left for the next run?"""
+def _ask_again(held: Resources, account: Account, look: Look, hook: Hook) -> tuple[int, bool]:
+    """Ask for each failed delivery once: how many, and are some left for the next run?"""
     assert look.since is not None
     failed = registration.failed_deliveries(account, look.repository, hook, look.since)
     with db.reading(held.engine) as connection:
@@ -206,7 +219,7 @@ def _ask_again(held: Resources, account: Account, look: Look, hook: Hook) -> boo
         _remember(held, look.source, hook.id, delivery.envelope.delivery_id)
     if wanted:
         log.info("redeliveries asked for: %s %s %d", look.source, look.repository, len(wanted[:MOST_ASKED]))
-    return len(wanted) > MOST_ASKED
+    return len(wanted[:MOST_ASKED]), len(wanted) > MOST_ASKED
 
 
 def _remember(held: Resources, source: str, hook_id: str, guid: str) -> None:

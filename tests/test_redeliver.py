@@ -229,6 +229,23 @@ def test_a_platform_that_fails_is_asked_later(make_stand, relay):
 
 
 @ON_SQLITE
+def test_a_run_asks_for_no_more_than_github_takes_in_a_minute(make_stand, relay, monkeypatch):
+    monkeypatch.setattr(redeliver_job, "MOST_IN_ALL", 4)
+    stand, sender = make_stand("github", 6)
+    connect(stand, "github")
+    sweep(stand)
+    stand.clock.advance(900)
+    sender.send_due()
+    restart(stand, relay)
+    redeliver(stand)
+    assert attempts(stand, "github") == redeliver_job.MOST_ASKED, "the other repositories wait"
+    for _ in range(30):
+        redeliver(stand, after=200)
+        sender.send_due()
+    assert states(stand) == ["completed"] * 6
+
+
+@ON_SQLITE
 def test_a_limit_ends_the_looks_at_a_source_and_pauses_it(make_stand, relay):
     stand, sender = make_stand("github", 3)
     connect(stand, "github")
