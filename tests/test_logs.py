@@ -126,6 +126,11 @@ def test_what_is_no_utf_8_is_replaced():
     )
 
 
+def test_the_stamp_of_a_line_is_cut_and_a_time_that_a_line_tells_is_not():
+    text = "2026-11-01T10:00:00.1Z built at 2026-11-01T09:00:00Z\nsince 2026-11-01T08:00:00Z\n"
+    assert kept(text.encode()).lines == ("built at 2026-11-01T09:00:00Z", "since 2026-11-01T08:00:00Z")
+
+
 def test_a_secret_behind_a_colour_or_a_time_stamp_is_found():
     colour = f"{TOKEN[:10]}\x1b[1m{TOKEN[10:]}"
     assert kept(colour.encode()).lines == ("***",)

@@ -32,7 +32,7 @@ _MARKS = re.compile(
 )
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _STAMP = re.compile(
-    r"(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z(?: \d\d[OE][ +]?)?|"  # GitHub; GitLab since 17
+    r"^[ \t]*(?:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z(?: \d\d[OE][ +]?)?|"  # GitHub; GitLab since 17
     r"\[\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z\]) ?"  # Jenkins' Timestamper
 )
 
@@ -131,7 +131,7 @@ def _begin_cut(tail: bytes) -> bytes:
 def _lines(raw: bytes, redact: Redactor) -> list[str]:
     """UTF-8 with what is none replaced, no terminal codes, no time stamps, no secrets."""
     text = _MARKS.sub("", raw.decode("utf-8", "replace")).replace("\r\n", "\n")
-    shown = (_STAMP.sub("", _CONTROLS.sub("", _overwritten(line)), 1) for line in text.split("\n"))
+    shown = (_STAMP.sub("", _CONTROLS.sub("", _overwritten(line))) for line in text.split("\n"))
     lines = redact("\n".join(shown)).split("\n")
     while lines and not lines[-1]:
         lines.pop()
