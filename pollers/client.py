@@ -9,11 +9,10 @@ from typing import Any
 
 from sqlalchemy import Engine, bindparam, delete, insert, select
 
-from webhook_app import db, models, outbound, platforms
+from webhook_app import calls, db, models, platforms
 from webhook_app.budget import Spent
 from webhook_app.db import Write
-from webhook_app.destinations import OutboundError
-from webhook_app.platforms import Answer, Polled, PollError, PollFault, Request, Source
+from webhook_app.platforms import Answer, Call, Polled, PollError, PollFault, Request, Source
 from webhook_app.settings import SourceSettings
 
 ANSWER_CAP_BYTES = 8 * 1024 * 1024
@@ -130,25 +129,13 @@ class Client:
         """One read; raises `PollError` when there is no whole answer."""
         self.purse.pay()
         try:
-            answer = _fetch(request, self.settings.timeout_seconds)
+            call = Call("GET", request.url, request.headers)
+            answer = calls.send(call, self.settings.timeout_seconds, ANSWER_CAP_BYTES)
         except PollError:
             self.purse.note(self.platform, None)
             raise
         self.purse.note(self.platform, answer)
         return answer
-
-
-def _fetch(request: Request, timeout_seconds: float) -> Answer:
-    try:
-        reply = outbound.send(
-            "GET", request.url, request.headers, timeout_seconds=timeout_seconds, byte_cap=ANSWER_CAP_BYTES,
-            guard=False, follow_redirects=True,  # a renamed repository
-        )  # fmt: skip
-    except OutboundError as error:
-        raise PollError(PollFault.UNAVAILABLE, f"{error.reason}: {error}") from error
-    if reply.truncated:
-        raise PollError(PollFault.UNREADABLE, f"the answer has more than {ANSWER_CAP_BYTES} bytes")
-    return Answer(reply.status, reply.headers, reply.body)
 
 
 def _digest(token: str) -> str:

@@ -20,8 +20,7 @@ from urllib.parse import urlsplit
 
 from sqlalchemy import Engine
 
-from webhook_app import db, grants, outbound, sealing
-from webhook_app.destinations import OutboundError
+from webhook_app import calls, db, grants, sealing
 from webhook_app.grants import Held, Owner
 from webhook_app.platforms import Answer, Call, Grant, PollError, PollFault, Source, github, gitlab
 from webhook_app.settings import SourceSettings
@@ -233,22 +232,9 @@ class _Asking:
     def send(self, request: Call) -> Answer:
         """One request, none of whose answers raises; `PollError` if there is no whole answer."""
         remaining = self.deadline - time.monotonic()
-        try:
-            if remaining <= 0:
-                raise OutboundError("timeout", "a token was not to be had in time")
-            reply = outbound.send(
-                request.method,
-                request.url,
-                request.headers,
-                request.body,
-                timeout_seconds=remaining,
-                byte_cap=ANSWER_CAP_BYTES,
-                guard=False,
-                follow_redirects=request.method == "GET",  # a renamed repository
-            )
-        except OutboundError as error:
-            raise PollError(PollFault.UNAVAILABLE, f"{error.reason}: {error}") from error
-        return Answer(reply.status, reply.headers, reply.body)
+        if remaining <= 0:
+            raise PollError(PollFault.UNAVAILABLE, "timeout: a token was not to be had in time")
+        return calls.send(request, remaining, ANSWER_CAP_BYTES)
 
     def as_app(self, app: github.App, make: Callable[[str], Call]) -> Answer:
         """Send what `make` makes of the App's JWT; once more by GitHub's clock if ours is far off."""

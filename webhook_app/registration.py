@@ -10,10 +10,9 @@ from datetime import datetime
 from math import inf
 from urllib.parse import urlsplit
 
-from webhook_app import outbound, platforms
+from webhook_app import calls, platforms
 from webhook_app.account import Account
-from webhook_app.destinations import OutboundError
-from webhook_app.platforms import Answer, Call, Hook, HookApi, HookDelivery, PollError, PollFault
+from webhook_app.platforms import Answer, Call, Hook, HookApi, HookDelivery, PollFault
 from webhook_app.settings import SourceSettings
 
 ANSWER_CAP_BYTES = 16 * 1024 * 1024
@@ -65,27 +64,8 @@ def ask(account: Account, call: Call, timeout_seconds: float | None = None) -> A
     """Send one call; any status is an `Answer`, anything else a `PollError`."""
     most_seconds = min(timeout_seconds or inf, account.settings.timeout_seconds)
     with account.turn(most_seconds) as turn:
-        turn.answer = _send(call, most_seconds)
+        turn.answer = calls.send(call, most_seconds, ANSWER_CAP_BYTES)
         return turn.answer
-
-
-def _send(call: Call, timeout_seconds: float) -> Answer:
-    try:
-        reply = outbound.send(
-            call.method,
-            call.url,
-            call.headers,
-            call.body,
-            timeout_seconds=timeout_seconds,
-            byte_cap=ANSWER_CAP_BYTES,
-            guard=False,
-            follow_redirects=call.method == "GET",
-        )
-    except OutboundError as error:
-        raise PollError(PollFault.UNAVAILABLE, f"{error.reason}: {error}") from error
-    if reply.truncated:
-        raise PollError(PollFault.UNREADABLE, f"the answer has more than {ANSWER_CAP_BYTES} bytes")
-    return Answer(reply.status, reply.headers, reply.body)
 
 
 def find_hooks(account: Account, repository: str, timeout_seconds: float | None = None) -> tuple[Hook, ...]:
