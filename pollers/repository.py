@@ -42,9 +42,9 @@ class Findings:
     """What the reads of a place brought.
 
     `listed`: repositories that were listed, with the platform's own time of it.  `refused`: why they could
-    not be, while the platform did answer; `away`: it did not.  `aliases`: names of theirs that the platform
-    writes otherwise.  `wide`: the next list should be a long one.  `hidden`: repositories that the platform
-    does not have, or hides from us.
+    not be, while single reads are answered; `away`: why, while none is.  `aliases`: names of theirs that
+    the platform writes otherwise.  `wide`: the next list should be a long one.  `hidden`: repositories that
+    the platform does not have, or hides from us.
     """
 
     place: Place
@@ -52,7 +52,7 @@ class Findings:
     tags: list[Tag] = field(default_factory=list)
     listed: dict[str, datetime | None] = field(default_factory=dict)
     refused: str | None = None
-    away: bool = False
+    away: PollError | None = None
     wide: bool = False
     aliases: dict[str, str] = field(default_factory=dict)
     hidden: dict[str, str] = field(default_factory=dict)
@@ -85,8 +85,7 @@ def read(client: Client, place: Place, terms: Terms) -> Findings:
     found = Findings(place, wide=place.wide)
     try:
         rest = _list(client, found, terms) if place.wants_list else place.due
-        for due in rest:
-            found.facts.append(_single(client, found, due))
+        _read_singly(client, found, rest)
         if terms.jobs:
             _add_jobs(client, found, terms.now)
     except OverBudget:
@@ -185,12 +184,14 @@ def _list_failed(found: Findings, fault: PollError) -> list[Due]:
     if fault.fault in SOURCE_FAULTS:
         raise fault
     log.info("list failed: %s %s: %s", found.place.source, found.place.repositories, fault)
-    if fault.fault is PollFault.UNAVAILABLE:
-        found.away = True
-        found.facts += [_failed(due, fault) for due in found.place.due]
-        return []
-    found.refused = _told(fault)
-    return found.place.due
+    if fault.fault is not PollFault.UNAVAILABLE:
+        found.refused = _told(fault)
+        return found.place.due
+    found.away = fault
+    if any(due.row["consecutive_errors"] for due in found.place.due):
+        return found.place.due  # is it only lists that are not answered?
+    found.facts += [_failed(due, fault) for due in found.place.due]
+    return []
 
 
 def _answer_unchanged(found: Findings, seen: Seen) -> list[Due]:
@@ -288,6 +289,24 @@ def _note_names(found: Findings, observations: Iterable[Observation]) -> None:
 
 
 # ---- single reads --------------------------------------------------------------------------------
+
+
+def _read_singly(client: Client, found: Findings, rest: Sequence[Due]) -> None:
+    """Read these builds; after a list without an answer the first one tells whether anything is answered."""
+    for place, due in enumerate(rest):
+        away = found.away
+        try:
+            fact = _single(client, found, due)
+        except OverBudget:
+            if away is None:
+                raise
+            fact = _failed(due, away)
+        if away is not None and isinstance(fact, PollFailed) and fact.fault == PollFault.UNAVAILABLE:
+            found.facts += [_failed(one, away) for one in rest[place:]]
+            return
+        if away is not None:
+            found.refused, found.away = _told(away), None
+        found.facts.append(fact)
 
 
 def _single(client: Client, found: Findings, due: Due) -> Fact:

@@ -19,6 +19,7 @@ from jobs import poll as poll_job
 from pollers import client, stale
 from tests.hub import clean_environment
 from tests.stand import FRESH, INTERVAL, ON_SQLITE, change, environment, stands
+from tests.test_collect import answering
 from webhook_app import budget, builds, db, models, platforms, polling, queries, queues, settings
 from webhook_app.budget import Lane, Spent
 from webhook_app.lifecycle import ObservedBy, State
@@ -336,6 +337,36 @@ def test_a_lane_that_another_process_reads_is_left_to_it(make_stand):
     assert stand.requests()["jenkins"] > 0
     stand.poll(after=FRESH)
     assert stand.requests()["github"] > 0
+
+
+@ON_SQLITE
+def test_a_list_that_is_never_answered_keeps_no_build_from_its_end(make_stand):
+    """GitHub gives up on lists that are too much work, while it still tells of each run."""
+    stand = make_stand(("github",), 3, kinds={"github": ["success"]})
+    stand.push_all()
+    server = stand.servers["github"]
+    with answering(server, {r"/actions/runs$": Response(502)}) as asked:
+        stand.poll(after=FRESH)
+        assert {stand.row(build)["consecutive_errors"] for build in stand.world.builds} == {1}
+        stand.clock.at = stand.world.ends_at + FRESH
+        stand.poll()
+    assert {stand.row(build)["state"] for build in stand.world.builds} == {"completed"}
+    lists = [path for path in asked if path.partition("?")[0].endswith("/actions/runs")]
+    assert len(lists) == 2 * len({build.repository.full_name for build in stand.world.builds})
+
+
+@ON_SQLITE
+def test_a_platform_that_answers_nothing_is_asked_little(make_stand):
+    stand = make_stand(("github",), 6, speed=0.01)
+    stand.push_all()
+    server = stand.servers["github"]
+    server.inject(Response(502))
+    stand.poll(after=FRESH)
+    repositories = {build.repository.full_name for build in stand.world.builds}
+    assert server.count() == len(repositories), "a list each"
+    stand.poll(after=2 * INTERVAL)
+    assert server.count() == 3 * len(repositories), "and then a list and a build each"
+    assert {stand.row(build)["consecutive_errors"] for build in stand.world.builds} == {2}
 
 
 @ON_SQLITE
@@ -662,7 +693,7 @@ def test_a_failed_poll_backs_off_and_the_next_good_one_forgets_it(one, name):
     stand, build = one("github", speed=0.01, GITHUB_API_TIMEOUT="150")
     answer, message = FAULTS[name]
     server = stand.servers["github"]
-    server.inject(answer(), times=2 if message.startswith("unavailable") else 3)  # one list, then by itself
+    server.inject(answer(), times=3)  # a list, and by itself twice; or a list, and then both
     stand.poll()
     row = stand.row(build)
     assert row["poll_error"].startswith(message)
@@ -791,7 +822,7 @@ def test_too_many_errors_in_a_row_end_the_polling_of_that_build(one):
         "poll_count": 4, "consecutive_errors": 4, "error": row["poll_error"],
     }  # fmt: skip
     stand.poll(after=86_400)
-    assert stand.requests() == {"github": 4}
+    assert stand.requests() == {"github": 7}, "a list, and three times a list and the build"
     stand.servers["github"].clear_faults()
     stand.push(build)
     stand.poll(after=FRESH)
