@@ -23,10 +23,10 @@ from bench import machine, servers
 from bench.table import Row
 from jobs import poll as poll_job
 from jobs.resources import Resources
-from pollers import client, stale
-from webhook_app import builds, db, migrations, models, queues, settings
+from pollers import stale
+from webhook_app import builds, calls, db, migrations, models, queues, settings
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
-from webhook_app.platforms import Answer
+from webhook_app.platforms import Answer, Call
 from webhook_app.simulated.facts import Build, Moment, truth_of
 from webhook_app.simulated.github import GitHubServer
 from webhook_app.simulated.httpd import Request
@@ -145,16 +145,16 @@ def _stage(
             "BUILD_POLL_PACE": case.pace,
         }
     )  # fmt: skip
-    fetch, utc_now = client._fetch, poll_job.utc_now
+    send, utc_now = calls.send, poll_job.utc_now
     with ThreadPoolExecutor(4) as threads:
         held = Resources(values, engine, queues.connect(redis_url), threads)
         stage = Stage(held, clock, server, _pushes(server.world, case))
-        client._fetch = stage.fetch
+        calls.send = stage.send
         poll_job.utc_now = stage.now
         try:
             yield stage
         finally:
-            client._fetch, poll_job.utc_now = fetch, utc_now
+            calls.send, poll_job.utc_now = send, utc_now
             engine.dispose()
 
 
@@ -193,7 +193,7 @@ class Stage:
     def now(self) -> datetime:
         return datetime.fromtimestamp(self.clock(), UTC)
 
-    def fetch(self, request: client.Request, timeout_seconds: float) -> Answer:
+    def send(self, request: Call, timeout_seconds: float, most_bytes: int) -> Answer:
         """The simulated GitHub's answer, without a socket."""
         parts = urlsplit(request.url)
         headers = {name.lower(): value for name, value in request.headers.items()}
