@@ -157,7 +157,17 @@ def test_everything_down_is_said_and_nothing_crashes(clinic):
 
 @ON_SQLITE
 def test_a_store_that_was_not_migrated_is_said(clinic, tmp_path):
+    (tmp_path / "new.db").touch()
     assert has(clinic(DATABASE_URL=f"sqlite:///{tmp_path}/new.db"), "fail", "the schema is not current")
+
+
+@ON_SQLITE
+def test_a_store_that_is_not_there_is_said_and_not_made(clinic, tmp_path):
+    clinic.servers["github"].close()
+    found = clinic(DATABASE_URL=f"sqlite:///{tmp_path}/no.db")
+    assert has(found, "fail", "there is no file")
+    assert has(found, "fail", "github: the API: unavailable: connect"), "the platforms are asked nevertheless"
+    assert not (tmp_path / "no.db").exists()
 
 
 @ON_SQLITE

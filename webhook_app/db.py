@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import orjson
@@ -82,6 +83,12 @@ def connect(url: str, synchronous: str = "FULL", pool_size: int = 16) -> Engine:
         pool_pre_ping=True,  # a read is not repeated, and the database may have been restarted since
         connect_args={"connect_timeout": 5, "options": "-c timezone=utc"},
     )
+
+
+def missing_file(engine: Engine) -> str | None:
+    """The file of SQLite, if it is not there: whoever opened it would make an empty store."""
+    file = engine.url.database if engine.dialect.name == "sqlite" else None
+    return file if file and not Path(file).exists() else None
 
 
 def _dump(value: Any) -> str:

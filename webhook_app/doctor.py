@@ -7,6 +7,7 @@ No finding holds a secret.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from redis.exceptions import RedisError
-from sqlalchemy import text
+from sqlalchemy import Engine, text
 
 from webhook_app import credentials, db, health, migrations, platforms, queues, registration, up
 from webhook_app.account import Account
@@ -128,21 +129,30 @@ def _settings(values: Settings) -> Iterator[Finding]:
         yield Finding("settings", WARN, "PUBLIC_URL is http: pushes travel unencrypted", "Use https.")
 
 
-def _database(values: Settings) -> Iterator[Finding]:
+@contextmanager
+def _store(values: Settings) -> Iterator[Engine]:
+    """The store; raises `StoreUnavailable` where SQLite would make an empty one."""
     engine = db.connect(values.database_url, values.sqlite_synchronous, pool_size=1)
     try:
-        with db.reading(engine) as connection:
+        if missing := db.missing_file(engine):
+            raise db.StoreUnavailable(f"there is no file {missing}")
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def _database(values: Settings) -> Iterator[Finding]:
+    try:
+        with _store(values) as engine, db.reading(engine) as connection:
             connection.execute(text("SELECT 1"))
-        yield Finding("database", OK, f"{engine.dialect.name} answers")
-        if migrations.is_current(engine):
-            yield Finding("database", OK, "the schema is current")
-        else:
-            yield Finding("database", FAIL, "the schema is not current", "Run `buildrelay migrate`.")
+            yield Finding("database", OK, f"{engine.dialect.name} answers")
+            if migrations.is_current(engine):
+                yield Finding("database", OK, "the schema is current")
+            else:
+                yield Finding("database", FAIL, "the schema is not current", "Run `buildrelay migrate`.")
     except (*db.UNAVAILABLE, db.StoreUnavailable) as error:
         mend = "Look whether it runs, and at DATABASE_URL."
         yield Finding("database", FAIL, f"the database does not answer: {_one_line(error)}", mend)
-    finally:
-        engine.dispose()
 
 
 def _one_line(error: Exception) -> str:
@@ -204,14 +214,11 @@ def _source(values: Settings, source: SourceSettings, until: float) -> Iterator[
 
 def _told(values: Settings, name: str) -> dict[str, Any]:
     """The row of the source; empty while the store is away or old."""
-    engine = db.connect(values.database_url, values.sqlite_synchronous, pool_size=1)
     try:
-        with db.reading(engine) as connection:
+        with _store(values) as engine, db.reading(engine) as connection:
             return health.snapshot(connection).get(name, {})
     except db.StoreUnavailable:
         return {}
-    finally:
-        engine.dispose()
 
 
 def _health(name: str, source: SourceSettings, told: dict[str, Any]) -> Iterator[Finding]:
@@ -255,11 +262,12 @@ def _access(values: Settings, source: SourceSettings, until: float) -> Iterator[
     except PollError as error:
         yield _refused(source.source.name, "no token is lent", error)
         return
-    engine = db.connect(values.database_url, values.sqlite_synchronous, pool_size=1)
-    try:
+    with ExitStack() as stack:
+        try:
+            engine = stack.enter_context(_store(values))
+        except db.StoreUnavailable:
+            engine = None
         yield from _with_access(values, Account(source, engine, values.api_budget_reserve), until)
-    finally:
-        engine.dispose()
 
 
 def _with_access(values: Settings, account: Account, until: float) -> Iterator[Finding]:
@@ -284,13 +292,13 @@ def _with_access(values: Settings, account: Account, until: float) -> Iterator[F
 
 
 def _with_token(values: Settings, source: SourceSettings) -> SourceSettings:
-    engine = db.connect(values.database_url, values.sqlite_synchronous, pool_size=1)
+    if source.app is None and source.oauth is None:
+        return source
     try:
-        return credentials.with_token(engine, values.encryption_keys, source)
+        with _store(values) as engine:
+            return credentials.with_token(engine, values.encryption_keys, source)
     except db.StoreUnavailable as error:
         raise PollError(PollFault.UNAVAILABLE, f"the store is away: {error}") from error
-    finally:
-        engine.dispose()
 
 
 def _refused(name: str, what: str, error: PollError) -> Finding:
