@@ -198,6 +198,21 @@ def test_a_test_shows_what_the_endpoint_answered(served):
     assert (away["status_code"], away["reason"]) == (None, "connect")
 
 
+def test_few_wait_for_an_answer_at_a_time(served):
+    """Or tests of endpoints that hang would take all threads from the webhooks."""
+    caller, endpoint = served
+    made = subscribe(caller, url=endpoint.url)
+    endpoint.add_secret(made["secret"])
+    endpoint.behave(delay_seconds=0.5)
+    waiting = caller.app.extensions["buildrelay"].waiting
+    while waiting.acquire(blocking=False):
+        pass
+    assert caller("POST", path_of(made, "test"), 202)["state"] == "pending"
+    waiting.release()
+    for _ in range(2):
+        assert caller("POST", path_of(made, "test"), 202)["state"] == "delivered"
+
+
 def test_a_test_that_nobody_sends_is_answered_at_once(api):
     made = subscribe(api)
     answer = api("POST", path_of(made, "test"), 202)

@@ -1,7 +1,8 @@
 """What a web process holds, and how a request gets at it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import BoundedSemaphore
 
 from flask import current_app
 from redis import Redis
@@ -15,6 +16,9 @@ from webhook_app.polling import Pace
 from webhook_app.queues import Bell
 from webhook_app.settings import Settings
 
+MOST_WAITING = 4
+"""Requests that may wait for a subscriber's answer at a time: the other threads are for webhooks."""
+
 
 @dataclass(frozen=True, slots=True)
 class State:
@@ -27,6 +31,7 @@ class State:
     pace: Pace
     take: GroupCommit[Arrival, Receipt]
     refusals: Refusals
+    waiting: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(MOST_WAITING))
 
     @property
     def sources(self) -> Mapping[str, Source]:
