@@ -269,6 +269,31 @@ def test_what_was_on_its_way_before_the_pause_is_no_probe(engine):
         assert subscribers.get(connection, subscriber)["disabled_reason"] == endpoints.TOO_LONG
 
 
+@pytest.mark.parametrize(
+    ("act", "found"),
+    [
+        ("warn", {}),
+        ("probe", {}),
+        ("disable", {}),
+        ("disable", {"failing_since": START, "failures": 1}),
+        ("probe", {"failing_since": START, "failures": 20, "on_probation": True, "slow_until": hours(121)}),
+    ],
+)
+def test_a_sentence_is_void_once_another_worker_saw_a_success_or_was_first(engine, act, found):
+    subscriber = subscribe(engine)
+    sentence = endpoints.Sentence(subscriber, act, 50, endpoints.TOO_LONG)
+
+    def unit(write):
+        if found:
+            subscribers.change(write, subscriber, found, (), START)
+        before = subscribers.get(write.connection, subscriber)
+        endpoints.carry_out(write, sentence, hours(122))
+        return before == subscribers.get(write.connection, subscriber)
+
+    assert db.as_writer(engine, unit)
+    assert rows(engine, models.notices) == []
+
+
 def test_a_fault_of_ours_is_not_counted_against_the_endpoint(engine):
     subscribe(engine)
     record(engine, github(Q))

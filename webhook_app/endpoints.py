@@ -134,9 +134,9 @@ def _sentence(row: Mapping[str, Any], failed_at: datetime, gone: bool, now: date
 
 
 def carry_out(write: Write, sentence: Sentence, now: datetime) -> None:
-    """Do what a sentence says; harmless when another worker did it already."""
+    """Do what a sentence says, unless it has become void."""
     row = subscribers.get(write.connection, sentence.subscriber)
-    if row is None or row["state"] != "active":
+    if row is None or row["state"] != "active" or _is_void(sentence, row):
         return
     if sentence.act == "disable":
         disable(write, row["id"], sentence.reason, now)
@@ -147,6 +147,17 @@ def carry_out(write: Write, sentence: Sentence, now: datetime) -> None:
     elif row["warned_percent"] < sentence.percent:
         subscribers.change(write, row["id"], {"warned_percent": sentence.percent}, (), now)
         _tell(write, row["id"], "subscriber.warning", f"is at {sentence.percent} % of being disabled", now)
+
+
+def _is_void(sentence: Sentence, row: Mapping[str, Any]) -> bool:
+    """Has another worker carried it out, or seen a success since?"""
+    if sentence.reason == GONE:
+        return False
+    if row["failing_since"] is None:
+        return True
+    return (sentence.act == "probe" and row["on_probation"]) or (
+        sentence.act == "disable" and not row["on_probation"]
+    )
 
 
 def disable(write: Write, subscriber_id: str, reason: str, now: datetime) -> None:
