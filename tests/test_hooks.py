@@ -20,6 +20,7 @@ from tests import postgres
 from webhook_app import db, models, signing
 from webhook_app.supervisor import tied_to_parent
 
+ADMIN = b"bootstrap-token-of-these-tests"
 GITHUB, GITLAB, JENKINS, SCRIPT = (
     "github secret",
     "whsec_" + "c2VjcmV0IG9mIHRoZSBnaXRsYWIgaG9vaw==",
@@ -51,6 +52,7 @@ class Server:
             "GITLAB_WEBHOOK_SECRET": GITLAB,
             "JENKINS_WEBHOOK_SECRET": JENKINS,
             "BUILD_EVENT_TOKEN": SCRIPT,
+            "ADMIN_TOKEN": ADMIN.decode(),
         }
         argv = [sys.executable, "-m", "gunicorn", "--config", "python:webhook_app.gunicorn_conf", "wsgi:app"]
         self.process = subprocess.Popen(argv, env=env, preexec_fn=tied_to_parent())
@@ -371,6 +373,8 @@ def raw(server, request, pieces=()):
         b"POST /webhooks/git%00hub HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
         b"POST /webhooks/%ff%fe HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
         b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\nzz\r\n",
+        b"POST /api/tokens HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + ADMIN + b"\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\nzz\r\n",
+        b"POST /api/tokens HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + ADMIN + b"\r\nTransfer-Encoding: chunked\r\nContent-Type: application/json\r\n\r\n2\r\n{",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     ],
 )  # fmt: skip

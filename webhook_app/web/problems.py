@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 from flask import Flask, Response
+from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import HTTPException
 
 from webhook_app.db import StoreUnavailable
@@ -49,6 +50,11 @@ def http_error(error: HTTPException) -> Response:
     return problem(error.code or 500, str(detail), headers, **({"errors": messages} if messages else {}))
 
 
+def unreadable(error: ParseException) -> Response:
+    """400: the server found the body's chunks broken while we read it."""
+    return problem(400, f"the body can't be read: {error}")
+
+
 def fault(error: Exception) -> Response:
     """A fault of ours: logged with its trace, told without."""
     log.error("unhandled fault", exc_info=error)
@@ -59,4 +65,5 @@ def register(app: Flask) -> None:
     """Install the handlers."""
     app.register_error_handler(StoreUnavailable, store_unavailable)
     app.register_error_handler(HTTPException, http_error)
+    app.register_error_handler(ParseException, unreadable)
     app.register_error_handler(Exception, fault)
