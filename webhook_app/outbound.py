@@ -684,7 +684,7 @@ def _read_body(response: HTTPResponse, call: _Call) -> tuple[bytes, bool]:
     pieces: list[bytes] = []
     count = 0
     while count < call.byte_cap:
-        piece = response.read(min(PIECE_BYTES, call.byte_cap - count))
+        piece = _read(response, min(PIECE_BYTES, call.byte_cap - count))
         if not piece:
             break
         count += len(piece)
@@ -692,10 +692,17 @@ def _read_body(response: HTTPResponse, call: _Call) -> tuple[bytes, bool]:
             pieces.append(piece)
         else:
             _write(into, piece)
-    truncated = bool(response.read(1))
+    truncated = bool(_read(response, 1))
     if response.length and not truncated:
         raise IncompleteRead(b"", response.length)
     return b"".join(pieces), truncated
+
+
+def _read(response: HTTPResponse, most: int) -> bytes:
+    try:
+        return response.read(most)
+    except (ValueError, OverflowError):
+        raise HTTPException("a chunk has a negative size") from None
 
 
 def _write(into: Sink, piece: bytes) -> None:
