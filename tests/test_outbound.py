@@ -1480,9 +1480,13 @@ def test_a_proxy_that_refuses_is_a_connect_error(serve, monkeypatch):
     assert "407" in str(error)
 
 
-@pytest.mark.parametrize("scheme", ["https", "socks5"])
-def test_other_kinds_of_proxy_are_named(monkeypatch, scheme):
-    monkeypatch.setenv("HTTPS_PROXY", f"{scheme}://user:swordfish@127.0.0.1:1")
+@pytest.mark.parametrize(
+    "proxy",
+    ["https://user:swordfish@127.0.0.1:1", "socks5://user:swordfish@127.0.0.1:1", "http://user:swordfish@[::1",
+     "http://user:swordfish@127.0.0.1:99999", "http://"],
+)  # fmt: skip
+def test_proxies_that_cannot_be_used_are_named(monkeypatch, proxy):
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
     error = failing(lambda: post("https://hook.test/", guard=True))
     assert error.reason == "connect"
     assert "swordfish" not in str(error)

@@ -499,11 +499,14 @@ def _proxy_for(scheme: str, host: str, port: int) -> str:
     if not proxy:
         return ""
     proxy = proxy if "://" in proxy else f"http://{proxy}"
-    parts = urlsplit(proxy)
-    if parts.scheme != "http" or not parts.hostname:
-        raise OutboundError(
-            "connect", f"a proxy of the form http://HOST:PORT is needed, not {parts.scheme}://"
-        )
+    try:
+        parts = urlsplit(proxy)
+        usable = parts.scheme == "http" and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        given = proxy.partition("://")[0]  # the rest may hold a password
+        raise OutboundError("connect", f"a proxy of the form http://HOST:PORT is needed, not {given}://…")
     return proxy
 
 
