@@ -10,6 +10,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from random import Random
 
 import pytest
@@ -401,6 +402,40 @@ def test_senders_that_stop_half_way_are_cut_even_if_they_hold_every_thread(serve
     finally:
         for connection in slow:
             connection.close()
+
+
+def is_held(server):
+    """Is no thread left to answer?"""
+    try:
+        return requests.get(f"{server.base}/healthz", timeout=1).status_code != 200
+    except requests.Timeout:
+        return True
+
+
+@pytest.mark.parametrize("one_server", ["sqlite"], indirect=True)  # no database decides it
+def test_readers_that_stop_half_way_are_cut_even_if_they_hold_every_thread(server, wait_until):
+    """Answers that nobody reads fill the buffers on the way, and then hold their thread."""
+    ask, many = b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n", 400
+    with ExitStack() as stack:
+        for _ in range(40):
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            connection.settimeout(60)
+            connection.connect(("127.0.0.1", server.port))
+            connection.sendall(ask * many)
+        wait_until(lambda: is_held(server), 60)
+        assert server.github(run()).json()["status"] == "accepted"
+
+
+@pytest.mark.parametrize("one_server", ["sqlite"], indirect=True)
+def test_a_sender_that_waits_to_be_told_to_go_on_and_stops_is_cut(server):
+    head = b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(head + b"Expect: 100-continue\r\nContent-Length: 100000\r\n\r\n{")
+        said = b""
+        while piece := connection.recv(65536):
+            said += piece
+    assert said.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 4")
 
 
 def test_what_gunicorn_refuses_itself_is_problem_json_too(server):

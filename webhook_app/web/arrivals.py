@@ -1,7 +1,8 @@
-"""A deadline for requests that are still arriving: whoever sends a byte now and then must not hold a thread.
+"""A deadline for requests still arriving and answers still leaving: nobody may hold a thread by being slow.
 
 The worker notes each connection that begins a request, reception notes how far its body is, and a thread
-of the worker ends the reading of what is late.  An answer can still be written then.
+of the worker ends the reading of what is late.  An answer can still be written then.  One that is not
+read in its time is cut off.
 """
 
 import contextlib
@@ -11,29 +12,49 @@ import time
 
 HEAD_SECONDS = 5.0
 PIECE_SECONDS = 5.0
-"""For the first bytes of a body, and for each further piece of `PIECE_BYTES`."""
+"""For the first bytes of a body or an answer, and for each further piece of `PIECE_BYTES`."""
 
 PIECE_BYTES = 64 * 1024
 LOOK_SECONDS = 0.5
 
 
+Deadline = tuple[float, int]
+"""Monotonic seconds, and what is shut down then."""
+
+
 class Arrivals:
-    """The connections of a process that are being read, each with its deadline (monotonic seconds)."""
+    """The connections that a process reads or writes, each with its deadline."""
 
     def __init__(self) -> None:
-        self._until: dict[socket.socket, float] = {}
+        self._until: dict[socket.socket, Deadline] = {}
         self._mutex = threading.Lock()
 
     def begin(self, sock: socket.socket) -> None:
         """A request begins to arrive."""
         with self._mutex:
-            self._until[sock] = time.monotonic() + HEAD_SECONDS
+            self._until[sock] = time.monotonic() + HEAD_SECONDS, socket.SHUT_RD
 
     def goes_on(self, sock: socket.socket | None) -> None:
         """Its head, or a piece of its body, has come: the next piece has its own time."""
         with self._mutex:
             if sock in self._until:
-                self._until[sock] = time.monotonic() + PIECE_SECONDS
+                self._until[sock] = time.monotonic() + PIECE_SECONDS, socket.SHUT_RD
+
+    def leaves(self, sock: socket.socket, count: int) -> Deadline | None:
+        """So many bytes are handed to the connection now; the deadline that it had, for `has_left`."""
+        seconds = PIECE_SECONDS * (1 + count // PIECE_BYTES)
+        with self._mutex:
+            before = self._until.get(sock)
+            self._until[sock] = time.monotonic() + seconds, socket.SHUT_RDWR
+        return before
+
+    def has_left(self, sock: socket.socket, before: Deadline | None) -> None:
+        """They are out.  After `100 Continue` a body is yet to arrive."""
+        with self._mutex:
+            if before is None:
+                self._until.pop(sock, None)
+            else:
+                self._until[sock] = before
 
     def end(self, sock: socket.socket | None) -> None:
         """It is here, or it is over."""
@@ -41,14 +62,14 @@ class Arrivals:
             self._until.pop(sock, None)  # type: ignore[arg-type]
 
     def cut_late(self) -> int:
-        """End the reading of all that is late; how many."""
+        """Cut all that is late; how many."""
         now = time.monotonic()
         with self._mutex:
-            late = [sock for sock, until in self._until.items() if until < now]
-            for sock in late:
+            late = [(sock, how) for sock, (until, how) in self._until.items() if until < now]
+            for sock, how in late:
                 del self._until[sock]
                 with contextlib.suppress(OSError):  # it is closed already
-                    sock.shutdown(socket.SHUT_RD)
+                    sock.shutdown(how)
         return len(late)
 
     def watch(self) -> None:

@@ -1,6 +1,8 @@
-"""gunicorn's threaded worker, with a deadline for slow senders, and its own errors as problem+json."""
+"""gunicorn's threaded worker, with deadlines for slow senders and readers, and its errors as problem+json."""
 
+import functools
 import threading
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -17,6 +19,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def init_process(self) -> None:
         """In the new process, before the application is loaded."""
         util.write_error = _write_problem
+        util.write = functools.partial(_write_in_time, util.write)
         threading.Thread(target=ARRIVALS.watch, name="arrivals", daemon=True).start()
         super().init_process()
 
@@ -28,6 +31,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             return super().handle(conn)
         finally:
             ARRIVALS.end(sock)
+
+
+def _write_in_time(write: Callable[..., Any], sock: Any, data: bytes, chunked: bool = False) -> None:
+    """Hand a part of an answer over, as gunicorn does, within the time for it."""
+    before = ARRIVALS.leaves(sock, len(data))
+    try:
+        write(sock, data, chunked)
+    finally:
+        ARRIVALS.has_left(sock, before)
 
 
 def _write_problem(sock: Any, status: int, reason: str, detail: str) -> None:
