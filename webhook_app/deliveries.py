@@ -514,21 +514,19 @@ def _wake_lanes(connection: Connection, settled: Sequence[Claimed], now: datetim
         )
 
 
-def bury(connection: Connection, subscriber_id: str, reason: Any, most: int, now: datetime) -> int:
-    """Give up so many pending messages of a subscriber, for a reason or a column of one; how many it was."""
-    pending = (
-        select(_m.id)
-        .where(_PENDING, _m.subscriber == subscriber_id)
-        .order_by(_m.due_at, _m.id)
-        .limit(most)
-        .scalar_subquery()
-    )
-    result = connection.execute(
+def bury(connection: Connection, subscriber_id: str, reason: Any, most: int, now: datetime) -> bool:
+    """Give up so many pending messages of a subscriber, for a reason or a column of one; are some left?
+
+    Those that are being settled are left, without waiting: who settles them may wait for the subscriber.
+    """
+    pending = select(_m.id).where(_PENDING, _m.subscriber == subscriber_id).order_by(_m.due_at, _m.id)
+    ids = connection.execute(pending.limit(most).with_for_update(skip_locked=True)).scalars().all()
+    connection.execute(
         update(models.messages)
-        .where(_m.id.in_(pending), _PENDING)
+        .where(_m.id.in_(ids))
         .values(state="dead", due_at=None, claim=None, reason=reason, settled_at=now)
     )
-    return result.rowcount
+    return connection.execute(pending.limit(1)).first() is not None
 
 
 def slow_down_of(tried: Tried, now: datetime) -> datetime | None:

@@ -167,14 +167,14 @@ def disable(write: Write, subscriber_id: str, reason: str, now: datetime) -> Non
     `replays.advance`, portion by portion: in one go it would hold up every push.
     """
     subscribers.change(write, subscriber_id, {"state": "disabled", "disabled_reason": reason}, (), now)
-    if bury(write.connection, subscriber_id, now) == PORTION:
+    if bury(write.connection, subscriber_id, now):
         rest = {"kind": "burial", "subscriber": subscriber_id, "only_missing": False, "after": 0, "last": 0}
         write.connection.execute(insert(models.recoveries), rest | {"created_at": now})
     _tell(write, subscriber_id, "subscriber.disabled", f"was disabled: {reason}", now)
 
 
-def bury(connection: Connection, subscriber_id: str, now: datetime) -> int:
-    """Give up a portion of what a disabled subscriber did not get; how many messages."""
+def bury(connection: Connection, subscriber_id: str, now: datetime) -> bool:
+    """Give up a portion of what a disabled subscriber did not get; is some left?"""
     return deliveries.bury(connection, subscriber_id, _WHY_DEAD, PORTION, now)
 
 

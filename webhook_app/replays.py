@@ -8,7 +8,7 @@ An event that has a message already keeps it, and so its `webhook-id`; for the o
 made.  Lanes keep each build's order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -138,7 +138,7 @@ def _step(write: Write, task: Row, now: datetime) -> _Step:
         return _Step(0, task["after"] if _bury(write, task["subscriber"], now) else None)
     if task["kind"] == "redrive":
         ids = write.connection.execute(_dead(task).order_by(_m.id).limit(PORTION)).scalars().all()
-        picked = _make_due(write.connection, _m.id.in_(ids), now)
+        picked = _make_due(write.connection, ids, now)
         return _Step(picked, ids[-1] if len(ids) == PORTION else None)
     subscriber = subscribers.get(write.connection, task["subscriber"])
     if subscriber is None or subscriber["state"] != "active":
@@ -151,7 +151,7 @@ def _bury(write: Write, subscriber_id: str, now: datetime) -> bool:
     subscriber = subscribers.get(write.connection, subscriber_id)
     if subscriber is None or subscriber["state"] == "active":
         return False
-    return endpoints.bury(write.connection, subscriber_id, now) == endpoints.PORTION
+    return endpoints.bury(write.connection, subscriber_id, now)
 
 
 def _replay_portion(write: Write, wants: Filters, task: Row, now: datetime) -> _Step:
@@ -163,7 +163,7 @@ def _replay_portion(write: Write, wants: Filters, task: Row, now: datetime) -> _
     ]  # fmt: skip
     again = [row["message"] for row in picked if row["message"] is not None]
     if again:
-        _make_due(write.connection, _m.id.in_(again), now)
+        _make_due(write.connection, again, now)
     deliveries.plan_for(write, [row for row in picked if row["message"] is None], wants.id, now)
     return _Step(len(picked), rows[-1]["id"] if len(rows) == PORTION else None)
 
@@ -245,8 +245,13 @@ def _dead(task: Row) -> Any:
     return select(_m.id).where(*conditions)
 
 
-def _make_due(connection: Connection, which: ColumnElement[bool], now: datetime) -> int:
-    """Pending again, under the same id, with the whole schedule before it."""
+def _make_due(connection: Connection, ids: Sequence[int], now: datetime) -> int:
+    """Pending again, under the same id, with the whole schedule before it.
+
+    Locked first, in the order in which `deliveries.settle` locks them: a late try may be on its way.
+    """
+    which = _m.id.in_(ids)
+    connection.execute(select(_m.id).where(which).order_by(_m.id).with_for_update())
     result = connection.execute(
         update(models.messages)
         .where(which, _m.state != "pending")
