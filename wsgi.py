@@ -1,5 +1,15 @@
 """What gunicorn serves: `gunicorn wsgi:app`."""
 
-from webhook_app.app import create_app
+import sys
 
-app = create_app()
+from webhook_app.app import create_app
+from webhook_app.settings import SettingsError
+
+NOT_AGAIN = 3
+"""The exit code of a worker with which gunicorn ends, and does not start the next."""
+
+try:
+    app = create_app()
+except SettingsError as error:
+    sys.stderr.write(f"buildrelay: {error}\n")
+    raise SystemExit(NOT_AGAIN) from None

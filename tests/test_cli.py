@@ -283,6 +283,18 @@ def test_up_says_in_one_line_why_it_can_not_start(tmp_path, given, arguments, sa
     assert "sekret" not in made.stderr + made.stdout
 
 
+@pytest.mark.parametrize("config", [[], ["--config", "python:webhook_app.gunicorn_conf"]])
+def test_gunicorn_says_in_one_line_which_setting_is_wrong(tmp_path, config):
+    env = hubs.clean_environment(
+        {"BUILDRELAY_DATA_DIR": str(tmp_path), "PORT": str(hubs.free_port()), "GITLAB_URL": "nonsense"}
+    )
+    command = [sys.executable, "-m", "gunicorn", "--log-level", "critical", *config, "wsgi:app"]
+    made = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    (line,) = made.stderr.strip().splitlines()
+    assert made.returncode != 0
+    assert line.endswith(": GITLAB_URL='nonsense': a URL that begins with http:// or https:// is needed")
+
+
 COMMANDS = [
     ("subscribers", "list"), ("subscribers", "add", "https://example.com/"), ("subscribers", "test", "sub_1"),
     ("subscribers", "remove", "sub_1"), ("subscribers", "rotate-secret", "sub_1"),
