@@ -27,7 +27,8 @@ FEW, MANY = 30, 100
 TOO_NARROW, TOO_WIDE = 3, 20
 """So many due builds behind a short page make it long; all of them so near the top make a long one short."""
 
-MOST_PAGES = 5
+MOST_PAGES = 10
+"""Together a thousand changes since the last list, and fewer requests than a round may make."""
 WATCHED_LATELY = timedelta(minutes=2)
 """The jobs of a running build are read while somebody asks how far it is."""
 
@@ -127,22 +128,29 @@ def _list(client: Client, found: Findings, terms: Terms) -> list[Due]:
 
 def _pages(client: Client, place: Place) -> tuple[Seen, Listing | None]:
     """The list of a place, further pages where each build that changed is shown; None: nothing changed."""
+    seen, listing = _first_page(client, place)
+    if listing is None or not (client.platform.MANNERS.lists_changes and _since(place)):
+        return seen, listing
+    if listing.more is not None and not place.wide:
+        place.wide = True  # much has changed, as after an absence
+        seen, listing = _first_page(client, place)
+    pages = 1
+    while listing is not None and listing.more is not None and pages < MOST_PAGES:
+        following = client.ask(_next(client, place, listing.more))
+        further = client.platform.parse_list(client.source, place.repositories, following.answer)
+        listing = Listing(listing.observations + further.observations, further.more)
+        pages += 1
+    return seen, listing
+
+
+def _first_page(client: Client, place: Place) -> tuple[Seen, Listing | None]:
     platform = client.platform
     seen = client.ask(
         lambda source: _list_request(client, place, source), conditional=platform.MANNERS.free_unchanged
     )
     if seen.unchanged:
         return seen, None
-    listing = platform.parse_list(client.source, place.repositories, seen.answer)
-    pages = 1
-    while (
-        listing.more is not None and platform.MANNERS.lists_changes and _since(place) and pages < MOST_PAGES
-    ):
-        following = client.ask(_next(client, place, listing.more))
-        further = platform.parse_list(client.source, place.repositories, following.answer)
-        listing = Listing(listing.observations + further.observations, further.more)
-        pages += 1
-    return seen, listing
+    return seen, platform.parse_list(client.source, place.repositories, seen.answer)
 
 
 def _next(client: Client, place: Place, more: Request) -> Make:

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import func, insert, select
 
-from pollers import discovery, stale
+from pollers import discovery, repository, stale
 from tests.facts import at, github
 from tests.stand import FRESH, INTERVAL, ON_SQLITE, change, stands
 from webhook_app import db, models, polling, queues
@@ -281,6 +281,20 @@ def test_a_pipeline_that_ended_the_same_way_again_between_two_lists_is_a_new_att
     stand.discover(after=60)
     assert stand.row(build)["attempt"] == 2
     assert stand.servers["gitlab"].count(f"/pipelines/{build.run_id}") == asked, "it is known now"
+
+
+@ON_SQLITE
+def test_all_that_changed_on_gitlab_while_we_were_away_is_found(make_stand, monkeypatch):
+    monkeypatch.setattr(repository, "FEW", 2)
+    monkeypatch.setattr(repository, "MANY", 5)
+    stand = make_stand(("gitlab",), 60, kinds={"gitlab": ["success"]}, spread=900)
+    stand.clock.advance(60)
+    stand.discover()
+    found = sum(stand.row(build) is not None for build in stand.world.builds)
+    stand.clock.at = stand.world.ends_at + 60
+    stand.discover()
+    assert found < 20
+    assert {(stand.row(build) or {}).get("state") for build in stand.world.builds} == {"completed"}
 
 
 @ON_SQLITE
