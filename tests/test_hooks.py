@@ -20,6 +20,7 @@ from sqlalchemy import delete, func, select
 from tests import postgres
 from webhook_app import db, models, signing
 from webhook_app.supervisor import tied_to_parent
+from webhook_app.web.arrivals import COLLECTED_BYTES, wanted
 
 ADMIN = b"bootstrap-token-of-these-tests"
 GITHUB, GITLAB, JENKINS, SCRIPT = (
@@ -436,6 +437,117 @@ def test_a_sender_that_waits_to_be_told_to_go_on_and_stops_is_cut(server):
         while piece := connection.recv(65536):
             said += piece
     assert said.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 4")
+
+
+@pytest.mark.parametrize(
+    ("begun", "missing"),
+    [
+        (b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"),
+        (b"GET /healthz HTTP/1.1\r\nHo", b"st: x\r\n\r\n"),
+        (b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{", b"12345678"),
+        (b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n", b"x" * 200_000),
+        (b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab", b"cde\r\n0\r\n\r\n"),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X-A: " + b"x" * 9_000 + b"\r\n", (b"X-A: " + b"x" * 9_000 + b"\r\n") * 9 + b"\r\n"),
+    ],
+    ids=["nothing", "half a head", "half a body", "a large body", "half a chunk", "a large head"],
+)  # fmt: skip
+def test_many_senders_that_take_their_time_hold_no_thread(server, begun, missing):
+    with ExitStack() as stack:
+        slow = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+            for _ in range(200)
+        ]
+        for connection in slow:
+            connection.sendall(begun)
+        assert server.github(run()).json()["status"] == "accepted"
+        assert all(map(is_silent, slow)), "nobody had to be cut for that"
+        for connection in slow:
+            connection.sendall(missing)
+        answers = {connection.recv(12) for connection in slow}
+    assert answers == {b"HTTP/1.1 200" if b"GET" in begun + missing else b"HTTP/1.1 415"}
+
+
+HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("seen", "more"),
+    [
+        (b"", 1), (HEAD, 1), (HEAD + b"\r", 1), (HEAD + b"\r\n", 0), (HEAD + b"Content-Length: 5\r\n\r\nab", 3),
+        (HEAD + b"content-length:5\r\nA: b\r\n\r\nabcde", 0), (HEAD + b"Content-Length: 5\r\n\r\nabcdeGET /", 0),
+        (HEAD + b"Content-Length: -5\r\n\r\n", 0), (HEAD + b"X-Content-Length: 5\r\n\r\n", 0),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab", 1),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n", 0),
+        (HEAD + b"EXPECT: 100-continue\r\nContent-Length: 5\r\n\r\n", 0),
+    ],
+)  # fmt: skip
+def test_how_much_of_a_request_is_waited_for(seen, more):
+    assert wanted(seen) == len(seen) + more
+
+
+def test_no_more_is_waited_for_than_is_collected():
+    assert wanted(HEAD + b"Content-Length: 999999999\r\n\r\n") == COLLECTED_BYTES
+    assert wanted(b"x" * COLLECTED_BYTES) == COLLECTED_BYTES
+
+
+def is_silent(connection):
+    """Has nothing come, not even the end?"""
+    connection.setblocking(False)
+    try:
+        connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return True
+    finally:
+        connection.settimeout(30)
+    return False
+
+
+def signed_push(*fields):
+    """A push as bytes: its head up to what tells the length, and its body."""
+    body = json.dumps(run()).encode()
+    lines = [
+        "POST /webhooks/github HTTP/1.1", "Host: x", "Content-Type: application/json", "X-GitHub-Event: workflow_run",
+        "X-GitHub-Delivery: d-1", f"X-Hub-Signature-256: {signing.github_signature(GITHUB, body)}", *fields,
+    ]  # fmt: skip
+    return "".join(f"{line}\r\n" for line in lines).encode(), body
+
+
+def answer_in(file):
+    """The body of the next answer on a connection that is kept."""
+    status = file.readline()
+    headers = dict(line.strip().lower().split(b": ", 1) for line in iter(file.readline, b"\r\n"))
+    return status[9:12], json.loads(file.read(int(headers[b"content-length"])))
+
+
+def test_a_request_is_heard_however_it_is_cut(server):
+    """In many small pieces, one after another on one connection, and the next already behind the one before."""
+    head, body = signed_push()
+    whole = head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    chunked = head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    with (
+        socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection,
+        connection.makefile("rb") as answers,
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for sent, size in ((whole, 3), (chunked, 3), (whole + chunked + whole, 1_000_000)):
+            for start in range(0, len(sent), size):
+                connection.sendall(sent[start : start + size])
+            for _ in range(sent.count(b"POST ")):
+                status, answer = answer_in(answers)
+                assert (status, answer["build_id"]) == (b"202", "github:Octo:Repo:7")
+    assert server.count(models.inbound) == 1
+
+
+def test_a_sender_that_waits_to_be_told_to_go_on_is_told(server):
+    head, body = signed_push("Expect: 100-continue")
+    with (
+        socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection,
+        connection.makefile("rb") as answers,
+    ):
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body))
+        assert (answers.readline(), answers.readline()) == (b"HTTP/1.1 100 Continue\r\n", b"\r\n")
+        connection.sendall(body)
+        assert answer_in(answers)[1]["status"] == "accepted"
 
 
 def test_what_gunicorn_refuses_itself_is_problem_json_too(server):

@@ -1,11 +1,14 @@
-"""A deadline for requests still arriving and answers still leaving: nobody may hold a thread by being slow.
+"""Requests still arriving and answers still leaving: nobody may hold a thread by being slow.
 
-The worker notes each connection that begins a request, reception notes how far its body is, and a thread
-of the worker ends the reading of what is late.  An answer can still be written then.  One that is not
-read in its time is cut off.
+`wanted` says how much of a request must have come before it gets one; the worker lets the kernel collect
+that.  What is left of a larger body is read by a thread, and that has a deadline, as has each answer: the
+worker notes each connection that begins a request, reception notes how far its body is, and a thread of the
+worker ends the reading of what is late.  An answer can still be written then.  One that is not read in its
+time is cut off.
 """
 
 import contextlib
+import re
 import socket
 import threading
 import time
@@ -16,6 +19,26 @@ PIECE_SECONDS = 5.0
 
 PIECE_BYTES = 64 * 1024
 LOOK_SECONDS = 0.5
+
+COLLECTED_BYTES = 256 * 1024
+"""As much of a request waits in the kernel; nearly every delivery is smaller."""
+
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,9})[ \t]*(?:\r\n|$)")
+
+
+def wanted(seen: bytes) -> int:
+    """How many bytes of a request must be here before it gets a thread, if `seen` is what came so far."""
+    head, end, body = seen.partition(b"\r\n\r\n")
+    fields = head.lower()
+    if not end:
+        more = 1
+    elif b"\r\nexpect:" in fields:  # its sender waits for a word of ours
+        more = 0
+    elif length := _LENGTH.search(fields):
+        more = int(length[1]) - len(body)
+    else:  # a chunked body ends with an empty line
+        more = int(b"\r\ntransfer-encoding:" in fields and not body.endswith(b"\r\n\r\n"))
+    return min(len(seen) + max(more, 0), COLLECTED_BYTES)
 
 
 Deadline = tuple[float, int]
