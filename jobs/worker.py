@@ -6,10 +6,12 @@ interpreter or import is paid per message.  A worker that dies is started again 
 
 import argparse
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 from redis import Redis
 from redis.client import Pipeline
@@ -34,11 +36,16 @@ WAIT_SECONDS = 1.0
 TTL_SECONDS = 20
 """RQ listens for a job for 15 s less, and takes a connection that says nothing for 5 s less for dead."""
 
+BEAT_SECONDS = 5.0
+LIFE_SECONDS = 15
+"""A killed worker is counted for so long; one that works shows by its beats that it lives."""
+
 
 class PatientWorker(SimpleWorker):
     """RQ's worker, made for a Redis that comes and goes.
 
     * RQ doubles its wait for a Redis that is away up to a minute: here it stays at a second
+    * RQ counts a killed worker for 80 s, and with a job for minutes: here a thread says that we live
     * RQ signs a worker on once, so a flushed Redis never hears of it again: here a heartbeat does it
     * RQ forgets a stop signal when Redis is away at its end: here it is remembered
     * RQ listens for remote commands in a thread that holds up each end by a second: nobody gives any here
@@ -49,10 +56,24 @@ class PatientWorker(SimpleWorker):
 
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
         """Show that we are alive; sign on again if Redis does not know us."""
-        super().heartbeat(timeout, pipeline)
+        super().heartbeat(LIFE_SECONDS, pipeline)
         if pipeline is None and not self.connection.sismember(self.redis_workers_keys, self.key):
             self.connection.hset(self.key, mapping=self.serialize())
             worker_registration.register(self)
+
+    def work(self, *given: Any, **named: Any) -> bool:
+        """Work, and show all the while that we are alive."""
+        over = threading.Event()
+        threading.Thread(target=self._beat, args=(over,), name="beat", daemon=True).start()
+        try:
+            return super().work(*given, **named)
+        finally:
+            over.set()
+
+    def _beat(self, over: threading.Event) -> None:
+        while not over.wait(BEAT_SECONDS):
+            with suppress(RedisError):
+                self.connection.expire(self.key, LIFE_SECONDS)
 
     def subscribe(self) -> None:
         """Listen for no commands."""

@@ -1,13 +1,16 @@
 """The bell: one job however many rings, and a web process that never waits for Redis."""
 
 import importlib
+import os
 import socket
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 from redis import Redis
-from rq import Queue
+from rq import Queue, Worker
 from rq.job import Job
 
 from webhook_app import queues
@@ -171,3 +174,40 @@ def test_a_time_limit_holds_for_connecting_and_for_each_command():
     made = options(queues.connect("redis://example.com", 0.3))
     assert (made["socket_timeout"], made["socket_connect_timeout"]) == (0.3, 0.3)
     assert made["retry"].get_retries() == 0
+
+
+@pytest.fixture
+def worker(redis_client, redis_url, tmp_path, wait_until):
+    """A worker process that serves one bell, and has signed on."""
+    path = tmp_path / "store.db"
+    env = os.environ | {
+        "REDIS_URL": redis_url,
+        "DATABASE_URL": f"sqlite:///{path}",
+        "BUILDRELAY_DATA_DIR": str(tmp_path),
+    }
+    with subprocess.Popen([sys.executable, "-m", "jobs.worker", POLL], env=env) as process:
+        wait_until(lambda: queues.is_served(redis_client, POLL), 30)
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("job", [None, "time.sleep"])
+def test_a_killed_worker_is_soon_no_longer_counted(redis_client, worker, wait_until, job):
+    (known,) = Worker.all(connection=redis_client)
+    if job:
+        Queue(POLL, connection=redis_client).enqueue(job, 60)
+        wait_until(lambda: redis_client.hget(known.key, "state") == b"busy", 30)
+    worker.kill()
+    worker.wait()
+    assert redis_client.ttl(known.key) <= 15
+    wait_until(lambda: not queues.is_served(redis_client, POLL), 30)
+
+
+def test_a_worker_with_a_long_job_is_counted_all_the_while(redis_client, worker, wait_until):
+    (known,) = Worker.all(connection=redis_client)
+    Queue(POLL, connection=redis_client).enqueue("time.sleep", 60)
+    wait_until(lambda: redis_client.hget(known.key, "state") == b"busy", 30)
+    for _ in range(2):
+        redis_client.expire(known.key, 8)
+        wait_until(lambda: redis_client.ttl(known.key) > 8, 30)
+    assert redis_client.hget(known.key, "state") == b"busy"
