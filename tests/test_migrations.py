@@ -35,6 +35,19 @@ def test_migrations_make_what_the_models_say(empty):
     assert migrations.is_current(empty)
 
 
+def test_a_store_of_a_later_program_is_left_as_it_is(empty, database_url):
+    migrations.upgrade(empty)
+    with empty.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = 'later'"))
+    command_line = [sys.executable, "-m", "webhook_app", "migrate"]
+    env = os.environ | {"DATABASE_URL": database_url}
+    made = subprocess.run(command_line, env=env, capture_output=True, text=True, timeout=60)
+    assert made.returncode == 2
+    assert made.stderr.startswith("buildrelay: the store was written by a newer BuildRelay, this one is ")
+    assert made.stderr.count("\n") == 1
+    assert not migrations.is_current(empty)
+
+
 def test_a_second_run_changes_nothing(empty):
     migrations.upgrade(empty)
     migrations.upgrade(empty)

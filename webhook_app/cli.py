@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -35,6 +36,7 @@ from webhook_app import (
 from webhook_app.account import Account
 from webhook_app.embedded import EmbeddedError
 from webhook_app.lifecycle import Conclusion, State
+from webhook_app.migrations import NewerSchema
 from webhook_app.platforms import PollError
 from webhook_app.sealing import SealError
 from webhook_app.settings import Settings, SettingsError
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = chosen.run(chosen)
         sys.stdout.flush()
-    except (SettingsError, EmbeddedError, SealError, up.CannotStart, NoStore) as error:
+    except (SettingsError, EmbeddedError, SealError, up.CannotStart, NoStore, NewerSchema) as error:
         code = _complain(error, 2)
     except db.SchemaMissing as error:
         code = _complain(f"the schema is not current ({error}): run `buildrelay migrate`", 1)
@@ -132,6 +134,7 @@ def _up(chosen: argparse.Namespace) -> int:
 def _demo(chosen: argparse.Namespace) -> int:
     from webhook_app.simulated import demo
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # one tidy end for both
     return demo.run(chosen.port, chosen.builds, chosen.loss, chosen.seed, chosen.data_dir)
 
 

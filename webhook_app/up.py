@@ -160,7 +160,7 @@ def is_loopback(host: str) -> bool:
 def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] | None = None) -> int:
     """Run everything until a signal; the exit code.
 
-    Raises `SettingsError`, `EmbeddedError`, `StoreUnavailable`, `CannotStart`.
+    Raises `CannotStart`, and what `settings.load`, `embedded` and `prepare` raise.
     """
     environ = dict(os.environ if environ is None else environ)
     if port is not None:
@@ -168,7 +168,7 @@ def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] |
     data_dir = data_dir.expanduser().absolute()
     if not host:
         raise CannotStart("--host: an address is needed, or 0.0.0.0 for all of them")
-    _make(data_dir)
+    make_data_dir(data_dir)
     first = not (data_dir / SECRETS_FILE).exists()
     env = environment(data_dir, host, environ)
     given = settings.given(under(environ, read_secrets(data_dir)))
@@ -189,8 +189,8 @@ class CannotStart(Exception):
     """The machine does not let us; the message is the one line a person needs."""
 
 
-def _make(data_dir: Path) -> None:
-    """The data directory, and in it the one of the pid files; see that we may write there."""
+def make_data_dir(data_dir: Path) -> None:
+    """Make the directory, and in it the one of the pid files; or `CannotStart` if we may not write there."""
     try:
         for directory in (data_dir, data_dir / RUN_DIRECTORY):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -212,7 +212,7 @@ def _check_port(host: str, port: int) -> None:
 def prepare(values: Settings) -> None:
     """Bring the store to the present schema, and the subscriber of the settings to what they say.
 
-    Raises `StoreUnavailable`, and `SealError` if there is nothing to seal that subscriber's key with.
+    Raises `StoreUnavailable`, `NewerSchema`, and `SealError` if there is nothing to seal its key with.
     """
     engine = db.connect(values.database_url, values.sqlite_synchronous)
     try:

@@ -4,7 +4,15 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.script.revision import ResolutionError
+from alembic.util import CommandError
 from sqlalchemy import Engine
+
+from webhook_app import VERSION
+
+
+class NewerSchema(Exception):
+    """The store was written by a later program; the message is the one line a person needs."""
 
 
 def config() -> Config:
@@ -16,10 +24,20 @@ def config() -> Config:
 
 
 def upgrade(engine: Engine, revision: str = "head") -> None:
-    """Bring the schema to `revision`; safe to run twice, and from several processes at once."""
+    """Bring the schema to `revision`; safe to run twice, and from several processes at once.
+
+    Raises `NewerSchema`, and then nothing was changed.
+    """
     made = config()
     made.attributes["engine"] = engine
-    command.upgrade(made, revision)
+    try:
+        command.upgrade(made, revision)
+    except CommandError as error:
+        if not isinstance(error.__cause__, ResolutionError):
+            raise
+        raise NewerSchema(
+            f"the store was written by a newer BuildRelay, this one is {VERSION}: go back to it ({error})"
+        ) from error
 
 
 def is_current(engine: Engine) -> bool:
