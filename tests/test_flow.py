@@ -27,6 +27,7 @@ from tests.hub import (
     until,
 )
 from webhook_app import VERSION, supervisor
+from webhook_app.up import read_secrets
 
 DATA_FIELDS = {
     "build_id", "sequence", "event_id", "source", "platform", "repository", "workflow", "branch", "commit",
@@ -523,6 +524,20 @@ def test_the_demo_finds_nothing_wrong(demos, loss):
     assert "25 builds judged: 0 wrong, 0 subscriber faults" in told
     assert re.search(r"all true +[0-9]+ s after the last build ended", told)
     assert not [each for each in hubs.processes() if str(home) in each.command]
+
+
+def test_who_looks_on_at_the_demo_finds_its_secrets_where_it_says(tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "webhook_app", "demo", "--port", str(port)]
+    with directories.short() as home:
+        env = hubs.clean_environment({"ADMIN_TOKEN": "of another BuildRelay"})
+        with hubs.started([*command, "--data-dir", str(home)], tmp_path / "log", env) as process:
+            says = f"Secrets are in {home}/secrets.env"
+            until(lambda: says in (tmp_path / "log").read_text(), PATIENCE_SECONDS, says)
+            hub = hubs.Hub(f"http://127.0.0.1:{port}", home, tmp_path / "log", read_secrets(home))
+            with hub.http:
+                until(lambda: hub.get("/api/builds")["items"], PATIENCE_SECONDS, "a build")
+            hubs.stop(process)
 
 
 def procfile():

@@ -4,9 +4,7 @@ With `--builds N` it ends when the builds have ended, prints what was counted, a
 build is not in its true state or the subscriber missed, doubled or disordered anything.
 """
 
-import base64
 import os
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -18,6 +16,7 @@ from typing import Any
 
 import requests
 
+from webhook_app import up
 from webhook_app.simulated.github import GitHubServer
 from webhook_app.simulated.gitlab import GitLabServer
 from webhook_app.simulated.jenkins import JenkinsServer
@@ -56,8 +55,10 @@ def run(port: int, builds: int | None, loss: float, seed: int, data_dir: Path | 
             "gitlab": stack.enter_context(GitLabServer(world)),
             "jenkins": stack.enter_context(JenkinsServer(world)),
         }
-        shared = Secrets(_token(), "whsec_" + base64.b64encode(secrets.token_bytes(32)).decode(), _token())
-        token = _token()
+        up.make_data_dir(directory)
+        kept = up.ensure_secrets(directory, {})  # all of them: whoever looks on finds them there
+        shared = Secrets(*(kept[f"{name}_WEBHOOK_SECRET"] for name in ("GITHUB", "GITLAB", "JENKINS")))
+        token = kept["ADMIN_TOKEN"]
         env = _environment(world, servers, shared, token)
         base = stack.enter_context(_running(port, directory, env))
         api = _Api(base, token)
@@ -73,10 +74,6 @@ def run(port: int, builds: int | None, loss: float, seed: int, data_dir: Path | 
             return _to_the_end(world, sender, subscriber, api)
         except KeyboardInterrupt:
             return 0
-
-
-def _token() -> str:
-    return secrets.token_urlsafe(24)
 
 
 def _environment(world: World, servers: Mapping[str, Any], shared: Secrets, token: str) -> dict[str, str]:
