@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +13,18 @@ import pytest
 from redis import Redis
 from sqlalchemy import Engine, make_url
 
-from tests import directories, postgres
+from tests import postgres
 from webhook_app import db, embedded, migrations
 from webhook_app.supervisor import tied_to_parent
+
+LONGEST_BASE = 60
+"""Characters of a temporary directory with room for a socket's name in it: its path holds about a hundred."""
+
+
+def pytest_configure() -> None:
+    """Work in /tmp, with all processes we start, where $TMPDIR is too long for the sockets of our servers."""
+    if len(tempfile.gettempdir()) > LONGEST_BASE:
+        os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +58,11 @@ def _redis_server(data_dir: Path, wait: Callable[..., None]) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def redis_url(wait_until: Callable[..., None]) -> Iterator[str]:
     """The URL of a real embedded server, for all tests; use `redis_client` to find it empty."""
-    with directories.short() as directory, _redis_server(directory, wait_until) as url:
+    # A short path of our own: pytest's is often longer than a socket path may be.
+    with (
+        tempfile.TemporaryDirectory(prefix="buildrelay-") as name,
+        _redis_server(Path(name), wait_until) as url,
+    ):
         yield url
 
 

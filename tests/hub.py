@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ import psycopg
 import requests
 from standardwebhooks import Webhook
 
-from tests import directories, postgres
+from tests import postgres
 from webhook_app import embedded, settings, supervisor
 from webhook_app.simulated.facts import Build
 from webhook_app.simulated.github import GitHubServer
@@ -269,6 +270,13 @@ class Hub:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
+@contextmanager
+def directory() -> Iterator[Path]:
+    """A directory with a path short enough for a socket in it; pytest's own are often too long."""
+    with tempfile.TemporaryDirectory(prefix="buildrelay-") as name:
+        yield Path(name)
+
+
 _TIE = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -307,7 +315,7 @@ def running(environ: Mapping[str, str] | None = None, data_dir: Path | None = No
 
     `data_dir`: default a new one.  On a failure of the test its output is printed.
     """
-    with directories.short() as home:
+    with directory() as home:
         port, log, data_dir = free_port(), home / "log", data_dir or home / "data"
         env = clean_environment(environ or {})
         command = [sys.executable, "-m", "webhook_app", "up", "--port", str(port)]
@@ -568,7 +576,7 @@ class Stoppable:
 @contextmanager
 def own_redis() -> Iterator[tuple[str, Stoppable]]:
     """A Redis of the test's own: its URL, and the server, started."""
-    with directories.short() as home:
+    with directory() as home:
 
         def start() -> "subprocess.Popen[bytes]":
             return subprocess.Popen(tied(embedded.command(home)))

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -21,7 +22,6 @@ import psycopg
 from psycopg import sql
 from sqlalchemy import make_url
 
-from tests import directories
 from webhook_app.supervisor import tied_to_parent
 
 START_SECONDS = 60.0
@@ -62,9 +62,9 @@ def _unprivileged(initdb: Path, directory: Path) -> tuple[list[str], dict]:
 @contextmanager
 def server() -> Iterator[str]:
     """Run a server; yields the SQLAlchemy URL of its `postgres` database."""
-    # Not under pytest's own directory: that one is closed to `nobody`.
-    with directories.short("buildrelay-pg-") as directory:
-        bin_dir = binaries()
+    # Not under pytest's own directory: that one is closed to `nobody`, and its path too long.
+    with tempfile.TemporaryDirectory(prefix="buildrelay-pg-") as name:
+        directory, bin_dir = Path(name), binaries()
         prefix, identity = _unprivileged(bin_dir / "initdb", directory)
         options = {"env": _ENVIRONMENT, "cwd": directory, **identity}
         data, log = directory / "data", directory / "log"

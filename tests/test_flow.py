@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from tests import directories, postgres
 from tests import hub as hubs
+from tests import postgres
 from tests.hub import (
     PATIENCE_SECONDS,
     Callback,
@@ -475,7 +475,7 @@ def test_ctrl_c_ends_everything_and_the_next_start_goes_on(platforms):
     """Two starts on one directory: secrets and builds stay."""
     build = platforms.begin("github")
     first, second, *_ = platforms.pushes(build)
-    with directories.short() as home:
+    with hubs.directory() as home:
         with running(platforms.environment(), home) as hub:
             assert platforms.push(hub, first)["status"] == "accepted"
             secrets = hub.secrets
@@ -503,7 +503,7 @@ def test_nothing_survives_a_killed_supervisor(platforms):
 def demo(loss):
     """A demo that runs, its log and its directory."""
     command = [sys.executable, "-m", "webhook_app", "demo", "--builds", "25", "--loss", loss]
-    with directories.short() as home:
+    with hubs.directory() as home:
         command += ["--port", str(free_port()), "--data-dir", str(home / "data")]
         with hubs.started(command, home / "log", hubs.clean_environment({})) as process:
             yield process, home / "log", home
@@ -556,7 +556,7 @@ def test_the_processes_of_the_procfile_work_together(platforms, postgres_url):
     }
     port = free_port()
     with contextlib.ExitStack() as stack:
-        home = stack.enter_context(directories.short())
+        home = stack.enter_context(hubs.directory())
         url = stack.enter_context(postgres.fresh_database(postgres_url))
         redis_url, _server = stack.enter_context(own_redis())
         env = hubs.clean_environment(

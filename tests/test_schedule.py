@@ -18,7 +18,6 @@ from rq.job import Job
 from jobs import schedule
 from jobs.resources import resources
 from jobs.schedule import LOCK_SECONDS, Metronome, Periodic, ring_at, table
-from tests import directories
 from tests.hub import clean_environment
 from webhook_app import embedded, queues, settings
 from webhook_app.queues import DELIVER, POLL, SWEEP
@@ -424,12 +423,11 @@ class OwnRedis:
 
 
 @pytest.fixture
-def own_redis(wait_until):
-    with directories.short() as data_dir:
-        made = OwnRedis(data_dir, wait_until)
-        made.start()
-        yield made
-        made.stop()
+def own_redis(tmp_path, wait_until):
+    made = OwnRedis(tmp_path, wait_until)
+    made.start()
+    yield made
+    made.stop()
 
 
 def test_a_redis_that_goes_and_comes_back_empty_is_waited_for(own_redis, wait_until, caplog):
