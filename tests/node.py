@@ -27,6 +27,8 @@ def install(sources, config):
         shutil.copy(path, directory)
     if not installed.exists() or installed.read_text() != wanted:
         command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+        if not os.access(Path.home(), os.W_OK):  # where its cache would be
+            command.append(f"--cache={directory / 'npm'}")
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
         if done.returncode:
             missing(f"npm ci failed: {done.stderr.strip()[-500:]}")
