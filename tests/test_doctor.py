@@ -173,7 +173,7 @@ def test_a_store_that_is_not_there_is_said_and_not_made(clinic, tmp_path):
 @ON_SQLITE
 def test_what_hangs_is_given_up_and_the_others_are_told(clinic):
     clinic.servers["github"].inject(hang())
-    found = clinic(seconds=2.0)
+    found = clinic(seconds=5.0)
     assert has(found, "fail", "github: did not answer in time")
     assert not any("gitlab: did not" in what for _, what in found)
 
