@@ -365,12 +365,12 @@ def test_ctrl_c_during_a_command_is_no_fault(box):
     id_, _ = box.add()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         env = {"REDIS_URL": f"redis://127.0.0.1:{silent.getsockname()[1]}"}
-        command = [sys.executable, "-m", "webhook_app", "subscribers", "test", id_]
+        command = hubs.tied([sys.executable, "-m", "webhook_app", "subscribers", "test", id_])
         with subprocess.Popen(
             command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
             ringing, _ = silent.accept()
             with ringing:  # and no answer
                 process.send_signal(signal.SIGINT)
-                said, _ = process.communicate(timeout=30)
+                said, _ = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, "")
