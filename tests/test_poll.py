@@ -1,16 +1,17 @@
 """Polling from the claim to the record: the jobs against simulated GitHub, GitLab and Jenkins servers."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from itertools import pairwise
-from urllib.parse import urlsplit
 
 import pytest
 from sqlalchemy import select
@@ -709,6 +710,25 @@ def test_a_failed_poll_backs_off_and_the_next_good_one_forgets_it(one, name):
     assert stand.pauses() == {}
 
 
+@contextmanager
+def speaking_plainly():
+    """A port where somebody answers in plain text, and listens to the end: one that hangs up has another name."""
+
+    def answer():
+        with suppress(OSError), listening.accept()[0] as connection:
+            connection.recv(1)
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            while connection.recv(65536):
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as pool:
+        pool.submit(answer)
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+
+
 @ON_SQLITE
 @pytest.mark.parametrize(
     ("address", "message"),
@@ -721,11 +741,11 @@ def test_a_failed_poll_backs_off_and_the_next_good_one_forgets_it(one, name):
 )
 def test_an_api_that_can_not_be_reached_says_why(one, address, message):
     stand, build = one()
-    port = urlsplit(stand.servers["github"].url).port
     settings = stand.held.settings.sources["github"]
-    source = replace(settings.source, api_url=address.format(port=port))
-    stand.held.settings.sources["github"] = replace(settings, source=source)
-    stand.poll()
+    with speaking_plainly() as port:
+        source = replace(settings.source, api_url=address.format(port=port))
+        stand.held.settings.sources["github"] = replace(settings, source=source)
+        stand.poll()
     row = stand.row(build)
     assert row["poll_error"].startswith(message)
     assert (row["poll_fault"], row["consecutive_errors"], row["state"]) == ("unavailable", 1, "in_progress")
