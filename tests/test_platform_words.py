@@ -1,0 +1,344 @@
+"""The words of each platform, one by one: states, ends, signatures, retries."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from tests.cases import SAMPLES, body_of, parse, read
+from webhook_app import platforms
+from webhook_app.lifecycle import Act, Conclusion, JobStatus, Observation, Recorded, State, verdict
+from webhook_app.platforms import (
+    BadSignature,
+    NotJson,
+    Unreadable,
+)
+
+
+def changed(case: str, *, headers: dict[str, str] | None = None, **fields: dict[str, Any]) -> Observation:
+    """The one observation of a sample in which objects of the body are updated by `fields`."""
+    platform, name = case.split("/")
+    payload = json.loads(body_of(SAMPLES / case))
+    for key, values in fields.items():
+        payload[key].update(values)
+    sent = read(SAMPLES / platform / name, "headers") | (headers or {})
+    (seen,) = parse(platform, sent, json.dumps(payload).encode()).observations
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("status", "conclusion", "state", "ended_as", "waiting"),
+    [
+        ("requested", None, "queued", None, False),
+        ("queued", None, "queued", None, False),
+        ("pending", None, "queued", None, False),
+        ("waiting", None, "queued", None, True),
+        ("in_progress", None, "in_progress", None, False),
+        ("in_progress", "success", "in_progress", None, False),
+        ("levitating", None, None, None, False),
+        ("completed", None, "in_progress", None, False),
+        ("completed", "success", "completed", "success", False),
+        ("completed", "neutral", "completed", "neutral", False),
+        ("completed", "skipped", "completed", "skipped", False),
+        ("completed", "failure", "failed", "failure", False),
+        ("completed", "startup_failure", "failed", "failure", False),
+        ("completed", "mostly_harmless", "failed", "failure", False),
+        ("completed", "timed_out", "timeout", "timed_out", False),
+        ("completed", "stale", "timeout", "stale", False),
+        ("completed", "cancelled", "cancelled", "cancelled", False),
+        ("completed", "action_required", "queued", "action_required", True),
+    ],
+)
+def test_github_words(status, conclusion, state, ended_as, waiting):
+    seen = changed("github/run_requested", workflow_run={"status": status, "conclusion": conclusion})
+    assert (seen.state, seen.conclusion, seen.waiting) == (state, ended_as, waiting)
+    assert seen.doubtful is (status == "completed" and conclusion is None)
+    assert (seen.ended_at is not None) is (seen.state is not None and seen.state.terminal)
+
+
+@pytest.mark.parametrize(
+    ("job", "state"),
+    [
+        ({"status": "waiting"}, None),
+        ({"status": "completed", "conclusion": "cancelled"}, None),
+        ({"status": "completed", "conclusion": "success", "steps": [{"status": "completed"}]}, None),
+        ({"status": "completed", "conclusion": ["odd"]}, None),
+        ({"status": "in_progress"}, State.IN_PROGRESS),
+        ({"status": "in_progress", "run_attempt": None}, None),
+    ],
+)
+def test_github_job_never_ends_its_run(job, state):
+    seen = changed("github/job_queued", workflow_job=job)
+    assert seen.state is state
+    assert len(seen.jobs) == (seen.attempt is not None)
+    assert seen.platform_at is None
+
+
+@pytest.mark.parametrize(
+    "name", ["Acme", "Acme/..", "Acme/a b", "Acme/a:b", "Acme/web/x", "../web", "Acme/web\n", ""]
+)
+def test_github_repository_must_be_safe_in_a_path(name):
+    with pytest.raises(Unreadable):
+        changed("github/run_requested", repository={"full_name": name})
+
+
+def test_github_form_is_told_by_its_media_type_whatever_its_parameters():
+    case = SAMPLES / "github" / "run_completed_failure_form"
+    media_type = "Application/X-WWW-Form-Urlencoded; charset=utf-8"
+    headers = {"x-github-event": "workflow_run", "content-type": media_type}
+    assert parse("github", headers, body_of(case)).observations[0].state is State.FAILED
+    for broken in (
+        b"",
+        b"payload=",
+        b"other=%7B%7D",
+        b"payload=%7B%7D&payload=%7B%7D",
+        b"payload=%FF",
+        b"\xff",
+    ):
+        with pytest.raises(NotJson):
+            parse("github", headers, broken)
+
+
+@pytest.mark.parametrize(
+    ("status", "begun", "state", "conclusion", "waiting"),
+    [
+        *((word, False, "queued", None, False) for word in ("created", "waiting_for_resource", "preparing")),
+        *((word, False, "queued", None, False) for word in ("waiting_for_callback", "pending")),
+        *((word, True, "in_progress", None, False) for word in ("created", "pending")),
+        *((word, False, "queued", None, True) for word in ("manual", "scheduled")),
+        *((word, True, "in_progress", None, True) for word in ("manual", "scheduled")),
+        *((word, False, "in_progress", None, False) for word in ("running", "canceling")),
+        ("success", True, "completed", "success", False),
+        ("skipped", False, "completed", "skipped", False),
+        ("canceled", True, "cancelled", "cancelled", False),
+        ("failed", True, "failed", "failure", False),
+        ("levitating", True, None, None, False),
+    ],
+)
+def test_gitlab_words(status, begun, state, conclusion, waiting):
+    case = "gitlab/pipeline_running" if begun else "gitlab/pipeline_pending"
+    seen = changed(case, object_attributes={"status": status, "finished_at": "2026-11-01 10:09:00 UTC"})
+    assert (seen.state, seen.conclusion, seen.waiting) == (state, conclusion, waiting)
+    assert (seen.ended_at is not None) is (seen.state is not None and seen.state.terminal)
+
+
+@pytest.mark.parametrize(
+    ("job", "expected"),
+    [
+        ({"failure_reason": "stuck_or_timeout_failure"}, State.TIMEOUT),
+        ({"failure_reason": "script_failure"}, State.FAILED),
+        ({"failure_reason": None}, State.FAILED),
+        ({"failure_reason": "job_execution_timeout", "allow_failure": True}, State.FAILED),
+    ],
+)
+def test_gitlab_failure_is_a_time_out_only_if_every_blocking_job_ran_out_of_time(job, expected):
+    payload = json.loads(body_of(SAMPLES / "gitlab" / "pipeline_failed_by_time_out"))
+    payload["builds"][1].update(job)
+    (seen,) = parse("gitlab", {}, json.dumps(payload).encode()).observations
+    assert seen.state is expected
+
+
+def test_gitlab_takes_the_signature_or_the_token_as_configured():
+    signed, plain = SAMPLES / "gitlab" / "pipeline_success_signed", SAMPLES / "gitlab" / "pipeline_running"
+    verify = platforms.find()["gitlab"].verify
+    signing_token, now = read(signed, "expected")["secrets"][0], read(signed, "expected")["now"]
+    token = read(plain, "headers")["x-gitlab-token"]
+    headers, body = read(signed, "headers"), body_of(signed)
+    verify(headers, body, ("another token", signing_token), now)
+    verify(headers | {"x-gitlab-token": "wrong"}, body, (token, signing_token), now)
+    with pytest.raises(BadSignature):  # only a signing token is set, and nothing is signed
+        verify(read(plain, "headers"), body_of(plain), (signing_token,), now)
+    with pytest.raises(BadSignature):  # the signing token itself, sent as a token
+        verify({"x-gitlab-token": signing_token}, body, (signing_token,), now)
+    with pytest.raises(BadSignature):  # a bad signature never falls back to a good token
+        verify(headers | {"x-gitlab-token": token}, body + b" ", (token, signing_token), now)
+    sent_at = int(headers["webhook-timestamp"])
+    for drift in (-300, 300):
+        verify(headers, body, (signing_token,), sent_at + drift)
+    for drift in (-301, 301):
+        with pytest.raises(BadSignature):
+            verify(headers, body, (signing_token,), sent_at + drift)
+
+
+def test_a_token_may_hold_any_character():
+    """WSGI hands header bytes over as Latin-1."""
+    verify = platforms.find()["gitlab"].verify
+    verify({"x-gitlab-token": "schlüssel".encode().decode("latin-1")}, b"", ("schlüssel",), 0.0)
+    with pytest.raises(BadSignature):
+        verify({"x-gitlab-token": "schlussel"}, b"", ("schlüssel",), 0.0)
+
+
+def recorded(seen: Observation) -> Recorded:
+    """What `seen` leaves behind when it is the first word about its build."""
+    jobs = {job.id: job.status for job in seen.jobs}
+    assert seen.state is not None
+    return Recorded(
+        attempt=1,
+        state=seen.state,
+        told_state=seen.state,
+        platform_at=seen.platform_at,
+        jobs=jobs,
+        jobs_complete=seen.jobs_complete,
+    )
+
+
+GITLAB_END = {"object_attributes": {"status": "success", "finished_at": "2026-11-01 10:02:01 UTC"}}
+
+
+@pytest.mark.parametrize(
+    ("job", "act"),
+    [
+        ({"build_status": "created"}, Act.ENRICH),
+        ({"build_status": "pending"}, Act.ENRICH),
+        ({"build_status": "running", "build_started_at": "2026-11-01T10:01:02Z"}, Act.DROP),
+        ({"build_status": "success", "build_finished_at": "2026-11-01T10:02:00Z"}, Act.ENRICH),
+        (
+            {"build_status": "running", "build_started_at": "2026-11-01T12:00:00Z", "build_id": 9009},
+            Act.REOPEN,
+        ),
+        (
+            {"build_status": "running", "build_started_at": "2026-11-01T12:00:00Z", "build_id": 9003},
+            Act.REOPEN,
+        ),
+    ],
+    ids=["created", "pending", "late", "ended", "retried", "played"],
+)
+def test_gitlab_job_after_the_end_of_its_pipeline_asks_for_no_poll(job, act):
+    payload = json.loads(body_of(SAMPLES / "gitlab" / "job_created")) | job
+    (late,) = parse("gitlab", {}, json.dumps(payload).encode()).observations
+    decided = verdict(recorded(changed("gitlab/pipeline_running", **GITLAB_END)), late)
+    assert (decided.act, decided.ask) == (act, False)
+
+
+def test_gitlab_retry_begins_with_its_own_jobs():
+    payload = json.loads(body_of(SAMPLES / "gitlab" / "pipeline_running"))
+    new = {"id": 9100, "name": "test", "status": "running", "created_at": "2026-11-03 08:00:00 UTC"}
+    payload["builds"][0] = new | {"started_at": "2026-11-03 08:00:09 UTC"}
+    (seen,) = parse("gitlab", {}, json.dumps(payload).encode()).observations
+    assert seen.started_at == datetime(2026, 11, 3, 8, 0, 9, tzinfo=UTC)
+    assert seen.platform_at == seen.started_at
+
+
+def test_gitlab_manual_job_that_is_still_created_was_not_played():
+    """Else a pipeline event from before the end would look like a new attempt."""
+    seen = changed("gitlab/pipeline_running", **GITLAB_END)
+    assert seen.jobs[-1].status is JobStatus.MANUAL
+
+
+@pytest.mark.parametrize(
+    ("phase", "status", "state", "conclusion"),
+    [
+        ("QUEUED", None, "queued", None),
+        ("STARTED", None, "in_progress", None),
+        ("STARTED", "FAILURE", "in_progress", None),
+        ("COMPLETED", "SUCCESS", "completed", "success"),
+        ("FINALIZED", "UNSTABLE", "failed", "failure"),
+        ("completed", "failure", "failed", "failure"),
+        ("COMPLETED", "NOT_BUILT", "completed", "skipped"),
+        ("COMPLETED", "ABORTED", "cancelled", "cancelled"),
+        ("COMPLETED", "EXPLODED", "failed", "failure"),
+        ("NONE", "SUCCESS", None, None),
+    ],
+)
+def test_jenkins_words(phase, status, state, conclusion):
+    seen = changed("jenkins/queued", build={"phase": phase, "status": status})
+    assert (seen.state, seen.conclusion, seen.raw_conclusion) == (state, conclusion, status)
+
+
+@pytest.mark.parametrize(
+    ("url", "build_id"),
+    [
+        ("job/web/7/", "jenkins:web:7"),
+        ("job/web/7", "jenkins:web:7"),
+        ("https://ci.example.com/job/job/job/web/7/", "jenkins:job:web:7"),
+        ("view/all/job/a/job/b/job/c/7/", "jenkins:a:b:c:7"),
+        ("job/web/", None),
+        ("job/../7/", None),
+        ("job/a%2Fb/7/", None),
+        ("web/7/", None),
+        ("job/web/label=linux/7/", None),
+        (7, None),
+    ],
+)
+def test_jenkins_build_is_known_by_its_path(url, build_id):
+    change = {"url": url, "full_url": None}
+    if build_id is None:
+        with pytest.raises(Unreadable):
+            changed("jenkins/queued", build=change)
+    else:
+        assert changed("jenkins/queued", build=change).build_id == build_id
+
+
+def test_jenkins_signature_is_never_replaced_by_the_token():
+    case = SAMPLES / "jenkins" / "started_signed"
+    secrets = tuple(read(case, "expected")["secrets"])
+    with pytest.raises(BadSignature):
+        platforms.find()["jenkins"].verify(
+            {"x-hub-signature-256": "sha256=" + "0" * 64, "x-build-token": secrets[1]},
+            body_of(case),
+            secrets,
+            0.0,
+        )
+
+
+@pytest.mark.parametrize(
+    ("event", "state"),
+    [
+        *(
+            (word, State.IN_PROGRESS)
+            for word in ("build_started", "stage_started", "stage_completed", "heartbeat")
+        ),
+        *(
+            (word, State.IN_PROGRESS)
+            for word in ("plan_started", "plan_generated", "task_started", "task_failed")
+        ),
+        *((word, State.IN_PROGRESS) for word in ("task_completed", "deploy_started", "deploy_progress")),
+        *((word, State.COMPLETED) for word in ("build_completed", "deploy_completed")),
+        *((word, State.FAILED) for word in ("build_failed", "deploy_failed")),
+    ],
+)
+def test_script_words(event, state):
+    body = json.dumps({"runId": "r-1", "event": event, "progress": 40}).encode()
+    (seen,) = parse("script", {}, body).observations
+    assert seen.state is state
+    assert (seen.detail is None) is (event == "heartbeat")
+    assert seen.progress == (None if event == "deploy_progress" else 40)
+    assert (seen.error is not None) is (state is State.FAILED)
+    assert seen.conclusion in (None, Conclusion.SUCCESS, Conclusion.FAILURE)
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"runId": 27, "event": "heartbeat"},
+        {"runId": "r" * 65, "event": "heartbeat"},
+        {"event": "heartbeat"},
+        {"runId": "r", "event": 1},
+        {"runId": "r"},
+        {"runId": "r", "event": "heartbeat", "pid": "12"},
+        {"runId": "r", "event": "heartbeat", "durationMs": -1},
+        {"runId": "r", "event": "heartbeat", "pid": True},
+        {"runId": "r", "event": "heartbeat", "message": {"a": 1}},
+        {"runId": "r", "event": "heartbeat", "data": []},
+    ],
+)
+def test_script_hears_of_its_slips(report):
+    with pytest.raises(Unreadable):
+        parse("script", {}, json.dumps(report).encode())
+
+
+def test_script_heartbeats_are_never_duplicates():
+    envelope = platforms.find()["script"].envelope
+    body = b'{"runId":"r","event":"heartbeat"}'
+    assert envelope({}, body).delivery_id == ""
+    assert envelope({"x-delivery-id": "d-1"}, body).delivery_id == "d-1"
+    assert envelope({"x-delivery-id": "d-1"}, b'{"deliveryId":"d-2"}').delivery_id == "d-2"
+
+
+def test_script_report_that_is_huge_keeps_only_plain_fields():
+    report = {"runId": "r", "event": "plan_generated", "note": "n", "tasks": ["x" * 100] * 1000}
+    body = json.dumps(report).encode()
+    detail = parse("script", {}, body).observations[0].detail
+    assert detail is not None
+    assert detail.data == {"note": "n", "tasks": None}
