@@ -13,7 +13,7 @@ import pytest
 from redis import Redis
 from sqlalchemy import Engine, make_url
 
-from tests import postgres
+from tests import caller, postgres
 from webhook_app import db, embedded, migrations
 from webhook_app.supervisor import tied_to_parent
 
@@ -146,3 +146,32 @@ def engine(store_url: str) -> Iterator[Engine]:
     made = db.connect(store_url, "NORMAL")
     yield made
     made.dispose()
+
+
+@pytest.fixture
+def make_api(redis_client: Redis, redis_url: str) -> Iterator[Callable[..., caller.Caller]]:
+    """`make_api(database_url, **environment)`: a caller of a new application."""
+    made = []
+
+    def make(database_url: str, **more: str) -> caller.Caller:
+        made.append(caller.application(database_url, more.pop("REDIS_URL", redis_url), **more))
+        return caller.Caller(made[-1])
+
+    yield make
+    for app in made:
+        app.extensions["buildrelay"].engine.dispose()
+        app.extensions["buildrelay"].redis.close()
+
+
+@pytest.fixture
+def api(make_api: Callable[..., caller.Caller], store_url: str) -> caller.Caller:
+    """A caller with every scope, once per kind of database."""
+    return make_api(store_url)
+
+
+@pytest.fixture
+def local(make_api: Callable[..., caller.Caller], migrated_sqlite: Path, tmp_path: Path) -> caller.Caller:
+    """A caller with every scope, on SQLite: for what no database decides."""
+    path = tmp_path / "local.db"
+    path.write_bytes(migrated_sqlite.read_bytes())
+    return make_api(f"sqlite:///{path}")

@@ -1,7 +1,5 @@
 """What the API says and does about delivery: filters, formats, health, tests, replays, dead letters."""
 
-# ruff: noqa: F811  fixtures are imported, and named again as arguments
-
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -12,18 +10,9 @@ from sqlalchemy import select
 
 from jobs.deliver import deliver
 from jobs.resources import Resources
+from tests.caller import KEY, attempt, bells, pages, subscribe
 from tests.facts import at, github
-from tests.test_api import (  # noqa: F401
-    KEY,
-    SUBSCRIBER_FIELDS,
-    api,
-    attempt,
-    bells,
-    local,
-    make_api,
-    pages,
-    subscribe,
-)
+from tests.test_api_subscribers import SUBSCRIBER_FIELDS
 from webhook_app import db, endpoints, models, queues, signing, subscribers
 from webhook_app.lifecycle import State
 from webhook_app.simulated.subscriber import Subscriber

@@ -3,8 +3,6 @@
 Python's `svix` hands verification to `standardwebhooks`, as JavaScript's does; it would bring pydantic and httpx.
 """
 
-# ruff: noqa: F811  fixtures are imported, and named again as arguments
-
 import base64
 import json
 import subprocess
@@ -18,8 +16,8 @@ import standardwebhooks
 from jobs.deliver import deliver
 from jobs.resources import Resources
 from tests import node
+from tests.caller import Caller, subscribe
 from tests.facts import github
-from tests.test_api import Caller, make_api, subscribe  # noqa: F401
 from tests.test_signing import BODY, MSG_ID, PUBLIC, TIMESTAMP, V1A, headers
 from webhook_app.lifecycle import State
 from webhook_app.simulated.httpd import Request, Response, Server

@@ -15,8 +15,8 @@ from urllib.parse import quote
 import pytest
 from sqlalchemy import insert, select, update
 
+from tests.caller import ADMIN, Caller, application
 from tests.stand import ON_SQLITE, stands
-from tests.test_api import ADMIN, Caller, application
 from tests.test_collect import answering, collect, end, ended, left
 from tests.test_sweep import Script
 from webhook_app import artifacts, budget, collection, db, logs, models, queues

@@ -1,7 +1,5 @@
 """`GET /metrics` over real databases and a real Redis, read as Prometheus reads it."""
 
-# ruff: noqa: F811  fixtures are imported, and named again as arguments
-
 import re
 import time
 from datetime import timedelta
@@ -10,17 +8,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import event, insert, text, update
 
+from tests.caller import ADMIN, KEY, SECRET, subscribe
 from tests.facts import github
-from tests.test_api import (  # noqa: F401
-    ADMIN,
-    KEY,
-    SECRET,
-    _register_worker,
-    api,
-    local,
-    make_api,
-    subscribe,
-)
+from tests.test_api import _register_worker
 from webhook_app import VERSION, db, metrics, models, queues
 from webhook_app.lifecycle import State
 from webhook_app.times import utc_now
