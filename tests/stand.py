@@ -17,6 +17,7 @@ from jobs import sweep as sweep_job
 from jobs.resources import Resources
 from webhook_app import builds, db, models, platforms, settings
 from webhook_app.lifecycle import Conclusion, ObservedBy, State
+from webhook_app.simulated.facts import truth_of
 from webhook_app.simulated.github import GitHubServer
 from webhook_app.simulated.gitlab import GitLabServer
 from webhook_app.simulated.jenkins import JenkinsServer
@@ -150,6 +151,17 @@ def stands(engine, redis, monkeypatch):
             return Stand(engine, redis, clock, world, servers, held)
 
         yield make
+
+
+def one_stale(make_stand, platform="github", kind="success", **more):
+    """A stand with one build that runs, was pushed and has gone stale; and the build."""
+    stand = make_stand((platform,), 1, kinds={platform: [kind]}, **more)
+    (build,) = stand.world.builds
+    running = (moment.at for moment in build.moments if truth_of(platform, moment).state == "in_progress")
+    stand.clock.at = next(running, build.begins_at)
+    stand.push(build)
+    stand.clock.advance(FRESH)
+    return stand, build
 
 
 def environment(world, servers):
