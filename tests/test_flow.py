@@ -529,7 +529,7 @@ def test_the_demo_finds_nothing_wrong(demos, loss):
 def test_who_looks_on_at_the_demo_finds_its_secrets_where_it_says(tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "webhook_app", "demo", "--port", str(port)]
-    with directories.short() as home:
+    with hubs.directory() as home:
         env = hubs.clean_environment({"ADMIN_TOKEN": "of another BuildRelay"})
         with hubs.started([*command, "--data-dir", str(home)], tmp_path / "log", env) as process:
             says = f"Secrets are in {home}/secrets.env"
