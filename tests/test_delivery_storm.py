@@ -26,7 +26,7 @@ from webhook_app.lifecycle import State
 from webhook_app.replays import Range
 from webhook_app.retries import RetryPolicy
 from webhook_app.room import Room
-from webhook_app.simulated.subscriber import Subscriber
+from webhook_app.simulated.subscriber import Behaviour, Subscriber
 from webhook_app.times import utc_now
 
 KEYS = (Fernet.generate_key().decode(),)
@@ -37,9 +37,14 @@ DEAD_END = 4
 """So many builds are on a branch whose subscriber never recovers."""
 TIMEOUT_SECONDS = 0.5
 MOODS = (
-    {"status": 200}, {"status": 200}, {"status": 500}, {"status": 503}, {"status": 200, "delay_seconds": 0.05},
-    {"hang": True}, {"status": 302}, {"status": 200},
-)  # fmt: skip
+    {"status": 500},
+    {"status": 503},
+    {"status": 200, "delay_seconds": 0.05},
+    {"hang": True},
+    {"status": 302},
+)
+MOOD_SECONDS = 0.15
+"""A bad mood is followed by a good one: no message may meet as many bad ones in a row as it has tries."""
 CALM = {"status": 200, "delay_seconds": 0.0, "hang": False}
 
 
@@ -138,7 +143,7 @@ class Storm:
 
     def __init__(self, engine, store_url, redis_url, directory, moody, seed):
         self.engine, self.moody = engine, moody
-        self.env = worker_environment(store_url, redis_url, directory, ["0.1"] * 25)
+        self.env = worker_environment(store_url, redis_url, directory, ["0.1"] * 40)
         self.redis = queues.connect(redis_url)
         self.random = random.Random(seed)
         self.calm = threading.Event()
@@ -146,12 +151,21 @@ class Storm:
         self.kills = self.rotations = self.adoptions = self.replays = 0
         self.error = None
         self.workers = [start_worker(self.env) for _ in range(WORKERS)]
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
+        self.threads = [threading.Thread(target=target) for target in (self._run, self._feel)]
+        for thread in self.threads:
+            thread.start()
+
+    def _feel(self):
+        """Apart from what waits for the store or a worker's end: a mood must not last as long as that."""
+        while not self.done.wait(MOOD_SECONDS):
+            for party in self.moody:
+                was_well = party.endpoint.behaviour == Behaviour()
+                mood = random.choice(MOODS) if was_well and not self.calm.is_set() else {}
+                party.endpoint.behave(**CALM | mood)
 
     def _run(self):
         try:
-            while not self.done.wait(0.15):
+            while not self.done.wait(MOOD_SECONDS):
                 queues.enqueue_once(self.redis, queues.DELIVER)
                 queues.enqueue_once(self.redis, queues.REPLAY)
                 self._pass()
@@ -161,7 +175,6 @@ class Storm:
 
     def _pass(self):
         for party in self.moody:
-            party.endpoint.behave(**CALM | ({} if self.calm.is_set() else self.random.choice(MOODS)))
             if party.rotations:
                 before = len(party.rotations)
                 adopt(self.engine, party)
@@ -185,7 +198,8 @@ class Storm:
 
     def stop(self):
         self.done.set()
-        self.thread.join(60)
+        for thread in self.threads:
+            thread.join(60)
         for worker in self.workers:
             worker.terminate()
         for worker in self.workers:

@@ -61,7 +61,8 @@ class Subscriber:
     def __init__(self, *secrets: str, now: Callable[[], float] = time.time, port: int = 0) -> None:
         self._secrets = tuple(secrets)
         self._now = now
-        self._behaviour = Behaviour()
+        self.behaviour = Behaviour()
+        """How it answers now; `behave` changes it."""
         self._lock = threading.Lock()
         self._seen: set[str] = set()
         self._tries: Counter[str] = Counter()
@@ -91,12 +92,12 @@ class Subscriber:
 
     def behave(self, **changes: Any) -> None:
         """Change how it answers; the names are those of `Behaviour`."""
-        self._behaviour = replace(self._behaviour, **changes)
+        self.behaviour = replace(self.behaviour, **changes)
 
     # Receiving ----------------------------------------------------------------------------------
 
     def _handle(self, request: Request) -> Response:
-        behaviour = self._behaviour
+        behaviour = self.behaviour
         if behaviour.hang:
             return hang()
         status = self._receive(request, behaviour)
