@@ -185,6 +185,7 @@ class Metronome(Scheduler):  # type: ignore[misc]
 
     def run_until(self, stop: threading.Event) -> None:
         """Pass after pass until `stop`; a Redis that is away is waited for."""
+        told = -queues.NEWS_SECONDS
         while not stop.is_set():
             started = time.monotonic()
             try:
@@ -192,7 +193,9 @@ class Metronome(Scheduler):  # type: ignore[misc]
                     self.enqueue_jobs()
                     self.beat()
             except RedisError as error:
-                log.warning("redis does not answer, the metronome waits: %s", error)
+                if time.monotonic() - told > queues.NEWS_SECONDS:
+                    log.warning("redis does not answer, the metronome waits: %s", error)
+                    told = time.monotonic()
             stop.wait(max(0.0, PASS_SECONDS - (time.monotonic() - started)))
         try:
             self.remove_lock()

@@ -99,6 +99,7 @@ def main() -> None:
 
 def _work(names: Sequence[str], redis: Redis) -> None:
     worker: PatientWorker | None = None
+    told = -queues.NEWS_SECONDS
     while worker is None or not worker.asked_to_end:
         try:
             worker = PatientWorker(names, connection=redis, worker_ttl=TTL_SECONDS)
@@ -106,7 +107,9 @@ def _work(names: Sequence[str], redis: Redis) -> None:
             worker.work(logging_level="WARNING", with_scheduler=False)
             return
         except RedisError as error:
-            log.warning("redis does not answer, the worker waits: %s", error)
+            if time.monotonic() - told > queues.NEWS_SECONDS:
+                log.warning("redis does not answer, the worker waits: %s", error)
+                told = time.monotonic()
             time.sleep(WAIT_SECONDS)
 
 

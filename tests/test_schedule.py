@@ -430,7 +430,14 @@ def own_redis(tmp_path, wait_until):
     made.stop()
 
 
-def test_a_redis_that_goes_and_comes_back_empty_is_waited_for(own_redis, wait_until, caplog):
+def passes(monkeypatch):
+    """Grows by one with each pass that begins from now on."""
+    seen, acquire = [], Metronome.acquire_lock
+    monkeypatch.setattr(Metronome, "acquire_lock", lambda self: seen.append(self) or acquire(self))
+    return seen
+
+
+def test_a_redis_that_goes_and_comes_back_empty_is_waited_for(own_redis, wait_until, caplog, monkeypatch):
     with (
         queues.connect(own_redis.url, schedule.REDIS_SECONDS) as client,
         running(Metronome(client, EVERY_SECOND)),
@@ -438,6 +445,9 @@ def test_a_redis_that_goes_and_comes_back_empty_is_waited_for(own_redis, wait_un
         wait_until(lambda: jobs_of(client, POLL) == 1)
         own_redis.stop()
         wait_until(lambda: "the metronome waits" in caplog.text)
+        seen = passes(monkeypatch)
+        wait_until(lambda: len(seen) > 2)
+        assert caplog.text.count("the metronome waits") == 1, "not at each pass"
         own_redis.forget()
         own_redis.start()
         wait_until(lambda: jobs_of(client, POLL) == 1 and client.exists(queues.BEAT_KEY))
