@@ -182,6 +182,8 @@ BAD = {
     "GITLAB_WEBHOOK_SECRET": ["whsec_", "whsec_%%%", "plain,whsec_a b"],
     "GITHUB_API_URL": ["ftp://x", "api.github.com", "https://", "https:///path", "https://[::1", "http://h:p"],
     "GITHUB_REPOS": ["octo", "octo/one,two", "https://github.com/octo/one", "octo/one two/three"],
+    "GITHUB_TOKEN": ["ghp_one\nghp_two", "ghp_\x07"],
+    "GITLAB_TOKEN": ["glpat-\r\nX-A: b"],
     "GITHUB_APP_ID": ["4 2", "https://github.com/apps/x"],
     "GITHUB_APP_PRIVATE_KEY": [
         "key.pem", PEM[:900], "-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----",

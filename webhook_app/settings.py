@@ -340,7 +340,7 @@ VARIABLES: tuple[Variable, ...] = (
         "BUILD_EVENT_TOKEN", "", _words, "for build scripts (`X-Build-Token`)",
         aliases=("OM_BUILD_EVENT_TOKEN",), secret=True,
     ),
-    Variable("GITHUB_TOKEN", "", _text, "poll access to GitHub", secret=True),
+    Variable("GITHUB_TOKEN", "", _header_text, "poll access to GitHub", secret=True),
     Variable("GITHUB_APP_ID", "", _id, "instead of a token: a GitHub App's id or client id"),
     Variable("GITHUB_APP_PRIVATE_KEY", "", _app_key, "its key in PEM, lines or `\\n`", secret=True),
     Variable("GITHUB_APP_INSTALLATION_ID", "", _installation, "its installation; else that of the first repository"),
@@ -349,7 +349,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("GITHUB_OWNER", "", _word, "with `GITHUB_REPO`: the one repository, where `GITHUB_REPOS` is not set"),
     Variable("GITHUB_REPO", "", _word, "see `GITHUB_OWNER`"),
     Variable("ENABLE_GH", "true", _flag, "poll GitHub"),
-    Variable("GITLAB_TOKEN", "", _text, "poll access to GitLab", secret=True),
+    Variable("GITLAB_TOKEN", "", _header_text, "poll access to GitLab", secret=True),
     Variable("GITLAB_OAUTH_CLIENT_ID", "", _id, "instead of a token: an OAuth application"),
     Variable("GITLAB_OAUTH_CLIENT_SECRET", "", _text, "its secret", secret=True),
     Variable("GITLAB_OAUTH_REFRESH_TOKEN", "", _text, "the first refresh token; later ones are in the store", secret=True),
@@ -698,7 +698,7 @@ def _further_source(entry: Any) -> SourceSettings:
     told: Told = lambda key: read(key, _SOURCE_READERS.get(key, _text))  # noqa: E731
     return SourceSettings(
         source=Source(
-            name, platform, read("api_url", web_url), read("token", _text), read("username", _text)
+            name, platform, read("api_url", web_url), read("token", _header_text), read("username", _text)
         ),
         enabled=read("enabled", _flag, "true"),
         webhook_secrets=read("webhook_secret", _gitlab_secrets if platform == "gitlab" else _words),
