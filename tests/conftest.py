@@ -2,19 +2,21 @@
 
 import os
 import shutil
+import ssl
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
 from sqlalchemy import Engine, make_url
 
-from tests import caller, postgres
-from webhook_app import db, embedded, migrations
+from tests import caller, postgres, wire
+from webhook_app import db, embedded, migrations, outbound
 from webhook_app.supervisor import tied_to_parent
 
 LONGEST_BASE = 60
@@ -175,3 +177,46 @@ def local(make_api: Callable[..., caller.Caller], migrated_sqlite: Path, tmp_pat
     path = tmp_path / "local.db"
     path.write_bytes(migrated_sqlite.read_bytes())
     return make_api(f"sqlite:///{path}")
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., wire.Server]]:
+    """`serve(handler)`: a server on the loopback interface, which shows what it was asked."""
+    listeners: list[wire.Listener] = []
+
+    def start(handler: wire.Handler, context: ssl.SSLContext | None = None) -> wire.Server:
+        listeners.append(wire.Listener(handler, context))
+        return listeners[-1].server
+
+    yield start
+    outbound.close_idle()
+    for listener in listeners:
+        listener.stop()
+
+
+@pytest.fixture
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No proxy and no certificates of this machine, and no connection of an earlier test."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy") or name in (
+            "REQUESTS_CA_BUNDLE",
+            "CURL_CA_BUNDLE",
+            "SSL_CERT_FILE",
+        ):
+            monkeypatch.delenv(name)
+    outbound.close_idle()
+    yield
+    outbound.close_idle()
+
+
+@pytest.fixture
+def dialled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What would have been connected to; nothing is."""
+    attempts: list[str] = []
+
+    def dial(addresses: Any, _budget: Any) -> None:
+        attempts.extend(each.sockaddr[0] for each in addresses)
+        raise ConnectionRefusedError("not in a test")
+
+    monkeypatch.setattr(outbound, "_dial", dial)
+    return attempts
