@@ -44,7 +44,8 @@ def start(tmp_path):
         with subprocess.Popen(
             [sys.executable, "-c", SCRIPT, json.dumps(spec)],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(Path(supervisor.__file__).parent.parent)},
+            env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+            | {"PYTHONPATH": str(Path(supervisor.__file__).parent.parent)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

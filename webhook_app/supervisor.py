@@ -342,7 +342,15 @@ def _print(house: _House, line: bytes) -> None:
         house.out.write(line + b"\n")
         house.out.flush()
     except OSError:
+        _drain(house.out)
         house.out = None
+
+
+def _drain(gone: BinaryIO) -> None:
+    """Lead what is still buffered to nowhere: Python would flush it at its end, fail, and exit with 120."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, gone.fileno())
+    os.close(nowhere)
 
 
 def _say(house: _House, text: str) -> None:
