@@ -427,11 +427,8 @@ def settle(connection: Connection, tries: Sequence[Tried], now: datetime, policy
     connection.execute(insert(models.delivery_attempts), [_attempt_row(tried) for tried in tries])
     delivered = [tried for tried in tries if tried.reason is None]
     if delivered:
-        connection.execute(
-            update(models.messages)
-            .where(_m.id.in_([tried.message.id for tried in delivered]))
-            .values(state="delivered", due_at=None, claim=None, reason=None, settled_at=now)
-        )
+        ids = [tried.message.id for tried in delivered]
+        connection.execute(_DELIVERED[connection.dialect.name], {"ids": ids, "now": now})
     dead = _put_back(connection, [tried for tried in tries if tried.reason is not None], now, policy)
     _wake_lanes(connection, [tried.message for tried in (*delivered, *dead)], now)
 
@@ -446,6 +443,13 @@ def _of_kept_messages(connection: Connection, tries: Sequence[Tried]) -> Sequenc
 
 
 _KEPT = _per_store(lambda among: select(_m.id).where(among(_m.id, "ids")).order_by(_m.id).with_for_update())
+_DELIVERED = _per_store(
+    lambda among: (
+        update(models.messages)
+        .where(among(_m.id, "ids"))
+        .values(state="delivered", due_at=None, claim=None, reason=None, settled_at=bindparam("now"))
+    )
+)
 
 
 def _attempt_row(tried: Tried) -> Row:
