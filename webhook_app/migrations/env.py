@@ -1,5 +1,8 @@
 """Alembic runs this: one connection, one transaction, one migrator at a time."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from alembic import context
 from sqlalchemy import Connection, Engine, text
 
@@ -21,10 +24,28 @@ def _migrate(connection: Connection) -> None:
 
 
 def _run(engine: Engine) -> None:
-    with engine.connect().execution_options(writing=True) as connection, connection.begin():
+    opened = engine.connect().execution_options(writing=True)
+    with opened as connection, _unreferenced(connection), connection.begin():
         if connection.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
         _migrate(connection)
+
+
+@contextmanager
+def _unreferenced(connection: Connection) -> Iterator[None]:
+    """SQLite changes a table by making it anew and dropping the old one, which must not cascade.
+
+    The pragma counts only outside of a transaction.  Source: https://www.sqlite.org/lang_altertable.html
+    """
+    if connection.dialect.name != "sqlite":
+        yield
+        return
+    cursor = connection.connection.cursor()
+    cursor.execute("PRAGMA foreign_keys=OFF")
+    try:
+        yield
+    finally:
+        cursor.execute("PRAGMA foreign_keys=ON")
 
 
 if context.config.attributes.get("engine") is not None:
