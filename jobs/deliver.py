@@ -24,6 +24,7 @@ from webhook_app.deliveries import Claim, Claimed, Tried
 from webhook_app.destinations import OutboundError
 from webhook_app.endpoints import Sentence
 from webhook_app.retries import RetryPolicy
+from webhook_app.sealing import SealError
 from webhook_app.times import utc_now
 
 log = logging.getLogger(__name__)
@@ -147,6 +148,9 @@ class _Drain:
         started_at, started = utc_now(), time.monotonic()
         try:
             tried = attempt(self.held, message, subscriber)
+        except SealError as error:
+            log.warning("nothing can be sent to %s: %s", message.subscriber, error)
+            tried = Tried(message, started_at, 0.0, reason=deliveries.NO_KEY)
         except Exception as error:  # a fault of ours must not leave the drain waiting for this result
             log.exception("sending failed", extra={"message_id": message.message_id})
             tried = Tried(
@@ -173,7 +177,7 @@ class _Drain:
 
 
 def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) -> Tried:
-    """One HTTP try: sign, send, and say how it went.  Errors of the way are results, not exceptions."""
+    """One HTTP try: sign, send, and say how it went.  Errors of the way are results; raises `SealError`."""
     now, started = utc_now(), time.monotonic()
     keys = held.settings.encryption_keys
     content_type, content = deliveries.body(message, subscriber["format"])

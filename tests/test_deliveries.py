@@ -303,6 +303,26 @@ def test_a_fault_of_ours_is_not_counted_against_the_endpoint(engine):
     assert rows(engine)[0]["reason"] == "internal_SealError"
 
 
+def test_a_message_whose_key_is_missing_waits_and_is_not_used_up(engine):
+    subscribe(engine)
+    record(engine, github(Q))
+    for minute in range(20):  # more often than the schedule has tries
+        (message,) = claim(engine, at(61 * minute))
+        assert message.number == 1
+        untried = replace(went(message), status_code=None, reason=deliveries.NO_KEY)
+        settle(engine, untried, now=at(61 * minute))
+        assert not claim(engine, at(61 * minute + 1))
+    assert [(row["state"], row["reason"], row["claim"]) for row in rows(engine)] == [
+        ("pending", "no_key", None)
+    ]
+    assert rows(engine, models.delivery_attempts) == []
+    (subscriber,) = rows(engine, models.subscribers)
+    assert (subscriber["failing_since"], subscriber["failures"]) == (None, 0)
+    (message,) = claim(engine, at(61 * 20))
+    settle(engine, went(message), now=at(61 * 20))
+    assert [(row["state"], row["reason"]) for row in rows(engine)] == [("delivered", None)]
+
+
 def test_a_head_behind_the_limit_is_sent_before_its_lane(engine):
     """Paused for long, a lane may be due as a whole with its head last: it must not block itself."""
     subscribe(engine, rate_limit_per_second=1)

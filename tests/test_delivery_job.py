@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cryptography.fernet import Fernet
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from jobs import deliver as job
 from jobs.resources import Desk, Resources
@@ -224,3 +224,21 @@ def test_a_subscriber_that_is_removed_meanwhile_costs_the_others_nothing(make_he
         worker.join(60)
     assert states(held, staying) == [("delivered", 1, None)]
     assert not held.desk.room.subscribers
+
+
+def test_an_old_key_taken_away_too_early_loses_nothing_and_heals(make_held, pair, caplog):
+    endpoint, _ = pair
+    held = make_held()
+    subscriber = subscribe(held, endpoint)
+    record(held, github(State.QUEUED))
+    job.deliver(make_held(ENCRYPTION_KEYS=Fernet.generate_key().decode()))
+    assert states(held, subscriber) == [("pending", 0, None)]
+    assert (
+        f"nothing can be sent to {subscriber}: a stored secret opens with none of the 1 keys" in caplog.text
+    )
+    assert "Traceback" not in caplog.text
+    with held.engine.begin() as connection:  # a minute later
+        connection.execute(update(models.messages).values(due_at=utc_now()))
+        connection.execute(update(models.subscribers).values(slow_until=None))
+    job.deliver(held)
+    assert states(held, subscriber) == [("delivered", 1, None)]

@@ -44,6 +44,10 @@ Row = dict[str, Any]
 
 LEASE_MARGIN_SECONDS = 15.0
 RESPONSE_CAP_BYTES = 16 * 1024
+NO_KEY = "no_key"
+"""The reason of a try that was none: no key opens the subscriber's secrets."""
+KEY_WAIT = timedelta(seconds=60)
+"""How long such a subscriber is left alone before its secrets are tried again."""
 MOST_SEEN = 500
 """So many due messages are looked at together once the first few all had to wait."""
 
@@ -419,9 +423,12 @@ def settle(connection: Connection, tries: Sequence[Tried], now: datetime, policy
     """Record tries and move their messages on: delivered, later, or dead with the reason.
 
     A try whose claim was lost to another worker still counts when it succeeded; one whose message was
-    deleted meanwhile leaves nothing.  What the tries say about their subscribers is `endpoints.note`.
+    deleted meanwhile leaves nothing, and one that lacked its key was none: its message waits for the key.
+    What the tries say about their subscribers is `endpoints.note`.
     """
     tries = _of_kept_messages(connection, tries)
+    _await_key(connection, [tried for tried in tries if tried.reason == NO_KEY], now)
+    tries = [tried for tried in tries if tried.reason != NO_KEY]
     if not tries:
         return
     connection.execute(insert(models.delivery_attempts), [_attempt_row(tried) for tried in tries])
@@ -499,6 +506,23 @@ def _put_back(
     return [tried for tried, wait in zip(failed, waits, strict=True) if wait is None]
 
 
+_UNTRIED = (
+    update(models.messages)
+    .where(_m.id == bindparam("the_id"), _m.claim == bindparam("the_claim"), _m.state == "pending")
+    .values(due_at=bindparam("new_due_at"), attempts=_m.attempts - 1, reason=NO_KEY, claim=None)
+)
+
+
+def _await_key(connection: Connection, untried: Sequence[Tried], now: datetime) -> None:
+    """Put messages back as they were: however long the key is missing, none of them is given up."""
+    rows = [
+        {"the_id": tried.message.id, "the_claim": tried.message.claim, "new_due_at": now + KEY_WAIT}
+        for tried in untried
+    ]
+    if rows:
+        connection.execute(_UNTRIED, rows)
+
+
 _WAKE = (
     update(models.messages)
     .where(
@@ -534,7 +558,9 @@ def bury(connection: Connection, subscriber_id: str, reason: Any, most: int, now
 
 
 def slow_down_of(tried: Tried, now: datetime) -> datetime | None:
-    """Until when the endpoint of this try asked to be left alone."""
+    """Until when the endpoint of this try is left alone: as it asked, or since its key is missing."""
+    if tried.reason == NO_KEY:
+        return now + KEY_WAIT
     seconds = slow_down(tried.status_code, tried.retry_after, now) if tried.reason is not None else None
     return None if seconds is None else now + timedelta(seconds=seconds)
 

@@ -50,13 +50,14 @@ def note(connection: Connection, tries: Sequence[Tried], now: datetime) -> list[
         last[tried.message.subscriber] = max(
             tried.started_at, last.get(tried.message.subscriber, tried.started_at)
         )
-    _heal(connection, _locked(connection, well, last.keys()) & well)
+    slowed = [tried for tried in tries if tried.reason == deliveries.NO_KEY] + failed
+    _heal(connection, _locked(connection, well, {tried.message.subscriber for tried in slowed}) & well)
     ill = last.keys() - well
     for subscriber in ill:
         count = sum(tried.message.subscriber == subscriber for tried in failed)
         _count_failures(connection, subscriber, count, now)
     sentences = _sentences(connection, {id_: last[id_] for id_ in ill | gone}, gone, now)
-    for tried in failed:
+    for tried in slowed:
         until = deliveries.slow_down_of(tried, now)
         if until is not None:
             _slow_down(connection, tried.message.subscriber, until)
@@ -77,7 +78,7 @@ def _locked(connection: Connection, well: Collection[str], failed: Collection[st
 
 def _is_our_fault(tried: Tried) -> bool:
     """Nothing was sent: a missing key or a fault of ours says nothing about the endpoint."""
-    return (tried.reason or "").startswith("internal_")
+    return tried.reason == deliveries.NO_KEY or (tried.reason or "").startswith("internal_")
 
 
 def _heal(connection: Connection, ids: set[str]) -> None:
