@@ -12,7 +12,7 @@ from jobs.schedule import Metronome
 from tests.facts import PACE, github
 from tests.hub import clean_environment, free_port
 from tests.stand import ON_SQLITE
-from webhook_app import builds, cli, db, doctor, health, models, queues, registration, settings
+from webhook_app import builds, cli, db, doctor, health, models, queues, registration, settings, subscribers
 from webhook_app.account import Account
 from webhook_app.lifecycle import State
 from webhook_app.simulated.github import GitHubServer, html, rate_limited
@@ -25,6 +25,7 @@ from webhook_app.times import utc_now
 
 URL = "http://127.0.0.1:9"
 KEY = "6KzrPJkFqQKBsWIBmuZFyOAlbWg3yFuQTqHdxZ8m3mI="
+OTHER_KEY = "nAw3SUMLlfUzXKSEZRJXnbWTgqCQFdvWKeuhv3QuUvU="
 HOOKED = {"github": "Octo-Demo/payments-api", "gitlab": "4101"}
 
 
@@ -139,6 +140,16 @@ def test_missing_secrets_are_named(clinic):
     assert has(found, "fail", "no encryption key")
     assert has(found, "warn", "no ADMIN_TOKEN")
     assert has(found, "warn", "github: no webhook secret")
+
+
+@ON_SQLITE
+def test_secrets_that_open_with_no_key_are_named(clinic):
+    wanted = {"url": "https://ci.example.com/", "signing": "hmac"}
+    row, _ = db.as_writer(clinic.engine, lambda write: subscribers.create(write, wanted, (KEY,), utc_now()))
+    said = f"database: the secrets of {row['id']} open with none of ENCRYPTION_KEYS (subscribers: 1)"
+    assert not has(clinic(), "fail", said)
+    assert has(clinic(ENCRYPTION_KEYS=OTHER_KEY), "fail", said)
+    assert not has(clinic(ENCRYPTION_KEYS=f"{OTHER_KEY},{KEY}"), "fail", said)
 
 
 @ON_SQLITE

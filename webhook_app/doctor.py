@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from redis.exceptions import RedisError
 from sqlalchemy import Engine, text
 
-from webhook_app import credentials, db, health, migrations, platforms, queues, registration, up
+from webhook_app import credentials, db, health, migrations, platforms, queues, registration, subscribers, up
 from webhook_app.account import Account
 from webhook_app.platforms import Answer, Hook, PollError, PollFault, TokenFacts
 from webhook_app.registration import Address, RegistrationError
@@ -148,11 +148,19 @@ def _database(values: Settings) -> Iterator[Finding]:
             yield Finding("database", OK, f"{engine.dialect.name} answers")
             if migrations.is_current(engine):
                 yield Finding("database", OK, "the schema is current")
+                yield from _closed(subscribers.closed(connection, values.encryption_keys))
             else:
                 yield Finding("database", FAIL, "the schema is not current", "Run `buildrelay migrate`.")
     except (*db.UNAVAILABLE, db.StoreUnavailable) as error:
         mend = "Look whether it runs, and at DATABASE_URL."
         yield Finding("database", FAIL, f"the database does not answer: {_one_line(error)}", mend)
+
+
+def _closed(ids: Sequence[str]) -> Iterator[Finding]:
+    if ids:
+        what = f"the secrets of {ids[0]} open with none of ENCRYPTION_KEYS (subscribers: {len(ids)})"
+        mend = "Put the key back that they were sealed with: their messages wait for it."
+        yield Finding("database", FAIL, what, mend)
 
 
 def _one_line(error: Exception) -> str:

@@ -277,6 +277,23 @@ def public_key(row: Row, keys: Sequence[str]) -> str | None:
     return signing.public_key(newest)
 
 
+def closed(connection: Connection, keys: Sequence[str]) -> list[str]:
+    """The ids of the subscribers whose secrets or headers open with none of the keys."""
+    columns = models.subscribers.c
+    statement = select(columns.id, columns.headers, columns.secrets).order_by(columns.id)
+    rows = connection.execute(statement).mappings()
+    return [row["id"] for row in rows if _is_closed(dict(row), keys)]
+
+
+def _is_closed(row: Row, keys: Sequence[str]) -> bool:
+    try:
+        custom_headers(row, keys)
+        _secrets(row, keys)
+    except sealing.SealError:
+        return True
+    return False
+
+
 REKEY_PORTION = 200
 _SEALED = ("headers", "secrets")
 
