@@ -3,7 +3,7 @@
 import logging
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, exists, select, true
 
 from jobs.resources import Resources, resources
 from pollers import client
@@ -74,13 +74,19 @@ def fail_silent(write: db.Write, now: datetime, pace: Pace) -> int:
     return len(facts)
 
 
+_AWAITED = exists().where(models.messages.c.event == models.events.c.id, models.messages.c.state == "pending")
+
+
 def forget(write: db.Write, before: datetime) -> None:
-    """Delete a portion of the inbound bodies, events, delivery attempts and logs from before that time."""
-    for table, moment in (
-        (models.inbound, models.inbound.c.received_at),
-        (models.events, models.events.c.timestamp),
-        (models.artifacts, models.artifacts.c.listed_at),
+    """Delete a portion of the inbound bodies, events, delivery attempts and logs from before that time.
+
+    An event that some subscriber is still to get is kept until its message is delivered or dead.
+    """
+    for table, moment, is_over in (
+        (models.inbound, models.inbound.c.received_at, true()),
+        (models.events, models.events.c.timestamp, ~_AWAITED),
+        (models.artifacts, models.artifacts.c.listed_at, true()),
     ):
-        old = select(table.c.id).where(moment < before).order_by(moment).limit(MOST_AT_ONCE)
+        old = select(table.c.id).where(moment < before, is_over).order_by(moment).limit(MOST_AT_ONCE)
         write.connection.execute(delete(table).where(table.c.id.in_(old.scalar_subquery())))
     collection.forget(write, before, MOST_AT_ONCE)

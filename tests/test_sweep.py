@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import func, insert, select
+from cryptography.fernet import Fernet
+from sqlalchemy import func, insert, select, update
 
 from jobs import sweep as sweep_job
 from tests.stand import ON_SQLITE, stands
-from webhook_app import db, models, queues
+from webhook_app import db, deliveries, models, queues, subscribers
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
+
+KEY = Fernet.generate_key().decode()
 
 
 @pytest.fixture
@@ -163,4 +166,22 @@ def test_the_sweep_forgets_by_itself(make_stand):
     stand = make_stand(("jenkins",), 0, RETENTION_DAYS="1")
     report(stand, State.COMPLETED)
     sweep(stand, after=86_400 + 1)
+    assert stand.events(Script()) == []
+
+
+def test_an_event_that_somebody_is_still_to_get_is_kept(make_stand):
+    stand = make_stand(("jenkins",), 0, RETENTION_DAYS="1")
+    wanted = {"url": "https://ci.example.com/", "signing": "hmac"}
+    row, _ = db.as_writer(stand.engine, lambda write: subscribers.create(write, wanted, (KEY,), stand.now()))
+    report(stand)
+    report(stand, State.COMPLETED)
+    first = stand.events(Script())[0]["id"]
+    settled = update(models.messages).where(models.messages.c.event == first).values(state="delivered")
+    db.in_transaction(stand.engine, lambda connection: connection.execute(settled))
+    sweep(stand, after=86_400 + 1)
+    assert [event["data"]["state"] for event in stand.events(Script())] == ["completed"]
+    db.as_writer(
+        stand.engine, lambda write: deliveries.bury(write.connection, row["id"], "tls", 9, stand.now())
+    )
+    sweep(stand)
     assert stand.events(Script()) == []
