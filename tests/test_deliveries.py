@@ -316,6 +316,8 @@ def test_a_message_whose_key_is_missing_waits_and_is_not_used_up(engine):
         ("pending", "no_key", None)
     ]
     assert rows(engine, models.delivery_attempts) == []
+    answer = endpoints.await_answer(engine, message.message_id, 0.0)
+    assert answer == endpoints.Answer("pending", reason="no_key"), "whoever sends a test is told why"
     (subscriber,) = rows(engine, models.subscribers)
     assert (subscriber["failing_since"], subscriber["failures"]) == (None, 0)
     (message,) = claim(engine, at(61 * 20))

@@ -248,9 +248,9 @@ def _answer(engine: Engine, message_id: str) -> Answer | None:
             .order_by(columns.number, columns.id)
             .limit(1)
         ).one_or_none()  # fmt: skip
-    if row is None or (row.id is None and row.state == "pending"):
+    if row is None or (row.id is None and row.state == "pending" and row[2] is None):
         return None
-    return Answer(*row[:4])  # dead without a try: its subscriber was disabled meanwhile
+    return Answer(*row[:4])  # without a try: its subscriber was disabled meanwhile, or its key is missing
 
 
 @dataclass(frozen=True, slots=True)
