@@ -236,7 +236,12 @@ def test_a_failed_delivery_is_tried_again_under_the_same_id(calm, platforms):
         platforms.push(calm, platforms.pushes(build)[0])
         callback.wait_for(calm, build.build_id)
         first, second = callback.tries(build.build_id)
-        delivery = calm.get(f"/api/deliveries/{first.id}")
+
+        def settled():  # after the callback has had it
+            shown = calm.get(f"/api/deliveries/{first.id}")
+            return shown["state"] != "pending" and shown
+
+        delivery = until(settled, PATIENCE_SECONDS, "the worker's note of the second try")
     assert (first.answered, second.answered) == (500, 204)
     assert first.id == second.id
     assert first.body == second.body
