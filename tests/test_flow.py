@@ -535,7 +535,8 @@ def test_who_looks_on_at_the_demo_finds_its_secrets_where_it_says(tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "webhook_app", "demo", "--port", str(port)]
     with hubs.directory() as home:
-        env = hubs.clean_environment({"ADMIN_TOKEN": "of another BuildRelay"})
+        away = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
+        env = hubs.clean_environment({"ADMIN_TOKEN": "of another BuildRelay", **away})
         with hubs.started([*command, "--data-dir", str(home)], tmp_path / "log", env) as process:
             says = f"Secrets are in {home}/secrets.env"
             until(lambda: says in (tmp_path / "log").read_text(), PATIENCE_SECONDS, says)

@@ -113,14 +113,22 @@ def _running(port: int, directory: Path, env: Mapping[str, str]) -> Iterator[str
 
 def _wait_until_ready(base: str, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if requests.get(f"{base}/readyz", timeout=2).status_code == 200:
-                return
-        except requests.RequestException:
-            pass
-        time.sleep(0.1)
+    with _direct() as http:
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if http.get(f"{base}/readyz", timeout=2).status_code == 200:
+                    return
+            except requests.RequestException:
+                pass
+            time.sleep(0.1)
     raise SystemExit("buildrelay: it did not become ready")
+
+
+def _direct() -> requests.Session:
+    """No proxy of the environment stands between us and our own machine."""
+    http = requests.Session()
+    http.trust_env = False
+    return http
 
 
 class _Api:
@@ -128,8 +136,7 @@ class _Api:
 
     def __init__(self, base: str, token: str) -> None:
         self.base = base
-        self.http = requests.Session()
-        self.http.trust_env = False
+        self.http = _direct()
         self.http.headers["Authorization"] = f"Bearer {token}"
 
     def subscribe(self, url: str) -> str:
