@@ -15,7 +15,7 @@ import pytest
 from redis import Redis
 from sqlalchemy import Engine, make_url
 
-from tests import caller, postgres, wire
+from tests import caller, hub, postgres, wire
 from webhook_app import db, embedded, migrations, outbound
 from webhook_app.supervisor import tied_to_parent
 
@@ -23,8 +23,20 @@ LONGEST_BASE = 60
 """Characters of a temporary directory with room for a socket's name in it: its path holds about a hundred."""
 
 
+LOOPBACK = "127.0.0.1,localhost,::1"
+
+
 def pytest_configure() -> None:
-    """Work in /tmp, with all processes we start, where $TMPDIR is too long for the sockets of our servers."""
+    """What the shell has set must not matter, to us and to all processes we start.
+
+    No setting of BuildRelay counts, no proxy stands before our own servers, and where $TMPDIR is too long
+    for their sockets we work in /tmp.
+    """
+    ours = hub.clean_environment({})
+    for name in set(os.environ) - set(ours):
+        del os.environ[name]
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), LOOPBACK)))
     if len(tempfile.gettempdir()) > LONGEST_BASE:
         os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
 
