@@ -13,12 +13,13 @@ import signal
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import select
 
 from tests import hub as hubs
 from tests import postgres
@@ -104,8 +105,9 @@ class Killer(threading.Thread):
             return
         if "web" in victim:
             self._sent = sent
-        os.kill(pid, signal.SIGKILL)
-        self.kills[victim] += 1
+        with suppress(ProcessLookupError):  # a web process goes by itself when its master was killed
+            os.kill(pid, signal.SIGKILL)
+            self.kills[victim] += 1
 
     def _pid(self, victim):
         if victim != "a web process":
@@ -152,9 +154,10 @@ def test_nothing_is_lost_while_everything_is_killed(store, capsys):
         engine = db.connect(url_of(hub))
         stack.callback(engine.dispose)
         began = time.monotonic()
-        until(lambda: _is_quiet(engine), RECOVERY_SECONDS, "the last delivery")
+        until(lambda: _quiet_rows(engine), RECOVERY_SECONDS, "the last delivery")
         _wait_for_the_truth(world, hub, subscriber)
-        counts = _check_rows(engine, sender) | _check_subscriber(engine, subscriber)
+        rows = until(lambda: _quiet_rows(engine), RECOVERY_SECONDS, "a moment with nothing to deliver")
+        counts = _check_rows(rows, sender) | _check_subscriber(rows, subscriber)
         counts |= {"builds": len(world.builds), "kills": sum(kills.values())}
         with capsys.disabled():
             print(f"\n  {engine.dialect.name}: {_told(counts)}; {dict(kills)}")
@@ -196,11 +199,38 @@ def _kill_until_all_is_sent(hub, world, sender):
     return killer.kills
 
 
-def _is_quiet(engine):
-    """Is nothing left to deliver?"""
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of one moment."""
+
+    inbound: list[Any]
+    sequences: list[Any]
+    last: list[Any]
+    events: list[Any]
+    messages: list[Any]
+
+
+def _rows(engine):
+    """What is there now, table after table."""
     with db.reading(engine) as connection:
-        pending = select(func.count()).where(_m.state == "pending")
-        return connection.execute(pending).scalar() == 0
+        return Rows(
+            connection.execute(select(_i.delivery_key, _i.source, _i.status)).all(),
+            connection.execute(select(_e.build, _e.sequence).order_by(_e.build, _e.sequence)).all(),
+            connection.execute(select(_b.id, _b.build_id, _b.sequence).order_by(_b.id)).all(),
+            connection.execute(select(_e.id).order_by(_e.id)).all(),
+            connection.execute(select(_m.event, _m.state, _m.attempts).order_by(_m.id)).all(),
+        )
+
+
+def _quiet_rows(engine):
+    """The rows of a moment with nothing left to deliver, or None.
+
+    The logs of failed builds are read for minutes, and each error they tell is one more event.  Rows that
+    did not change from the first look to the second are those of one moment in between.
+    """
+    rows = _rows(engine)
+    quiet = "pending" not in {row.state for row in rows.messages}
+    return rows if quiet and rows == _rows(engine) else None
 
 
 def _wait_for_the_truth(world, hub, subscriber):
@@ -211,23 +241,17 @@ def _wait_for_the_truth(world, hub, subscriber):
         time.sleep(1)
 
 
-def _check_rows(engine, sender):
+def _check_rows(rows, sender):
     """What got a 2xx is there once; sequences have no gaps; each event has its message, delivered."""
-    with db.reading(engine) as connection:
-        inbound = connection.execute(select(_i.delivery_key, _i.source, _i.status)).all()
-        sequences = connection.execute(select(_e.build, _e.sequence).order_by(_e.build, _e.sequence)).all()
-        last = connection.execute(select(_b.id, _b.sequence).order_by(_b.id)).all()
-        events = list(connection.execute(select(_e.id)).scalars())
-        messages = connection.execute(select(_m.event, _m.state, _m.attempts)).all()
-    _check_inbound(inbound, sender)
-    assert [tuple(row) for row in sequences] == [(id_, n) for id_, most in last for n in range(1, most + 1)]
-    assert sorted(row.event for row in messages) == sorted(events)
-    assert {row.state for row in messages} == {"delivered"}
+    _check_inbound(rows.inbound, sender)
+    assert rows.sequences == [(row.id, n) for row in rows.last for n in range(1, row.sequence + 1)]
+    assert sorted(row.event for row in rows.messages) == [row.id for row in rows.events]
+    assert {row.state for row in rows.messages} == {"delivered"}
     return {
-        "deliveries kept": len(inbound),
-        "events": len(events),
-        "messages": len(messages),
-        "tries": sum(row.attempts for row in messages),
+        "deliveries kept": len(rows.inbound),
+        "events": len(rows.events),
+        "messages": len(rows.messages),
+        "tries": sum(row.attempts for row in rows.messages),
     }
 
 
@@ -245,15 +269,14 @@ def _check_inbound(inbound, sender):
     assert {row.status for row in inbound} == {"applied"}
 
 
-def _check_subscriber(engine, subscriber):
+def _check_subscriber(rows, subscriber):
     """It saw every event of every build, in order; what came twice came under the same webhook-id."""
-    with db.reading(engine) as connection:
-        last = connection.execute(select(_b.build_id, _b.sequence)).all()
-    for build_id, sequence in last:
-        assert subscriber.sequences(build_id) == tuple(range(1, sequence + 1)), build_id
+    for row in rows.last:
+        seen = subscriber.sequences(row.build_id)
+        assert seen[: row.sequence] == tuple(range(1, row.sequence + 1)), row.build_id
     report = subscriber.report()
     assert subscriber.faults() == {}
-    assert report["messages"] == sum(sequence for _, sequence in last)
+    assert report["messages"] >= len(rows.events)
     return {"received": report["received"], "received twice": report["duplicates"]}
 
 
