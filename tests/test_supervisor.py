@@ -319,9 +319,9 @@ def test_a_pid_file_without_its_content_is_cleared_away(tmp_path, content):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_pid_file_that_can_not_be_written_ends_nothing(start, pid_of, tmp_path):
+def test_a_pid_file_that_can_not_be_written_ends_nothing(start, pid_of, wait_until, tmp_path):
     with start(("web", lasting("web"), "go"), ("late", lasting("late"), None)) as process:
-        pid_of("web")
+        wait_until((tmp_path / "run" / f"up-{process.pid}.json").exists)  # its first draft is gone
         (tmp_path / "run" / f"up-{process.pid}.draft").mkdir()
         (tmp_path / "go").touch()
         read_until(process, "all ready")
