@@ -331,14 +331,14 @@ def test_a_silent_script_fails_and_a_later_word_revives_it(eager):
         until(lambda: eager.state(build_id) == "failed", PATIENCE_SECONDS, "the failure")
         assert "no heartbeat" in eager.build(build_id)["error"]
         eager.report(run, "heartbeat")
-        revived = eager.build(build_id)
-        assert (revived["state"], revived["error"], revived["ended_at"]) == ("in_progress", None, None)
         eager.report(run, "build_completed")
         assert eager.state(build_id) == "completed"
         messages = callback.wait_for(eager, build_id)
-    assert [message["type"] for message in messages] == [
-        "build.in_progress", "build.failed", "build.in_progress", "build.completed",
-    ]  # fmt: skip
+    types = [message["type"].removeprefix("build.") for message in messages]
+    # A machine that stands still for a second after the heartbeat has it fail once more.
+    assert re.fullmatch("in_progress failed in_progress (failed )?completed", " ".join(types))
+    revived = messages[2]["data"]
+    assert (revived["state"], revived["error"], revived["ended_at"]) == ("in_progress", None, None)
 
 
 def test_polling_is_started_and_stopped_by_request(calm, platforms):
