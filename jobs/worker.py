@@ -18,6 +18,7 @@ from redis.client import Pipeline
 from redis.exceptions import RedisError
 from rq import SimpleWorker, worker_registration
 from rq.exceptions import StopRequested
+from rq.worker import DequeueStrategy
 
 from jobs import (  # noqa: F401  imported before the first job needs them
     collect,
@@ -48,6 +49,7 @@ class PatientWorker(SimpleWorker):
     * RQ counts a killed worker for 80 s, and with a job for minutes: here a thread says that we live
     * RQ signs a worker on once, so a flushed Redis never hears of it again: here a heartbeat does it
     * RQ forgets a stop signal when Redis is away at its end: here it is remembered
+    * RQ takes the first queue that has a job, so a busy one starves those behind it: here they take turns
     * RQ listens for remote commands in a thread that holds up each end by a second: nobody gives any here
     """
 
@@ -79,7 +81,7 @@ class PatientWorker(SimpleWorker):
         """Listen for no commands."""
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """End after the job under way; a delivery job begins nothing new, what it began is noted yet."""
+        """End after the job under way, which begins nothing new; what it began is noted yet."""
         self.asked_to_end = True
         resources().desk.closing = True
         super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
@@ -104,7 +106,9 @@ def _work(names: Sequence[str], redis: Redis) -> None:
         try:
             worker = PatientWorker(names, connection=redis, worker_ttl=TTL_SECONDS)
             worker.log_job_description = False
-            worker.work(logging_level="WARNING", with_scheduler=False)
+            worker.work(
+                logging_level="WARNING", with_scheduler=False, dequeue_strategy=DequeueStrategy.ROUND_ROBIN
+            )
             return
         except RedisError as error:
             if time.monotonic() - told > queues.NEWS_SECONDS:

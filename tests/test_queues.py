@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from rq import Queue, Worker
 from rq.job import Job
 
 from webhook_app import queues
-from webhook_app.queues import DELIVER, POLL, Bell
+from webhook_app.queues import DELIVER, POLL, SWEEP, Bell
 
 
 def waiting(redis, bell):
@@ -177,18 +178,38 @@ def test_a_time_limit_holds_for_connecting_and_for_each_command():
 
 
 @pytest.fixture
-def worker(redis_client, redis_url, tmp_path, wait_until):
-    """A worker process that serves one bell, and has signed on."""
+def working(redis_client, redis_url, tmp_path, wait_until):
+    """`with working(bell, …) as process`: a worker process that serves these bells, and has signed on."""
     path = tmp_path / "store.db"
     env = os.environ | {
         "REDIS_URL": redis_url,
         "DATABASE_URL": f"sqlite:///{path}",
         "BUILDRELAY_DATA_DIR": str(tmp_path),
     }
-    with subprocess.Popen([sys.executable, "-m", "jobs.worker", POLL], env=env) as process:
-        wait_until(lambda: queues.is_served(redis_client, POLL), 30)
+
+    @contextmanager
+    def start(*bells):
+        with subprocess.Popen([sys.executable, "-m", "jobs.worker", *bells], env=env) as process:
+            wait_until(lambda: queues.is_served(redis_client, bells[0]), 30)
+            yield process
+            process.kill()
+
+    return start
+
+
+@pytest.fixture
+def worker(working):
+    with working(POLL) as process:
         yield process
-        process.kill()
+
+
+def test_a_busy_queue_keeps_no_other_from_its_turn(redis_client, working, wait_until):
+    first, second, other = (
+        Queue(bell, connection=redis_client).enqueue("time.sleep", 0) for bell in (POLL, POLL, SWEEP)
+    )
+    with working(POLL, SWEEP):
+        wait_until(lambda: all(job.refresh() or job.is_finished for job in (first, second, other)), 30)
+    assert first.started_at < other.started_at < second.started_at
 
 
 @pytest.mark.parametrize("job", [None, "time.sleep"])
