@@ -66,7 +66,7 @@ def _come_back(held: Resources, sources: list[SourceSettings]) -> None:
 def _drain(held: Resources, source: SourceSettings, secrets: Sequence[str], until: float) -> int:
     """One source, until nothing is due, the budget is short or the time is up; how many looks."""
     count = 0
-    while time.monotonic() < until:
+    while time.monotonic() < until and not held.desk.closing:
         claimed = _claim(held, source)
         if claimed is None:
             break

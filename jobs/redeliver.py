@@ -64,7 +64,7 @@ def redeliver(held: Resources | None = None) -> None:
     queues.answer(held.redis, queues.REDELIVER)
     until, asked = time.monotonic() + LONGEST_SECONDS, 0
     for look in _claim(held, utc_now()):
-        if asked >= MOST_IN_ALL or time.monotonic() > until:
+        if asked >= MOST_IN_ALL or time.monotonic() > until or held.desk.closing:
             break  # the others are due again when their claim is over
         asked += _follow(held, look)
 

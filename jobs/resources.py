@@ -25,7 +25,8 @@ class Desk:
 
     A delivery job attends it; requests that outlast one job are taken over by the next.  While nobody
     attends it a thread settles its own try.  `lock` is held for handing in, and to come and go;
-    `room` belongs to whoever attends, else to the holder of the lock.  `closing`: take nothing new.
+    `room` belongs to whoever attends, else to the holder of the lock.  `closing`: no job of
+    this process takes anything new.
     """
 
     room: Room = field(default_factory=Room)

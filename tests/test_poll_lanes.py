@@ -138,6 +138,27 @@ def test_a_list_that_is_never_answered_keeps_no_build_from_its_end(make_stand):
 
 
 @ON_SQLITE
+def test_who_is_told_to_stop_begins_no_further_read(make_stand):
+    stand = make_stand(("github",), 6, kinds={"github": ["success"]})
+    stand.push_all()
+    stand.clock.at = stand.world.ends_at + FRESH
+    server = stand.servers["github"]
+    usual = server._answer
+
+    def told_to_stop(request):
+        stand.held.desk.closing = True
+        return usual(request)
+
+    with answering(server, {"": told_to_stop}) as asked:
+        stand.poll()
+    assert len(asked) == 1
+    assert {stand.row(build)["consecutive_errors"] for build in stand.world.builds} == {0}
+    stand.held.desk.closing = False
+    stand.poll()
+    assert {stand.row(build)["state"] for build in stand.world.builds} == {"completed"}
+
+
+@ON_SQLITE
 def test_a_platform_that_answers_nothing_is_asked_little(make_stand):
     stand = make_stand(("github",), 6, speed=0.01)
     stand.push_all()

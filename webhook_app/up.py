@@ -250,8 +250,8 @@ def workers(env: Mapping[str, str] | None = None) -> list[Child]:
     start = (sys.executable, "-m", "jobs.worker")
     return [
         Child("deliver", (*start, "deliver"), env),
-        Child("poll", (*start, "poll", "sweep", "discover", "redeliver", "replay"), env),
-        Child("collect", (*start, "collect"), env),
+        Child("poll", (*start, "poll", "sweep", "discover", "replay"), env),
+        Child("collect", (*start, "collect", "redeliver"), env),
     ]
 
 
