@@ -315,6 +315,8 @@ def test_a_lost_end_is_found_by_polling(eager, platforms, platform):
 def test_a_build_whose_every_push_was_lost_is_discovered(eager, platforms):
     with subscribed(eager) as callback:  # first: discovery may come at once
         build = platforms.begin("github")
+        # A source that is pushed well is given that time; the platform tells whole seconds.
+        platforms.go_to(build.begins_at + FRESHNESS_SECONDS + 1)
         until(lambda: eager.build(build.build_id), PATIENCE_SECONDS, "the discovery")
         platforms.go_to(build.ends_at)
         until(lambda: eager.state(build.build_id) == "completed", PATIENCE_SECONDS, "the end")
