@@ -155,7 +155,7 @@ def _live(world: World, sender: Sender) -> int:
     """Go on with new builds until Ctrl-C."""
     print("The demo goes on until Ctrl-C.", flush=True)
     while True:
-        time.sleep(10)
+        time.sleep(0.5)  # a signal that another thread is given interrupts no sleep of ours
         if world.ends_at < world.now() + 20:
             sender.add(world.extend(LIVE_BUILDS, spread_seconds=LIVE_BUILDS * 0.8))
 
