@@ -190,9 +190,11 @@ def working(redis_client, redis_url, tmp_path, wait_until):
     @contextmanager
     def start(*bells):
         with subprocess.Popen([sys.executable, "-m", "jobs.worker", *bells], env=env) as process:
-            wait_until(lambda: queues.is_served(redis_client, bells[0]), 30)
-            yield process
-            process.kill()
+            try:
+                wait_until(lambda: queues.is_served(redis_client, bells[0]), 30)
+                yield process
+            finally:
+                process.kill()
 
     return start
 
