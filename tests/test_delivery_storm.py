@@ -113,7 +113,10 @@ def rotate(engine, party):
 
 
 def adopt(engine, party):
-    """The endpoint changes over to a new secret and forgets the old one, once nothing claimed before is under way."""
+    """The endpoint changes over to a new secret, once nothing claimed before is under way.
+
+    It forgets the old one for what is signed from now on: a try that its sender gave up may still lie unread.
+    """
     secret, made_at = party.rotations[0]
     lease = timedelta(seconds=TIMEOUT_SECONDS + deliveries.LEASE_MARGIN_SECONDS)
     columns = models.messages.c
@@ -124,7 +127,7 @@ def adopt(engine, party):
         if connection.execute(older).scalar():
             return
     party.endpoint.add_secret(secret)
-    party.endpoint.remove_secret(party.secret)
+    party.endpoint.remove_secret(party.secret, signed_after=utc_now().timestamp())
     party.secret = secret
     del party.rotations[0]
 
@@ -183,8 +186,9 @@ class Storm:
             return
         if self.random.random() < 0.15:
             self._kill(self.random.randrange(WORKERS))
-        if self.random.random() < 0.15:
-            rotate(self.engine, self.random.choice(self.moody))
+        rotated = self.random.choice(self.moody)
+        if self.random.random() < 0.15 and len(rotated.rotations) < subscribers.MOST_OLD_SECRETS:
+            rotate(self.engine, rotated)
             self.rotations += 1
         if self.random.random() < 0.05:
             replay_by_job(self.engine, self.random.choice(self.moody))

@@ -90,8 +90,13 @@ def test_the_subscriber_refuses_bad_and_old_signatures(subscriber: Subscriber, d
     assert subscriber.faults() == {"bad_signatures": 3}
     subscriber.add_secret(other)
     assert deliver(subscriber, message("m1", 1), other) == 200
+    now = time.time()
+    subscriber.remove_secret(other, signed_after=now + 60)
+    assert deliver(subscriber, message("m2", 2), other) == 200
+    subscriber.remove_secret(other, signed_after=now - 60)
+    assert deliver(subscriber, message("m3", 3), other) == 401
     subscriber.remove_secret(other)
-    assert deliver(subscriber, message("m2", 2), other) == 401
+    assert deliver(subscriber, message("m3", 3), other) == 401
 
 
 @pytest.mark.parametrize("attempt", ["", "0", "-1", "first"])

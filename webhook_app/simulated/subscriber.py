@@ -5,6 +5,7 @@ hang never happened.  It is cheap, since the demo shares two cores with it.
 """
 
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -59,7 +60,7 @@ class Subscriber:
     """
 
     def __init__(self, *secrets: str, now: Callable[[], float] = time.time, port: int = 0) -> None:
-        self._secrets = tuple(secrets)
+        self._secrets = dict.fromkeys(secrets, math.inf)  # secret -> the last second signed with it
         self._now = now
         self.behaviour = Behaviour()
         """How it answers now; `behave` changes it."""
@@ -84,11 +85,11 @@ class Subscriber:
 
     def add_secret(self, secret: str) -> None:
         """Accept signatures under this secret too."""
-        self._secrets = (*self._secrets, secret)
+        self._secrets = {**self._secrets, secret: math.inf}
 
-    def remove_secret(self, secret: str) -> None:
-        """Accept no more signatures under this secret."""
-        self._secrets = tuple(kept for kept in self._secrets if kept != secret)
+    def remove_secret(self, secret: str, signed_after: float = 0.0) -> None:
+        """Accept no signature under this secret that was made in a later second (POSIX); by default none."""
+        self._secrets = {**self._secrets, secret: signed_after}
 
     def behave(self, **changes: Any) -> None:
         """Change how it answers; the names are those of `Behaviour`."""
@@ -105,7 +106,10 @@ class Subscriber:
 
     def _receive(self, request: Request, behaviour: Behaviour) -> int:
         """Check and keep a message; returns the status to answer with."""
-        genuine = verify_v1(request.headers, request.body, self._secrets, self._now())
+        timestamp = request.headers.get("webhook-timestamp", "")
+        signed_at = int(timestamp) if _is_count(timestamp) else 0
+        secrets = tuple(secret for secret, last in self._secrets.items() if signed_at <= last)
+        genuine = verify_v1(request.headers, request.body, secrets, self._now())
         webhook_id = request.headers.get("webhook-id", "")
         with self._lock:
             self._counts["received"] += 1
