@@ -190,7 +190,7 @@ def test_a_worker_told_to_stop_begins_nothing_new_and_notes_what_it_began(
         "ENCRYPTION_KEYS": KEY, "ALLOW_PRIVATE_CALLBACKS": "true",
     }  # fmt: skip
     with Subscriber() as slow:
-        slow.behave(delay_seconds=0.4)
+        slow.behave(delay_seconds=1)
         one = subscribe(held, slow, ordered=False)
         record(held, *(github(State.QUEUED, run=run) for run in range(400)))
         queues.enqueue_once(held.redis, queues.DELIVER)

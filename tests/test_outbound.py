@@ -48,7 +48,7 @@ def test_a_post_arrives_whole_and_its_answer_comes_back(serve):
     reply = post(server.url + "?a=b%20c", b'{"n":1}', headers={**WEBHOOK, "X-Mine": "caf\xe9"})
     assert (reply.status, reply.body, reply.truncated) == (201, b"hello", False)
     assert reply.headers["x-one"] == "a, b"
-    assert 0 < reply.duration_seconds < 5
+    assert 0 < reply.duration_seconds < 60
     (asked,) = server.asked
     assert asked.line == "POST /hook?a=b%20c HTTP/1.1"
     assert asked.body == b'{"n":1}'

@@ -553,7 +553,7 @@ def test_the_process_beats_and_gives_its_lock_back_when_told_to_stop(
     with scheduler_process(redis_url, tmp_path) as process:
         wait_until(lambda: redis_client.exists(queues.BEAT_KEY))
         assert set(entries(redis_client)) == {line.id for line in table(settings.load({}))}
-        assert abs(int(redis_client.get(queues.BEAT_KEY)) - time.time()) < 5
+        assert abs(int(redis_client.get(queues.BEAT_KEY)) - time.time()) < 60
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     assert redis_client.get(LOCK) is None
