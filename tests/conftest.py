@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from redis import Redis
 from sqlalchemy import Engine, make_url
 
@@ -30,7 +31,7 @@ def pytest_configure() -> None:
     """What the shell has set must not matter, to us and to all processes we start.
 
     No setting of BuildRelay counts, no proxy stands before our own servers, and where $TMPDIR is too long
-    for their sockets we work in /tmp.
+    for their sockets we work in /tmp.  And no example fails because the machine is busy.
     """
     ours = hub.clean_environment({})
     for name in set(os.environ) - set(ours):
@@ -39,6 +40,9 @@ def pytest_configure() -> None:
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), LOOPBACK)))
     if len(tempfile.gettempdir()) > LONGEST_BASE:
         os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
+    unhurried = [HealthCheck.too_slow]
+    settings.register_profile("unhurried", settings.default, deadline=None, suppress_health_check=unhurried)
+    settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

@@ -216,9 +216,7 @@ HAPPENS = st.one_of(
 )
 
 
-@settings_of_hypothesis(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings_of_hypothesis(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_progress_never_falls_within_an_attempt(local, clock, data):
     """Whatever is told, in whatever order, whichever builds end meanwhile, and with clocks seconds apart."""

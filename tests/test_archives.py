@@ -93,7 +93,7 @@ def test_what_is_no_zip_is_refused(content):
         archives.text_files(io.BytesIO(content))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_broken_zip_is_read_or_refused(data):
     raw = bytearray(zipped({"0_build.txt": b"hello " * 100, "1_test.txt": b"world"}).getvalue())

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from webhook_app import logs
@@ -69,7 +69,6 @@ def test_no_part_of_a_secret_stays_at_a_cut(head, end):
             assert secret[at : at + 8] not in shown, (head, shown)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(0, 120))
 def test_no_secret_is_saved_by_the_border_of_two_pieces(piece, before):
     content = b"x" * before + b"\n" + TOKEN.encode() + b"\nour-own-secret\npassword=hunter2\n"
@@ -146,7 +145,6 @@ def test_a_secret_behind_a_colour_or_a_time_stamp_is_found():
     assert kept(stamped.encode()).lines == ("***", "x")
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=3000))
 def test_any_bytes_become_lines_that_every_database_can_store(content):
     log = kept(content, 500, 500)

@@ -360,7 +360,7 @@ def test_an_early_refusal_is_read_although_the_body_was_not_taken(serve):
 
 
 @given(data=st.binary(max_size=300))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.parametrize("prefix", [b"", b"HTTP/1.1 200 OK\r\n", CHUNKED])
 def test_no_answer_causes_anything_but_a_reply_or_an_outbound_error(prefix, data):
     ours, theirs = socket.socketpair()

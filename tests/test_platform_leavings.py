@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from webhook_app import platforms
@@ -223,7 +223,6 @@ strange = st.recursive(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(strange, st.sampled_from(sorted(SOURCES)))
 def test_strange_answers_are_read_or_refused(content, name):
     for parse in (
