@@ -250,6 +250,12 @@ def _blank(write: Write, seen: Observation, now: datetime) -> Row:
         "last_poll_at": None,
         "watched_at": None,
         "unlisted": False,
+        "trigger": None,
+        "head_repository": None,
+        "is_fork": False,
+        "queue_id": None,
+        "platform_created_at": None,
+        "attempt_base": 0,
         "created_at": now,
         "updated_at": now,
         "attempt": 1,
@@ -270,6 +276,8 @@ def _blank_attempt() -> Row:
         "error": None,
         "started_at": None,
         "ended_at": None,
+        "started_synthetic": False,
+        "ended_synthetic": False,
         "platform_at": None,
         "jobs": {},
         "jobs_complete": False,
@@ -313,7 +321,10 @@ def _apply_verdict(draft: _Draft, seen: Observation, decided: Verdict, now: date
 def _supersede(draft: _Draft) -> None:
     """Keep the old attempt's record and clear the row for the next one."""
     row = draft.row
-    kept = ("attempt", "state", "conclusion", "started_at", "ended_at", "progress", "observed_by", "error")
+    kept = (
+        "attempt", "state", "conclusion", "started_at", "ended_at", "started_synthetic", "ended_synthetic",
+        "progress", "observed_by", "error",
+    )  # fmt: skip
     draft.superseded.append({"build": row["id"]} | {name: row[name] for name in kept})
     draft.change(_blank_attempt())
 

@@ -192,6 +192,8 @@ def fresh_attempt() -> dict[str, Any]:
         "poll_fault": None,
         "doubtful": False,
         "requested": False,
+        "missing_since": None,
+        "reads_after_end": 0,
     }
 
 
