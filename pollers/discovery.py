@@ -8,7 +8,7 @@ from sqlalchemy import Connection, bindparam, insert, select, update
 
 from webhook_app import health, models
 from webhook_app.db import Write
-from webhook_app.lifecycle import WHOLE_SECONDS, Observation, State
+from webhook_app.lifecycle import WHOLE_SECONDS, Observation, Recorded, State, Use, compare_use
 from webhook_app.settings import SourceSettings
 
 LOOK_BACK = timedelta(hours=24)
@@ -157,6 +157,11 @@ def tell_hidden(write: Write, source: str, name: str, why: str, now: datetime) -
 _KNOWN = select(
     _b.key,
     _b.attempt,
+    _b.attempt_base,
+    _b.queue_id,
+    _b.platform_created_at,
+    _b.ended_at,
+    _b.ended_synthetic,
     _b.state,
     _b.told_state,
     _b.platform_at,
@@ -174,8 +179,23 @@ def known(connection: Connection, found: Sequence[Observation]) -> dict[str, Map
     return {row["key"]: row for row in rows}
 
 
+def is_new_use(row: Mapping[Any, Any], seen: Observation) -> bool:
+    """Is it another build than the recorded one, which had the same identity before?"""
+    recorded = Recorded(
+        attempt=row["attempt"],
+        state=State(row["state"]),
+        told_state=State(row["told_state"]),
+        platform_at=row["platform_at"],
+        attempt_base=row["attempt_base"],
+        ended_at=None if row["ended_synthetic"] else row["ended_at"],
+        queue_id=row["queue_id"],
+        created_at=row["platform_created_at"],
+    )
+    return compare_use(recorded, seen) is Use.NEWER
+
+
 def is_untold_rerun(seen: Observation, attempt: int, told: State) -> bool:
-    """Is this a re-run of an ended build that nobody told of?
+    """Is this a re-run of an ended build that nobody told of?  `attempt`: as the platform counts.
 
     Without numbers (GitLab) another state than the recorded end may be one; the verdict decides.
     """

@@ -86,7 +86,7 @@ def read(client: Client, place: Place, terms: Terms) -> Findings:
     found = Findings(place, wide=place.wide)
     try:
         rest = _list(client, found, terms) if place.wants_list else place.due
-        _read_singly(client, found, rest)
+        _read_singly(client, found, rest, terms.now)
         if terms.jobs:
             _add_jobs(client, found, terms.now)
     except OverBudget:
@@ -245,7 +245,11 @@ def _kind(row: Row | None, seen: Observation, terms: Terms) -> str:
             return "old"
         return "news" if discovery.is_ripe(seen, terms.platform_now, terms.grace_seconds) else "early"
     told = State(row["told_state"])
-    if told.terminal and discovery.is_untold_rerun(seen, row["attempt"], told):
+    if discovery.is_new_use(row, seen):
+        return "news"
+    if polling.was_given_up(row):
+        return "old" if row["polling"] == "stopped" or seen.state is None else "news"
+    if told.terminal and discovery.is_untold_rerun(seen, _platform_attempt(row), told):
         return "news"
     if told.terminal:
         return "again" if discovery.may_have_run_again(seen, told, row["platform_at"]) else "old"
@@ -259,15 +263,17 @@ def _kind(row: Row | None, seen: Observation, terms: Terms) -> str:
     return "early" if fresh else "news"
 
 
+def _platform_attempt(row: Row) -> int:
+    return int(row["attempt"] - row["attempt_base"])
+
+
 def _differs(row: Row, seen: Observation) -> bool:
     """Does it say more than is recorded?  An earlier state of the same attempt says nothing."""
-    if (
-        seen.attempt in (None, row["attempt"])
-        and (seen.state or State.QUEUED).rank < State(row["state"]).rank
-    ):
+    attempt = _platform_attempt(row)
+    if seen.attempt in (None, attempt) and (seen.state or State.QUEUED).rank < State(row["state"]).rank:
         return False
-    told = (seen.attempt or row["attempt"], seen.state or row["state"])
-    return bool(told != (row["attempt"], row["state"]) or (seen.conclusion or None) != row["conclusion"])
+    told = (seen.attempt or attempt, seen.state or row["state"])
+    return bool(told != (attempt, row["state"]) or (seen.conclusion or None) != row["conclusion"])
 
 
 def _closer(client: Client, seen: Observation, *, again: bool = False) -> Fact:
@@ -299,12 +305,12 @@ def _note_names(found: Findings, observations: Iterable[Observation]) -> None:
 # ---- single reads --------------------------------------------------------------------------------
 
 
-def _read_singly(client: Client, found: Findings, rest: Sequence[Due]) -> None:
+def _read_singly(client: Client, found: Findings, rest: Sequence[Due], now: datetime) -> None:
     """Read these builds; after a list without an answer the first one tells whether anything is answered."""
     for place, due in enumerate(rest):
         away = found.away
         try:
-            fact = _single(client, found, due)
+            fact = _single(client, found, due, now)
         except OverBudget:
             if away is None:
                 raise
@@ -317,7 +323,7 @@ def _read_singly(client: Client, found: Findings, rest: Sequence[Due]) -> None:
         found.facts.append(fact)
 
 
-def _single(client: Client, found: Findings, due: Due) -> Fact:
+def _single(client: Client, found: Findings, due: Due, now: datetime) -> Fact:
     """Read one build; raises only what is the source's trouble, and `OverBudget`."""
     try:
         return _ask(client, found, due)
@@ -325,7 +331,7 @@ def _single(client: Client, found: Findings, due: Due) -> Fact:
         if fault.fault in SOURCE_FAULTS:
             raise
         if fault.fault is PollFault.NOT_FOUND:
-            return _not_found(client, found, due, fault)
+            return _not_found(client, found, due, fault, now)
         return _failed(due, fault)
 
 
@@ -333,7 +339,8 @@ def _ask(client: Client, found: Findings, due: Due) -> Fact:
     platform = client.platform
     free = platform.MANNERS.free_unchanged
     seen = client.ask(
-        lambda source: platform.poll_request(source, due.target), conditional=free and not due.doubtful
+        lambda source: platform.poll_request(source, due.target),
+        conditional=free and not (due.doubtful or due.given_up),
     )
     if seen.unchanged:
         return Unchanged(due.target.key)
@@ -404,9 +411,13 @@ def _with_jobs(client: Client, found: Findings, due: Due, seen: Observation) -> 
 def _as_recorded(client: Client, due: Due) -> Observation | None:
     """What is recorded of a build, as the poll that found it unchanged would have told it."""
     named = client.platform.named(client.source, due.target.build_id)
-    told = ("attempt", "raw_status", "waiting", "platform_at", "repository")
+    told = ("raw_status", "waiting", "platform_at", "repository")
     return named and replace(
-        named, key=due.target.key, state=State(due.row["state"]), **{name: due.row[name] for name in told}
+        named,
+        key=due.target.key,
+        state=State(due.row["state"]),
+        attempt=due.target.platform_attempt,
+        **{name: due.row[name] for name in told},
     )
 
 
@@ -418,21 +429,42 @@ def _failed(due: Due, fault: PollError) -> PollFailed:
     return PollFailed(due.target.key, _told(fault), fault.fault.value)
 
 
-def _not_found(client: Client, found: Findings, due: Due, fault: PollError) -> Fact:
+def _not_found(client: Client, found: Findings, due: Due, fault: PollError, now: datetime) -> Fact:
     """A build the platform does not know.
 
     One that only a request for polling named fails at once.  One that was seen may just be hidden from
-    our token: it fails when a second read says so too and its repository can be read.
+    our token, or the platform has an incident: it fails when this has been so for a while, its repository
+    can be read, and its repository's list is without it.
     """
     if due.named_only:
         return _gone(client, due, f"not found on {client.source.name}: {fault}")
-    if not due.missing:
+    if due.given_up or not due.missing:
         return _failed(due, fault)
     why_not = _unreadable(client, due)
-    if why_not is None:
-        return _gone(client, due, f"deleted on {client.source.name}: {fault}")
-    found.hidden[due.target.repository or due.target.build_id] = why_not
-    return _failed(due, fault)
+    if why_not is not None:
+        found.hidden[due.target.repository or due.target.build_id] = why_not
+    if why_not is not None or not polling.is_gone(due.row, now):
+        return _failed(due, fault)
+    return _listed(client, due) or _gone(client, due, f"deleted on {client.source.name}: {fault}")
+
+
+def _listed(client: Client, due: Due) -> Fact | None:
+    """What the newest list of its repository shows of a build; None: nothing, or no list shows its kind.
+
+    A list that can't be read proves nothing: then the read has failed.
+    """
+    repository = due.target.repository
+    if not repository or due.row["unlisted"]:
+        return None
+    platform = client.platform
+    try:
+        seen = client.ask(lambda source: platform.list_request(source, [repository], None, MANY))
+        shown = platform.parse_list(client.source, [repository], seen.answer).observations
+    except PollError as fault:
+        if fault.fault in SOURCE_FAULTS:
+            raise
+        return _failed(due, fault)
+    return next((one for one in shown if one.key == due.target.key), None)
 
 
 def _unreadable(client: Client, due: Due) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, select, tuple_
 
-from webhook_app import models, platforms
+from webhook_app import models, platforms, polling
 from webhook_app.platforms import PollFault, PollTarget
 from webhook_app.settings import SourceSettings
 
@@ -27,7 +27,8 @@ class Due:
 
     `named_only`: nobody but a request for polling has ever spoken of it.  (A job's push speaks of its
     build without a status of the build: that one was seen.)  `read_before`: an answer about it was
-    recorded.  `missing`: the last read said that there is no such build.
+    recorded.  `missing`: the last read said that there is no such build.  `given_up`: we ended it
+    ourselves, and the platform may still tell its end.
     """
 
     target: PollTarget
@@ -35,12 +36,13 @@ class Due:
     doubtful: bool
     read_before: bool
     missing: bool
+    given_up: bool
     row: Row
 
     @property
     def listable(self) -> bool:
         """May a list of its repository answer for it?"""
-        asked_for_itself = self.doubtful or self.named_only or self.row["unlisted"]
+        asked_for_itself = self.doubtful or self.named_only or self.given_up or self.row["unlisted"]
         return bool(self.target.repository) and not asked_for_itself
 
 
@@ -179,11 +181,13 @@ def _due(row: Row) -> Due:
             number=row["number"],
             attempt=row["attempt"],
             url=row["url"],
+            attempt_base=row["attempt_base"],
         ),
         named_only=bool(row["requested"]) and row["raw_status"] is None and row["last_push_at"] is None,
         doubtful=bool(row["doubtful"]),
         read_before=row["last_poll_at"] is not None and row["poll_fault"] is None,
         missing=row["poll_fault"] == PollFault.NOT_FOUND,
+        given_up=polling.was_given_up(row),
         row=row,
     )
 

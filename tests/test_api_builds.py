@@ -24,7 +24,7 @@ BUILD_FIELDS = {
     "state",
     "conclusion", "url", "started_at", "ended_at", "duration_seconds", "progress", "observed_by",
     "last_push_at",
-    "last_poll_at", "error",
+    "last_poll_at", "error", "trigger", "head_repository", "is_fork",
 }  # fmt: skip
 
 
@@ -57,6 +57,7 @@ def test_a_build_that_a_signed_webhook_told_of(api):
         "conclusion": "success", "url": "https://github.com/octo/hello/actions/runs/77",
         "started_at": "2026-11-01T10:00:00Z", "ended_at": "2026-11-01T10:01:30Z", "duration_seconds": 90.0,
         "progress": 100, "observed_by": "push", "last_poll_at": None, "error": None,
+        "trigger": None, "head_repository": None, "is_fork": False,
     }  # fmt: skip
     assert api("GET", "/api/builds")["items"] == [build | {"last_push_at": last_push_at}]
 
@@ -116,6 +117,11 @@ def test_filters(api):
     assert found(since="2026-11-01T12:01:00Z") == ["gitlab", 3]
     assert found(since="2026-11-01T13:01:00+01:00", until="2026-11-01T12:02:00Z") == [3]
     assert found(until="2026-11-01T12:01:00Z", repository="Octo/Repo", branch="main") == [1]
+    api.record(github(F, run=4, branch="stranger:main", is_fork=True), now=at(180))
+    api.record(github(F, run=5, branch="stranger:xmain", is_fork=True), now=at(180))
+    assert found(branch="main", source="github") == [3, 1]
+    assert found(branch="main", source="github", forks="true") == [4, 3, 1]
+    assert found(branch="stranger:main") == [4]
 
 
 def test_attempts_of_a_build(api):
@@ -184,6 +190,22 @@ def test_polling_of_a_build_that_is_over_or_reports_itself(api):
         row = connection.execute(select(models.builds).where(models.builds.c.platform == "script")).one()
     assert row.next_poll_at is not None
     assert row.polling == "idle"
+
+
+@pytest.mark.parametrize("ended", ["timeout", "failed"])
+def test_a_build_that_we_ended_can_be_polled_by_hand(api, ended):
+    path = "/api/builds/github:octo:repo:1/polling"
+    api.record(github(P))
+    api.record(github(State(ended), by="poll", ours=True, error="given up"))
+    shown = api("GET", path)
+    assert (shown["isPolling"], shown["nextPollTime"]) == (False, "2026-11-01T12:01:00Z")
+    asked = api("POST", path, 202)
+    assert (asked["isPolling"], asked["reason"]) == (True, "requested")
+    api("POST", path, 409)
+    api.record(github(P, by="poll"))
+    assert api("GET", "/api/builds/github:octo:repo:1")["state"] == "in_progress"
+    api.record(github(C))
+    assert "ended" in api("POST", path, 409)["detail"]
 
 
 def test_polled_builds_are_listed_in_pages(api):

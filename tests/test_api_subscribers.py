@@ -22,7 +22,7 @@ Q, P, C, F = State.QUEUED, State.IN_PROGRESS, State.COMPLETED, State.FAILED
 
 SUBSCRIBER_FIELDS = {
     "id", "url", "events", "sources", "repositories", "branches", "description", "rate_limit_per_second",
-    "ordered",
+    "ordered", "forks",
     "headers", "format", "states", "conclusions", "changes", "signing", "public_key", "origin", "state",
     "disabled_reason", "failing_since", "failures", "warned_percent", "on_probation", "slow_until",
     "created_at", "updated_at",
@@ -65,6 +65,7 @@ def test_a_subscriber_with_nothing_but_a_url_gets_everything(api):
     made = subscribe(api)
     assert [made[name] for name in ("events", "sources", "repositories", "branches")] == [[], [], [], []]
     assert (made["ordered"], made["signing"], made["headers"]) == (True, "hmac", {})
+    assert made["forks"] is False
     api.record(github(C))
     (item,) = api("GET", f"/api/subscribers/{made['id']}/deliveries")["items"]
     assert item["type"] == "build.completed"
@@ -85,7 +86,7 @@ def test_a_subscriber_with_nothing_but_a_url_gets_everything(api):
         ({"rate_limit_per_second": 0}, "rate_limit_per_second"), ({"rate_limit_per_second": "5"},
         "rate_limit_per_second"),
         ({"signing": "rsa"}, "signing"), ({"secret": "mine"}, "secret"), ({"state": "disabled"}, "state"),
-        ({"branches": ["x"] * 101}, "branches"), ({"format": "html"}, "format"), ({"states": ["done"]}, "states"),
+        ({"branches": ["x"] * 101}, "branches"), ({"forks": "yes"}, "forks"), ({"format": "html"}, "format"), ({"states": ["done"]}, "states"),
         ({"conclusions": "success"}, "conclusions"), ({"changes": ["worse"]}, "changes"),
         ({"origin": "settings"}, "origin"), ({"id": "sub_dashboard"}, "id"),
     ],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from tests.facts import NOON, PACE, at, github, gitlab, job
-from webhook_app import builds, db, models, polling, progress
+from webhook_app import builds, db, history, models, polling, progress
 from webhook_app.builds import ErrorFound, PollFailed, Unchanged
 from webhook_app.lifecycle import Act, Conclusion, Detail, Observation, ObservedBy, State
 from webhook_app.platforms import Source
@@ -38,6 +38,13 @@ def events(engine, key="github:1"):
             .order_by(models.events.c.id)
         ).mappings()
         return [dict(event) for event in found]
+
+
+def attempts(engine):
+    """Those that a later one has superseded."""
+    with db.reading(engine) as connection:
+        found = connection.execute(select(models.attempts).order_by(models.attempts.c.attempt))
+        return [dict(one) for one in found.mappings()]
 
 
 def types(engine, key="github:1"):
@@ -157,6 +164,111 @@ def test_a_script_tells_details_and_each_is_one_event(engine):
     assert events(engine, "script:u")[1]["data"]["detail"] == {"type": "stage_completed", "stage": "compile"}
 
 
+# ---- whose times they are
+
+
+def test_the_platforms_start_replaces_ours(engine):
+    """A job's push came first: all we knew was when we heard of it."""
+    record(engine, github(P), now=at(900))
+    assert (row(engine)["started_at"], row(engine)["started_synthetic"]) == (at(900), True)
+    record(engine, github(C, started_at=at(0), ended_at=at(600), platform_at=at(600)), now=at(901))
+    build = row(engine)
+    assert (build["started_at"], build["ended_at"]) == (at(0), at(600))
+    assert not (build["started_synthetic"])
+    assert not (build["ended_synthetic"])
+    assert events(engine)[-1]["data"]["duration_seconds"] == 600.0
+
+
+def test_the_platforms_end_replaces_ours(engine):
+    record(engine, github(P, started_at=at(0)), now=at(1))
+    record(engine, github(C), now=at(700))
+    assert (row(engine)["ended_at"], row(engine)["ended_synthetic"]) == (at(700), True)
+    record(engine, github(C, ended_at=at(600), by="poll"), now=at(701))
+    assert (row(engine)["ended_at"], row(engine)["ended_synthetic"]) == (at(600), False)
+
+
+def test_a_start_of_ours_after_the_platforms_end_is_no_start(engine):
+    record(engine, github(P), now=at(900))
+    record(engine, github(C, ended_at=at(600)), now=at(901))
+    assert (row(engine)["started_at"], row(engine)["ended_at"]) == (None, at(600))
+    assert events(engine)[-1]["data"]["duration_seconds"] is None
+
+
+@pytest.mark.parametrize("end", [{"ended_at": at(90)}, {"ours": True, "by": "poll"}])
+def test_nothing_ends_before_it_starts(engine, end):
+    record(engine, github(P, started_at=at(100)), now=at(50))
+    record(engine, github(F, **end), now=at(60))
+    assert (row(engine)["started_at"], row(engine)["ended_at"]) == (at(100), at(100))
+
+
+def test_times_of_ours_are_no_history(engine):
+    for run, start in ((1, None), (2, at(0))):
+        record(engine, github(P, run=run, started_at=start), now=at(599))
+        record(engine, github(C, run=run, ended_at=at(600)), now=at(601))
+    record(engine, github(P, run=3, started_at=at(700)), now=at(700))
+    with db.reading(engine) as connection:
+        found = history.expectations(connection, [row(engine, "github:3")])
+    assert [one.seconds for one in found.values()] == [(600.0,)]
+
+
+def test_the_late_end_of_an_earlier_attempt_is_kept_with_it(engine):
+    record(engine, github(P, started_at=at(0)), now=at(1))
+    record(engine, github(P, attempt=2, started_at=at(900)), now=at(900))
+    record(engine, github(F, started_at=at(0), ended_at=at(600)), now=at(950))
+    (first,) = attempts(engine)
+    assert (first["state"], first["conclusion"], first["ended_at"]) == ("failed", "failure", at(600))
+    assert (row(engine)["state"], len(events(engine))) == ("in_progress", 2)
+    record(engine, github(C, started_at=at(0), ended_at=at(601)), now=at(951))
+    assert attempts(engine) == [first], "an end of the platform stays"
+
+
+def test_the_late_end_of_an_earlier_use_corrects_no_attempt_of_the_present_one(engine):
+    old = {"created_at": at(0), "platform_at": at(60)}
+    record(engine, github(P, **old), now=at(60))
+    for attempt in (1, 2):
+        new = {"created_at": at(5000), "platform_at": at(5000 + 100 * attempt)}
+        record(engine, github(P, attempt=attempt, **new), now=at(5000))
+    assert [one["state"] for one in attempts(engine)] == ["in_progress"] * 2
+    record(engine, github(F, created_at=at(0), platform_at=at(90), ended_at=at(90)), now=at(6000))
+    assert [one["state"] for one in attempts(engine)] == ["in_progress"] * 2
+    assert row(engine)["attempt"] == 3
+
+
+# ---- whose branch it is
+
+
+def test_a_fork_has_a_branch_of_its_own(engine):
+    ref = {"branch": "stranger:main", "head_repository": "stranger/repo", "is_fork": True}
+    record(engine, github(P, trigger="pull_request", **ref))
+    data = events(engine)[-1]["data"]
+    assert {name: data[name] for name in ref} == ref
+    assert data["trigger"] == "pull_request"
+    record(engine, github(P, branch="main", is_fork=None))
+    assert row(engine)["branch"] == "stranger:main", "a word that does not tell whose branch it is"
+
+
+def test_a_fuller_word_shows_a_branch_to_be_a_forks_or_a_tag(engine):
+    for run, full in ((1, {"branch": "stranger:main", "is_fork": True}), (2, {"branch": "refs/tags/main"})):
+        record(engine, github(P, run=run, branch="main", by="poll"))
+        record(engine, github(None, run=run, **full))
+        assert row(engine, f"github:{run}")["branch"] == full["branch"]
+
+
+def test_a_new_use_of_an_identity_is_a_new_attempt_with_facts_of_its_own(engine):
+    old = {"queue_id": "4", "created_at": at(0), "branch": "old", "commit": "c0"}
+    record(engine, github(C, attempt=None, ended_at=at(60), started_at=at(0), **old), now=at(61))
+    new = {"queue_id": "9", "created_at": at(900), "branch": "new", "commit": None}
+    record(engine, github(P, attempt=None, started_at=at(900), **new), now=at(900))
+    build = row(engine)
+    assert (build["attempt"], build["attempt_base"], build["state"]) == (2, 1, "in_progress")
+    assert (build["branch"], build["commit"], build["started_at"]) == ("new", None, at(900))
+    assert [one["ended_at"] for one in attempts(engine)] == [at(60)]
+    record(engine, github(F, attempt=None, ended_at=at(61), **old), now=at(901))
+    assert row(engine)["state"] == "in_progress"
+    record(engine, github(F, attempt=None, ended_at=at(930), **new), now=at(931))
+    assert (row(engine)["state"], row(engine)["attempt"]) == ("failed", 2)
+
+
 # ---- polling columns
 
 
@@ -186,7 +298,7 @@ def test_polling_without_an_end_times_out_and_a_later_word_is_believed(engine):
     record(engine, github(P, by="poll"), now=at(60 + 3600))
     build = row(engine)
     assert (build["state"], build["conclusion"], build["polling"]) == ("timeout", "timed_out", "timeout")
-    assert build["next_poll_at"] is None
+    assert build["next_poll_at"] == at(60 + 3600 + 60), "it is read on"
     assert types(engine)[-2:] == ["build.polling_timeout", "build.timeout"]
     record(engine, github(C), now=at(5000))
     assert row(engine)["state"] == "completed"
@@ -266,7 +378,7 @@ def test_an_end_of_ours_is_no_poll(engine):
     record(engine, github(P))
     record(engine, github(F, by="poll", ours=True, error="no heartbeat"))
     assert types(engine) == ["build.in_progress", "build.failed"]
-    assert (row(engine)["error"], row(engine)["next_poll_at"]) == ("no heartbeat", None)
+    assert (row(engine)["error"], row(engine)["polling"]) == ("no heartbeat", "done")
 
 
 @pytest.mark.parametrize("by", ["push", "poll"])

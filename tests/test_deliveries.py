@@ -16,7 +16,7 @@ from webhook_app.lifecycle import State
 from webhook_app.retries import RetryPolicy
 from webhook_app.room import CAUTION_IN_FLIGHT, Room
 
-Q, P, C = State.QUEUED, State.IN_PROGRESS, State.COMPLETED
+Q, P, C, F = State.QUEUED, State.IN_PROGRESS, State.COMPLETED, State.FAILED
 START = at(0)
 KEYS = (Fernet.generate_key().decode(),)
 SCHEDULE = (5, 300, 1800)
@@ -103,6 +103,46 @@ def test_filters_are_globs_and_empty_means_all(engine, wanted, gets):
     subscribe(engine, **wanted)
     record(engine, github(Q))
     assert bool(rows(engine)) is gets
+
+
+FORK = {"branch": "stranger:main", "head_repository": "stranger/repo", "is_fork": True}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gets"),
+    [
+        ({}, True),
+        ({"states": ["failed"]}, True),
+        ({"branches": ["main"]}, False),
+        ({"branches": ["*"]}, False),
+        ({"changes": ["broke"]}, False),
+        ({"branches": ["main"], "forks": True}, True),
+        ({"branches": ["stranger:*"], "forks": True}, True),
+        ({"branches": ["release"], "forks": True}, False),
+        ({"changes": ["broke"], "forks": True}, True),
+    ],
+)
+def test_a_forks_branch_is_none_of_the_repository_unless_it_is_asked_for(engine, wanted, gets):
+    subscribe(engine, **wanted)
+    record(engine, github(F, **FORK))
+    assert bool(rows(engine)) is gets
+
+
+def test_what_a_job_told_goes_to_its_branch_once_that_is_known(engine):
+    """A job's push names no branch that can be relied on, and may come before its run's."""
+    of_main = subscribe(engine, branches=["main"])
+    all_of_it = subscribe(engine)
+    record(engine, github(P, run=1, branch=None), github(P, run=2, branch=None))
+    assert [row["subscriber"] for row in rows(engine)] == [all_of_it] * 2
+    record(engine, github(C, run=1, branch="main"), github(C, run=2, **FORK))
+    got = [(row["subscriber"], row["build"], row["sequence"]) for row in rows(engine)]
+    first, second = sorted({build for _, build, _ in got})
+    assert [(build, number) for id_, build, number in got if id_ == of_main] == [(first, 1), (first, 2)]
+    assert sorted((build, number) for id_, build, number in got if id_ == all_of_it) == [
+        (first, 1), (first, 2), (second, 1), (second, 2),
+    ]  # fmt: skip
+    record(engine, github(C, run=1, branch="main"))
+    assert len(rows(engine)) == 6
 
 
 def test_message_ids_rise_with_time_and_are_not_to_be_guessed(engine):

@@ -324,19 +324,65 @@ def test_a_change_after_the_end_that_is_no_run_is_looked_at_once(make_stand):
     assert row["ended_at"].timestamp() == pytest.approx(build.ends_at, abs=1)
 
 
-@pytest.mark.parametrize(
-    ("gave_up", "platform"), [("timeout", "github"), ("error", "github"), ("error", "gitlab")]
-)
-def test_a_list_that_shows_the_end_of_a_build_that_polling_gave_up_is_believed(make_stand, gave_up, platform):
+@pytest.mark.parametrize("platform", ["github", "gitlab", "jenkins"])
+def test_a_list_that_shows_a_build_alive_that_we_ended_reopens_it(make_stand, platform):
     stand = make_stand((platform,), 1, kinds={platform: ["success"]}, speed=0.1)
     (build,) = stand.world.builds
     stand.push(build)
-    given_up = {"polling": gave_up, "next_poll_at": None}
-    if gave_up == "timeout":
-        given_up |= {"state": "timeout", "conclusion": "timed_out", "ended_at": stand.now()}
-    change(stand, build, given_up)
+    change(stand, build, {
+        "polling": "timeout", "next_poll_at": None, "state": "timeout", "conclusion": "timed_out",
+        "ended_at": stand.now(), "ended_synthetic": True,
+    })  # fmt: skip
     stand.discover(after=FRESH)
-    assert stand.row(build)["state"] == ("timeout" if gave_up == "timeout" else "in_progress"), "it goes on"
+    row = stand.row(build)
+    assert (row["state"], row["conclusion"], row["ended_at"]) == ("in_progress", None, None)
+    assert row["polling"] == "active"
+    stand.clock.at = build.ends_at + FRESH
+    stand.poll()
+    assert (stand.row(build)["state"], stand.row(build)["next_poll_at"]) == ("completed", None)
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("by", ["a list", "itself"])
+def test_a_build_of_a_jenkins_job_that_was_made_again_is_found(make_stand, by):
+    """Number 1 is there again: the queue id and the time tell that it is another build."""
+    stand = make_stand(("jenkins",), 1, kinds={"jenkins": ["success"]})
+    (build,) = stand.world.builds
+    stand.clock.at = build.ends_at + 5
+    stand.discover()
+    first = stand.row(build)
+    assert (first["state"], first["attempt"]) == ("completed", 1)
+    server = stand.servers["jenkins"]
+    usual = server._answer
+    later = int((first["ended_at"].timestamp() + 60) * 1000)
+
+    def made_again(request):
+        answer = usual(request)
+        body = re.sub(rb'"queueId": ?[0-9]+', b'"queueId":987654', answer.body)
+        body = re.sub(rb'"timestamp": ?[0-9]+', f'"timestamp":{later}'.encode(), body)
+        return replace(answer, body=body.replace(b'"SUCCESS"', b'"FAILURE"'))
+
+    server._answer = made_again
+    stand.clock.advance(3600)
+    if by == "itself":
+        change(stand, build, {"next_poll_at": stand.now(), "doubtful": True})
+        stand.poll()
+    else:
+        stand.discover()
+    row = stand.row(build)
+    assert (row["state"], row["attempt"], row["attempt_base"]) == ("failed", 2, 1)
+    assert row["queue_id"] == "987654"
+    assert (row["started_at"] - first["ended_at"]).total_seconds() == pytest.approx(60, abs=0.01)
+
+
+@pytest.mark.parametrize("platform", ["github", "gitlab"])
+def test_a_list_that_shows_the_end_of_a_build_that_polling_gave_up_is_believed(make_stand, platform):
+    stand = make_stand((platform,), 1, kinds={platform: ["success"]}, speed=0.1)
+    (build,) = stand.world.builds
+    stand.push(build)
+    change(stand, build, {"polling": "error", "next_poll_at": None})
+    stand.discover(after=FRESH)
+    assert stand.row(build)["state"] == "in_progress", "it goes on"
     assert stand.row(build)["next_poll_at"] is None
     stand.clock.at = build.ends_at + FRESH
     stand.discover()

@@ -159,3 +159,89 @@ def test_the_late_end_of_the_attempt_before_does_not_end_the_retry():
     )  # fmt: skip
     assert verdict(retried, gitlab(C, 100, {10: "completed", 11: "manual"})).act is Act.DROP
     assert verdict(retried, gitlab(C, 250, {11: "manual", 12: "completed"})).act is Act.MOVE
+
+
+# ---- an end that is later than the one we know
+
+ENDED = recorded(F, platform_at=at(100), ended_at=at(100))
+
+
+@pytest.mark.parametrize("jobs", [None, {10: "completed"}])
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("by", ["push", "poll"])
+def test_an_end_at_a_later_time_is_that_of_a_rerun(end, by, jobs):
+    """With or without job ids: an external pipeline has none, and jobs of a child pipeline are not in it."""
+    known = replace(ENDED, jobs={10: JobStatus.COMPLETED} if jobs else {}, jobs_complete=bool(jobs))
+    got = verdict(known, gitlab(end, 700, jobs, by=by, ended_at=at(700)))
+    assert (got.act, got.attempt, got.state) == (Act.REOPEN, 2, end)
+
+
+def test_an_end_at_an_earlier_time_is_late_news():
+    for end in ENDS:
+        got = verdict(replace(ENDED, platform_at=None), gitlab(end, 50, None, by="push", ended_at=at(50)))
+        assert got.act is (Act.ENRICH if end is F else Act.DROP)
+
+
+def test_another_end_of_the_same_moment_is_for_a_poll_to_decide():
+    assert verdict(ENDED, gitlab(C, 100, None, by="push", ended_at=at(100))).act is Act.ASK
+
+
+# ---- one identity, used twice
+
+
+def jenkins(state, **more):
+    return replace(github(state, attempt=None), platform="jenkins", **more)
+
+
+OLD = recorded(C, queue_id="99", created_at=at(0), ended_at=at(60))
+
+
+@pytest.mark.parametrize("state", list(State))
+@pytest.mark.parametrize("known", list(State))
+def test_another_queue_id_is_another_build(known, state):
+    first = replace(OLD, state=known, told_state=known)
+    got = verdict(first, jenkins(state, queue_id="400", created_at=at(500)))
+    assert (got.act, got.attempt, got.state, got.anew) == (Act.REOPEN, 2, state, True)
+    assert verdict(first, jenkins(state, queue_id="98", created_at=at(-500))).act is Act.DROP
+
+
+def test_without_times_queue_ids_rise():
+    assert verdict(OLD, jenkins(F, queue_id="100")).act is Act.REOPEN
+    assert verdict(OLD, jenkins(F, queue_id="98")).act is Act.DROP
+
+
+def test_a_queue_id_that_began_anew_is_ordered_by_time():
+    assert verdict(OLD, jenkins(F, queue_id="1", created_at=at(900))).act is Act.REOPEN
+
+
+def test_the_same_queue_id_is_the_same_build_whatever_the_clock_says():
+    got = verdict(recorded(P, queue_id="99", created_at=at(0)), jenkins(C, queue_id="99", created_at=at(90)))
+    assert (got.act, got.anew) == (Act.MOVE, False)
+
+
+def test_without_queue_ids_a_start_after_the_end_is_another_build():
+    """Older plugins tell none."""
+    old = replace(OLD, queue_id=None)
+    assert verdict(old, jenkins(P, created_at=at(62))).anew
+    assert not verdict(old, jenkins(P, created_at=at(60))).anew
+    assert verdict(old, jenkins(C, created_at=at(-90), ended_at=at(-80))).act is Act.DROP
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_run_id_that_a_restored_server_gives_again_counts_on_from_the_attempts_before(number):
+    old = recorded(C, attempt=2, platform_at=at(900), ended_at=at(900), created_at=at(0))
+    got = verdict(old, github(P, attempt=1, created_at=at(5000), platform_at=at(5000)))
+    assert (got.act, got.attempt, got.anew) == (Act.REOPEN, 3, True)
+    new = recorded(P, attempt=3, attempt_base=2, created_at=at(5000), platform_at=at(5000))
+    assert verdict(new, github(C, attempt=1, created_at=at(5000), platform_at=at(5100))).act is Act.MOVE
+    assert verdict(new, github(P, attempt=2, created_at=at(5000), platform_at=at(6000))).attempt == 4
+    late = github(F, attempt=number, created_at=at(0), platform_at=at(900), ended_at=at(900))
+    assert verdict(new, late).act is Act.DROP
+    late_job = github(P, attempt=number, job_created_at=at(10))
+    assert verdict(new, late_job).act is Act.DROP
+
+
+def test_a_higher_attempt_is_a_rerun_whatever_its_time_of_creation():
+    old = recorded(C, platform_at=at(900), ended_at=at(900), created_at=at(0))
+    got = verdict(old, github(P, attempt=2, created_at=at(5000), platform_at=at(5000)))
+    assert (got.act, got.attempt, got.anew) == (Act.REOPEN, 2, False)

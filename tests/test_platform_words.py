@@ -257,7 +257,13 @@ def test_jenkins_words(phase, status, state, conclusion):
         ("job/../7/", None),
         ("job/a%2Fb/7/", None),
         ("web/7/", None),
-        ("job/web/label=linux/7/", None),
+        ("job/web/label=linux/7/", "jenkins:web:~2Flabel~3Dlinux:7"),
+        ("job/web/LABEL=linux,JDK=17/7/", "jenkins:web:~2FLABEL~3Dlinux~2CJDK~3D17:7"),
+        ("job/mvn/com.acme$core/7/", "jenkins:mvn:~2Fcom.acme~24core:7"),
+        ("job/mvn/com.acme%24core/7/", "jenkins:mvn:~2Fcom.acme~24core:7"),
+        ("label=linux/7/", None),
+        ("job/web/a=b/c=d/7/", None),
+        ("job/web/../7/", None),
         (7, None),
     ],
 )
@@ -268,6 +274,139 @@ def test_jenkins_build_is_known_by_its_path(url, build_id):
             changed("jenkins/queued", build=change)
     else:
         assert changed("jenkins/queued", build=change).build_id == build_id
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("job/web/LABEL=linux,JDK=17/4/", "job/web/LABEL%3Dlinux%2CJDK%3D17"),
+        ("job/mvn/com.acme$core/4/", "job/mvn/com.acme%24core"),
+        ("job/team/job/web/job/feature%252Fpay/4/", "job/team/job/web/job/feature%252Fpay"),
+        ("job/a=b/4/", "job/a%3Db"),
+    ],
+)
+def test_jenkins_is_asked_where_the_build_is(url, path):
+    """Alone, in a list of its own, and never in a list of what stands beside it below its job."""
+    jenkins = platforms.polled()["jenkins"]
+    source = platforms.Source("jenkins", "jenkins", "https://ci.example.com/x")
+    seen = changed("jenkins/queued", build={"url": url, "full_url": None})
+    target = platforms.PollTarget(seen.build_id, seen.key, seen.repository, seen.number, 1, None)
+    asked = jenkins.poll_request(source, target), jenkins.list_request(source, [seen.repository], None, 30)
+    expected = [f"https://ci.example.com/x/{path}/4/api/json", f"https://ci.example.com/x/{path}/api/json"]
+    assert [request and request.url.partition("?")[0] for request in asked] == expected
+    below = "=" in url.split("/")[2] or "$" in url
+    assert (jenkins.together(seen.repository) == seen.repository) is below
+
+
+@pytest.mark.parametrize(
+    ("job", "branch", "workflow", "trigger"),
+    [
+        ("job/team/job/web/job/feature%252Flogin/", "feature/login", "web", None),
+        ("job/feature%252Flogin/", "feature/login", "feature%2Flogin", None),
+        ("job/web/job/main/", "main", "web", None),
+        ("job/web/job/PR-12/", "PR-12", "web", "pull_request"),
+        ("job/main/", None, "main", None),
+        ("job/team/job/deploy/", None, "deploy", None),
+        ("job/web/OS=linux/", None, "OS=linux", None),
+    ],
+)
+def test_jenkins_tells_the_branch_of_a_multibranch_job_by_its_name(job, branch, workflow, trigger):
+    seen = changed("jenkins/queued", build={"url": f"{job}7/", "full_url": None, "scm": {"changes": []}})
+    assert (seen.branch, seen.workflow, seen.trigger) == (branch, workflow, trigger)
+    told = changed("jenkins/queued", build={"url": f"{job}7/", "scm": {"branch": "origin/other"}})
+    assert told.branch == "other"
+
+
+@pytest.mark.parametrize(
+    ("told", "queue_id"), [(55, "55"), (-1, None), (0, None), ("55", None), (None, None)]
+)
+def test_jenkins_queue_ids(told, queue_id):
+    assert changed("jenkins/queued", build={"queue_id": told}).queue_id == queue_id
+
+
+OCTO, FORK = {"id": 1, "full_name": "octo/web"}, {"id": 2, "full_name": "stranger/web"}
+
+
+@pytest.mark.parametrize(
+    ("run", "head"),
+    [
+        # the trigger, the branch as it is shown, the fork, is it one
+        ({"event": "push", "head_repository": OCTO}, ("push", "main", None, False)),
+        ({"event": "pull_request", "head_repository": OCTO}, ("pull_request", "main", None, False)),
+        ({"event": "pull_request", "head_repository": FORK},
+         ("pull_request", "stranger:main", "stranger/web", True)),
+        ({"event": "pull_request_target", "head_repository": FORK},
+         ("pull_request_target", "stranger:main", "stranger/web", True)),
+        ({"event": "pull_request", "head_repository": {"full_name": "Octo/Web"}},
+         ("pull_request", "main", None, False)),
+        ({"event": "pull_request", "head_repository": {"full_name": "stranger/web"}},
+         ("pull_request", "stranger:main", "stranger/web", True)),
+        ({"event": "pull_request", "head_repository": {"id": 1, "full_name": "old/name"}},
+         ("pull_request", "main", None, False)),
+        ({"event": "pull_request", "head_repository": None}, ("pull_request", "unknown:main", None, True)),
+        ({"event": "push", "head_repository": None}, ("push", "main", None, None)),
+        ({"event": "release", "head_repository": OCTO}, ("release", "refs/tags/main", None, False)),
+        ({"event": "push", "path": ".github/workflows/ci.yml@refs/tags/main", "head_repository": OCTO},
+         ("tag", "refs/tags/main", None, False)),
+        ({"event": None, "head_repository": "?"}, (None, "main", None, None)),
+    ],
+)  # fmt: skip
+def test_github_tells_whose_branch_it_is(run, head):
+    base = {"head_branch": "main", "repository": OCTO}
+    seen = changed("github/run_in_progress", workflow_run=base | run, repository=OCTO)
+    assert (seen.trigger, seen.branch, seen.head_repository, seen.is_fork) == head
+
+
+def test_a_job_of_github_does_not_tell_whose_branch_it_names():
+    assert changed("github/job_in_progress", workflow_job={"head_branch": "main"}).branch is None
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "request_", "head"),
+    [
+        ({"source": "push"}, None, ("push", "main", None, False)),
+        ({"source": "push", "tag": True}, None, ("tag", "refs/tags/main", None, False)),
+        ({"source": "web", "tag": True}, None, ("web", "refs/tags/main", None, False)),
+        ({"source": "merge_request_event"}, {"source_project_id": 101},
+         ("pull_request", "main", None, False)),
+        ({"source": "merge_request_event"}, {"source_project_id": 500},
+         ("pull_request", "500:main", "500", True)),
+        ({"source": "merge_request_event"},
+         {"source_project_id": 500, "source": {"path_with_namespace": "a/stranger/web"}},
+         ("pull_request", "a/stranger:main", "a/stranger/web", True)),
+        ({"source": "schedule"}, {}, ("schedule", "main", None, False)),
+    ],
+)  # fmt: skip
+def test_gitlab_tells_whose_branch_it_is(pipeline, request_, head):
+    payload = json.loads(body_of(SAMPLES / "gitlab/pipeline_running"))
+    payload["object_attributes"] |= {"ref": "main", "tag": False} | pipeline
+    payload["project"]["id"], payload["merge_request"] = 101, request_
+    sent = read(SAMPLES / "gitlab/pipeline_running", "headers")
+    (seen,) = parse("gitlab", sent, json.dumps(payload).encode()).observations
+    assert (seen.trigger, seen.branch, seen.head_repository, seen.is_fork) == head
+
+
+PAGE = "https://ci.example.com/gitlab/grp/sub/app"
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"project": {"path_with_namespace": "grp/sub/app", "web_url": PAGE}},
+        {"repository": {"homepage": PAGE, "git_ssh_url": "git@ci.example.com:grp/sub/app.git"}},
+        {"repository": {"homepage": PAGE, "url": "git@ci.example.com:grp/sub/app.git"}},
+        {"repository": {"homepage": PAGE, "url": "ssh://git@ci.example.com:2222/grp/sub/app.git"}},
+        {"repository": {"homepage": PAGE, "url": f"{PAGE}.git"}, "project_name": "Grp / Sub / App"},
+        {"repository": {"homepage": "https://ci.example.com/grp/sub/app"}},
+    ],
+)
+def test_gitlab_projects_path_is_the_same_in_every_hook(job):
+    """Older servers tell it in several other words, and may live under a path of their own."""
+    payload = json.loads(body_of(SAMPLES / "gitlab/job_running"))
+    payload = {name: value for name, value in payload.items() if name not in ("project", "repository")}
+    sent = read(SAMPLES / "gitlab/job_running", "headers")
+    (seen,) = parse("gitlab", sent, json.dumps(payload | job).encode()).observations
+    assert seen.repository == "grp/sub/app"
 
 
 def test_jenkins_signature_is_never_replaced_by_the_token():

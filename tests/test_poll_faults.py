@@ -5,6 +5,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import timedelta
 from email.utils import formatdate
 from functools import partial
 
@@ -47,7 +48,7 @@ def test_a_build_that_only_a_request_named_fails_at_once(make_stand, build_id):
     stand.poll()
     with db.reading(stand.engine) as connection:
         row = connection.execute(select(models.builds)).mappings().one()
-    assert (row["state"], row["conclusion"], row["next_poll_at"]) == ("failed", "failure", None)
+    assert (row["state"], row["conclusion"], row["polling"]) == ("failed", "failure", "done")
     assert row["error"].startswith(f"not found on {source.name}: HTTP 404")
     with db.reading(stand.engine) as connection:
         made = connection.execute(select(models.events.c.type)).scalars().all()
@@ -69,10 +70,20 @@ def test_a_build_that_only_a_request_named_is_found(make_stand, platform):
     assert (stand.row(build)["state"], stand.row(build)["conclusion"]) == ("completed", "success")
 
 
+def gone_for(stand, build, minutes):
+    """Poll a build that its platform does not know, whenever it is due, for so long."""
+    until = stand.now() + timedelta(minutes=minutes)
+    while stand.now() < until:
+        stand.poll()
+        stand.clock.advance(min(stand.wait(build), (until - stand.now()).total_seconds()))
+
+
 @ON_SQLITE
 @pytest.mark.parametrize("requested", [False, True])
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_build_that_was_seen_and_is_gone_fails_when_a_second_read_says_so(one, platform, requested):
+def test_a_build_that_was_seen_and_is_gone_fails_when_that_has_been_so_for_ten_minutes(
+    one, platform, requested
+):
     stand, build = one(platform)
     if requested:
         change(stand, build, polling.request(stand.now()))
@@ -82,12 +93,69 @@ def test_a_build_that_was_seen_and_is_gone_fails_when_a_second_read_says_so(one,
     assert (row["state"], row["consecutive_errors"]) == ("in_progress", 1)
     assert row["poll_error"].startswith("not_found: HTTP 404")
     assert stand.wait(build) == 2 * INTERVAL
-    stand.poll(after=2 * INTERVAL)
+    gone_for(stand, build, minutes=10)
+    assert (stand.row(build)["state"], stand.row(build)["polling"]) == ("in_progress", "active")
+    stand.poll()
     row = stand.row(build)
-    assert (row["state"], row["polling"], row["next_poll_at"]) == ("failed", "done", None)
+    assert (row["state"], row["polling"]) == ("failed", "done")
     assert row["error"].startswith(f"deleted on {platform}: HTTP 404")
+    assert stand.wait(build) == 4 * INTERVAL, "it is read on"
     stand.push(build, State.COMPLETED)
     assert stand.row(build)["state"] == "completed", "the platform has the last word"
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_an_incident_of_some_minutes_fails_no_build(one, platform):
+    """Each read of a build says "not found" for nine minutes, while its repository can be read."""
+    stand, build = one(platform, speed=0.01)
+    server = stand.servers[platform]
+    usual, path = server._answer, {"jenkins": f"/{build.number}/api/json"}.get(platform, f"/{build.run_id}")
+    server._answer = lambda asked: (
+        json_response({"message": "404 Not Found"}, 404) if asked.path.endswith(path) else usual(asked)
+    )
+    gone_for(stand, build, minutes=9)
+    assert (stand.row(build)["state"], stand.row(build)["polling"]) == ("in_progress", "active")
+    server._answer = usual
+    stand.poll()
+    row = stand.row(build)
+    assert (row["state"], row["missing_since"], row["poll_fault"]) == ("in_progress", None, None)
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_build_that_its_repositorys_list_shows_is_not_deleted(one, platform):
+    stand, build = one(platform, speed=0.01)
+    server = stand.servers[platform]
+    usual, path = server._answer, {"jenkins": f"/{build.number}/api/json"}.get(platform, f"/{build.run_id}")
+    server._answer = lambda asked: (
+        json_response({"message": "404 Not Found"}, 404) if asked.path.endswith(path) else usual(asked)
+    )
+    gone_for(stand, build, minutes=15)
+    assert stand.row(build)["state"] == "in_progress"
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("end", ["timeout", "failed"])
+def test_the_true_end_is_found_behind_any_number_of_newer_builds(make_stand, end):
+    """No page of a list shows it: it is read by itself, ever more slowly."""
+    stand = make_stand(("github",), 40, kinds={"github": ["success"]}, speed=0.01)
+    first = min(stand.world.builds, key=lambda build: build.run_id)
+    stand.push(first)
+    change(stand, first, {"state": end, "conclusion": "failure", "ended_at": stand.now()})
+    ended = replace_told(stand, first)
+    assert ended["next_poll_at"] is not None
+    stand.clock.at = max(build.ends_at for build in stand.world.builds) + 3600
+    stand.poll()
+    assert (stand.row(first)["state"], stand.row(first)["next_poll_at"]) == ("completed", None)
+    assert stand.servers["github"].count(f"/actions/runs/{first.run_id}") == 1
+
+
+def replace_told(stand, build):
+    """Let the polling of a build that we ended be as it is after an end of ours."""
+    row = stand.row(build)
+    change(stand, build, polling.read_on(row, stand.now(), stand.held.pace))
+    return stand.row(build)
 
 
 @ON_SQLITE
@@ -262,7 +330,8 @@ def test_a_build_that_expired_is_gone_like_one_that_was_deleted(one):
     stand.servers["github"].delete(build.build_id)
     stand.poll()
     assert stand.row(build)["poll_error"].startswith("not_found: HTTP 410")
-    stand.poll(after=2 * INTERVAL)
+    gone_for(stand, build, minutes=10)
+    stand.poll()
     assert stand.row(build)["error"].startswith("deleted on github: HTTP 410")
 
 
@@ -372,11 +441,10 @@ def test_polling_without_an_end_gives_up_and_the_platform_has_the_last_word(one)
     assert stand.row(build)["state"] == "in_progress"
     stand.poll()
     row = stand.row(build)
-    assert (row["state"], row["conclusion"], row["next_poll_at"]) == ("timeout", "timed_out", None)
+    assert (row["state"], row["conclusion"], row["polling"]) == ("timeout", "timed_out", "timeout")
     assert row["error"] == "no end after 5 polls"
     assert stand.types(build)[-2:] == ["polling_timeout", "timeout"]
-    stand.poll(after=86_400)
-    assert stand.requests() == {"github": 5}
+    assert stand.wait(build) == 4 * INTERVAL, "it is read on"
     stand.push(build, State.COMPLETED)
     assert (stand.row(build)["state"], stand.row(build)["error"]) == ("completed", None)
 

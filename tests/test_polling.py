@@ -244,3 +244,65 @@ def test_with_all_pushes_present_no_poll_is_ever_due_before_its_push():
         assert known["next_poll_at"] is None or known["next_poll_at"] > now
         known |= polling.after_push(known, now, PACE, ask=False)
         now += timedelta(seconds=59)
+
+
+# ---- after an end of ours
+
+OVER = {"state": "timeout", "told_state": "in_progress", "ended_at": NOON, "polling": "timeout"}
+
+
+@pytest.mark.parametrize(
+    ("reads", "seconds"), [(0, 60), (1, 120), (2, 240), (10, 61_440), (11, 86_400), (5000, 86_400)]
+)
+def test_what_we_ended_is_read_on_ever_more_slowly(reads, seconds):
+    changes = polling.read_on(build(**OVER, reads_after_end=reads), NOON, PACE)
+    assert (changes["next_poll_at"], changes["reads_after_end"]) == (at(seconds), reads + 1)
+    assert (changes["polling"], changes["requested"]) == ("timeout", False)
+
+
+def test_it_is_read_on_as_long_as_retention_holds_it():
+    late = NOON + timedelta(seconds=PACE.retention_seconds - 30)
+    assert polling.read_on(build(**OVER), late, PACE)["next_poll_at"] is None
+    assert polling.read_on(build(**OVER), late - timedelta(seconds=60), PACE)["next_poll_at"] is not None
+
+
+def test_what_was_stopped_by_hand_is_not_read_on():
+    assert polling.read_on(build(**OVER | {"polling": "stopped"}), NOON, PACE)["next_poll_at"] is None
+
+
+@pytest.mark.parametrize(
+    ("missing_for", "fault", "goes_on"),
+    [(None, "not_found", True), (86_399, "not_found", True), (86_400, "not_found", False),
+     (86_400, "unavailable", False), (None, "unavailable", True)],
+)  # fmt: skip
+def test_what_is_not_found_for_a_day_is_not_read_any_more(missing_for, fault, goes_on):
+    known = build(**OVER, missing_since=None if missing_for is None else at(-missing_for))
+    changes = polling.after_late_error(known, NOON, PACE, "HTTP 404", fault)
+    assert (changes["next_poll_at"] is not None) is goes_on
+    assert (changes["poll_error"], changes["poll_fault"]) == ("HTTP 404", fault)
+
+
+def test_a_build_that_was_given_up_gets_as_long_again_as_it_has_taken():
+    known = build(state="in_progress", started_at=at(-7000), created_at=at(-7100), reads_after_end=1)
+    assert polling.after_poll(known, NOON, PACE, ask=False)["poll_deadline_at"] == at(7000)
+    young = known | {"started_at": at(-10)}
+    assert polling.after_poll(young, NOON, PACE, ask=False)["poll_deadline_at"] == at(PACE.max_seconds)
+
+
+# ---- not found
+
+
+@pytest.mark.parametrize(("missing_for", "gone"), [(0, False), (599, False), (600, True)])
+def test_a_build_is_gone_after_ten_minutes_without_it(missing_for, gone):
+    missing = build(poll_fault="not_found", missing_since=at(-missing_for))
+    assert polling.is_gone(missing, NOON) is gone
+    assert not polling.is_gone(missing | {"poll_fault": "unavailable"}, NOON)
+
+
+def test_a_missing_build_is_not_given_up_before_it_may_be_gone_and_read_when_it_is():
+    known = build(consecutive_errors=PACE.max_errors, missing_since=at(-590), poll_fault="not_found")
+    changes = polling.after_error(known, NOON, PACE, "HTTP 404", "not_found")
+    assert (changes["polling"], changes["next_poll_at"]) == ("active", at(10))
+    changes = polling.after_error(known | {"missing_since": at(-600)}, NOON, PACE, "HTTP 404", "not_found")
+    assert changes["polling"] == "error"
+    assert polling.after_poll(known | {"started_at": None}, NOON, PACE, ask=False)["missing_since"] is None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import insert
+from sqlalchemy import bindparam, func, insert, or_, update
 
 from webhook_app import (
     bulk,
@@ -33,7 +33,9 @@ from webhook_app.lifecycle import (
     ObservedBy,
     Recorded,
     State,
+    Use,
     Verdict,
+    compare_use,
     verdict,
 )
 from webhook_app.platforms import Source
@@ -98,14 +100,20 @@ _MOVES = (Act.CREATE, Act.MOVE, Act.REOPEN)
 
 @dataclass(slots=True)
 class _Draft:
-    """A build's row while facts are applied to it, and the events they make."""
+    """A build's row while facts are applied to it, and the events they make.
+
+    `branch_found_at`: how many events the build had when its branch became known, if that was now.
+    `corrected`: what late words tell of earlier attempts.
+    """
 
     row: Row
     new: bool = False
     dirty: bool = False
     events: list[Row] = field(default_factory=list)
     superseded: list[Row] = field(default_factory=list)
+    corrected: list[Row] = field(default_factory=list)
     ended: list[Row] = field(default_factory=list)
+    branch_found_at: int | None = None
 
     def change(self, values: Mapping[str, Any]) -> None:
         self.row.update(values)
@@ -122,6 +130,7 @@ def record(write: Write, facts: Sequence[Fact], now: datetime, pace: Pace) -> li
     health.note(write.connection, facts, outcomes, now)
     touched = [draft for draft in drafts.distinct() if draft.dirty]
     _flush(write, touched, now)
+    _plan_earlier(write, touched, now)
     deliveries.plan(write, [event for draft in touched for event in draft.events], now)
     return outcomes
 
@@ -177,6 +186,7 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
     if polled and not draft.new:
         _begin_polling(draft, now)
     _note_unlisted(draft, fact)
+    _correct_attempt(draft, fact, decided)
     _apply_verdict(draft, fact, decided, now)
     drafts.add(draft)  # its group may be known only now
     _schedule(draft, fact, decided, now, pace)
@@ -199,16 +209,28 @@ def _note_unlisted(draft: _Draft, seen: Observation) -> None:
 def _apply_silence(draft: _Draft, fact: PollFailed | Unchanged, now: datetime, pace: Pace) -> Outcome:
     """A poll that told nothing new: it moves the next one, and may be one too many."""
     before = len(draft.events)
-    if draft.row["next_poll_at"] is not None:
+    if polling.was_given_up(draft.row):
+        _note_late_silence(draft, fact, now, pace)
+    elif draft.row["next_poll_at"] is not None:
         # else it ended, was stopped by hand or given up while we were reading
         _begin_polling(draft, now)
         if isinstance(fact, PollFailed):
             _note_failed_poll(draft, fact, now, pace)
         else:
             draft.change(polling.after_poll(draft.row, now, pace, ask=False))
-        _give_up_when_overdue(draft, now)
+        _give_up_when_overdue(draft, now, pace)
     events, unchanged = len(draft.events) - before, isinstance(fact, Unchanged)
     return Outcome(draft.row["id"], draft.row["build_id"], Act.ENRICH, events=events, unchanged=unchanged)
+
+
+def _note_late_silence(draft: _Draft, fact: PollFailed | Unchanged, now: datetime, pace: Pace) -> None:
+    """A read of a build that we ended ourselves told nothing: it is read again, ever more slowly."""
+    if draft.row["next_poll_at"] is None:
+        return  # it was stopped by hand, or has been missing for long, while we were reading
+    if isinstance(fact, PollFailed):
+        draft.change(polling.after_late_error(draft.row, now, pace, fact.message, fact.fault))
+    else:
+        draft.change(polling.read_on(draft.row, now, pace))
 
 
 def _is_only_named(row: Row) -> bool:
@@ -226,6 +248,10 @@ def _recorded(row: Row) -> Recorded:
         platform_at=row["platform_at"],
         jobs={int(id_): JobStatus(job["status"]) for id_, job in row["jobs"].items()},
         jobs_complete=row["jobs_complete"],
+        attempt_base=row["attempt_base"],
+        ended_at=None if row["ended_synthetic"] else row["ended_at"],
+        queue_id=row["queue_id"],
+        created_at=row["platform_created_at"],
     )
 
 
@@ -294,17 +320,16 @@ def _apply_verdict(draft: _Draft, seen: Observation, decided: Verdict, now: date
     if decided.act in (Act.DROP, Act.ASK):
         return
     previous = None if decided.act is Act.CREATE else draft.row["state"]
-    if decided.act is Act.REOPEN:
-        _supersede(draft)
-    if decided.act in (Act.CREATE, Act.REOPEN):
-        draft.change({"attempt": decided.attempt})
+    _begin_attempt(draft, seen, decided)
     _take_facts(draft, seen)
+    _take_ref(draft, seen)
     moved = decided.act is not Act.ENRICH
     concluded = decided.conclusion != draft.row["conclusion"]
     if moved:
         _enter(draft, seen, decided, now)
     elif concluded:
         draft.change({"conclusion": decided.conclusion})
+    _take_times(draft, seen)
     advanced = _take_progress(draft, seen)
     type_ = None
     if moved:
@@ -318,6 +343,17 @@ def _apply_verdict(draft: _Draft, seen: Observation, decided: Verdict, now: date
         _add_event(draft, type_, seen, now, previous)
 
 
+def _begin_attempt(draft: _Draft, seen: Observation, decided: Verdict) -> None:
+    """Make room for a new attempt; its time of creation counts from now on, should a re-run have one."""
+    if decided.act is Act.REOPEN:
+        _supersede(draft)
+        draft.change({"platform_created_at": seen.created_at or draft.row["platform_created_at"]})
+    if decided.anew:
+        _begin_anew(draft, seen)
+    if decided.act in (Act.CREATE, Act.REOPEN):
+        draft.change({"attempt": decided.attempt})
+
+
 def _supersede(draft: _Draft) -> None:
     """Keep the old attempt's record and clear the row for the next one."""
     row = draft.row
@@ -329,14 +365,36 @@ def _supersede(draft: _Draft) -> None:
     draft.change(_blank_attempt())
 
 
+def _begin_anew(draft: _Draft, seen: Observation) -> None:
+    """Forget what was true of the earlier use of this identity only."""
+    names = ("workflow", "branch", "commit", "number", "url", "trigger", "head_repository", "queue_id")
+    draft.change(dict.fromkeys(names) | {"is_fork": False, "unlisted": False})
+    draft.change({"attempt_base": draft.row["attempt"], "platform_created_at": seen.created_at})
+
+
+def _correct_attempt(draft: _Draft, seen: Observation, decided: Verdict) -> None:
+    """Note the end of an earlier attempt that the platform tells late: it replaces one of ours, or none."""
+    attempt = draft.row["attempt_base"] + (seen.attempt or 0)
+    late = decided.act is Act.DROP and seen.attempt is not None and attempt < draft.row["attempt"]
+    ended = seen.state is not None and seen.state.terminal and not seen.ours
+    if late and ended and seen.state and compare_use(_recorded(draft.row), seen) is Use.SAME:
+        times = {"the_start": seen.started_at, "the_end": seen.ended_at}
+        conclusion = seen.conclusion.value if seen.conclusion else None
+        end = {"the_state": seen.state.value, "the_conclusion": conclusion} | times
+        draft.corrected.append({"the_build": draft.row["id"], "the_attempt": attempt} | end)
+        draft.dirty = True
+
+
 def _enter(draft: _Draft, seen: Observation, decided: Verdict, now: datetime) -> None:
     """Take the new state; a later end takes the error of the earlier one away."""
     state = decided.state
+    ended_at = None if seen.ours else seen.ended_at or seen.platform_at
     values: Row = {
         "state": state.value,
         "conclusion": decided.conclusion.value if decided.conclusion else None,
         "waiting": seen.waiting,
-        "ended_at": (seen.ended_at or seen.platform_at or now) if state.terminal else None,
+        "ended_at": (ended_at or now) if state.terminal else None,
+        "ended_synthetic": state.terminal and ended_at is None,
         "error": seen.error,
     }
     if not seen.ours:
@@ -345,18 +403,53 @@ def _enter(draft: _Draft, seen: Observation, decided: Verdict, now: datetime) ->
     draft.change(values)
     if state.terminal and not seen.ours and seen.platform != "script":
         draft.ended.append(collection.ended(draft.row, now))
-    if state is not State.QUEUED and draft.row["started_at"] is None:
-        draft.change({"started_at": seen.started_at or (now if state is State.IN_PROGRESS else None)})
+    if state is State.IN_PROGRESS and draft.row["started_at"] is None:
+        draft.change({"started_at": now, "started_synthetic": True})
+
+
+def _take_times(draft: _Draft, seen: Observation) -> None:
+    """Let the platform's times replace ours, and keep what is impossible out: no end before its start."""
+    row = draft.row
+    if row["started_at"] is not None and row["started_synthetic"] and seen.started_at is not None:
+        draft.change({"started_at": seen.started_at, "started_synthetic": False})
+    over = State(row["state"]).terminal
+    if over and row["ended_synthetic"] and seen.ended_at is not None and not seen.ours:
+        draft.change({"ended_at": seen.ended_at, "ended_synthetic": False})
+    started, ended = row["started_at"], row["ended_at"]
+    if started is None or ended is None or started <= ended:
+        return
+    if row["started_synthetic"]:
+        draft.change({"started_at": None, "started_synthetic": False})
+    else:
+        draft.change({"ended_at": started})
+
+
+def _take_ref(draft: _Draft, seen: Observation) -> None:
+    """Take whose branch it is; what one word takes for a branch, a fuller one may show to be a tag."""
+    row = draft.row
+    values: Row = {}
+    if seen.is_fork and not row["is_fork"]:
+        values |= {"is_fork": True, "head_repository": seen.head_repository}
+    if seen.branch is not None and row["branch"] != seen.branch:
+        whole = bool(values) or seen.branch == f"refs/tags/{row['branch']}"
+        if row["branch"] is None:
+            draft.branch_found_at = row["sequence"]
+        if row["branch"] is None or whole:
+            values |= {"branch": seen.branch}
+    if values:
+        draft.change(values)
 
 
 def _take_facts(draft: _Draft, seen: Observation) -> None:
     """Fill what is unknown; take what may change from whoever is not older than we know."""
     row = draft.row
     values: Row = {}
-    for name in ("workflow", "branch", "commit", "number", "url", "started_at"):
+    for name in ("workflow", "commit", "number", "url", "started_at", "trigger", "queue_id"):
         told = getattr(seen, name)
         if told is not None and row[name] is None:
             values[name] = told
+    if seen.created_at is not None and row["platform_created_at"] is None:
+        values["platform_created_at"] = seen.created_at
     known_at = row["platform_at"]
     older = seen.platform_at is not None and known_at is not None and seen.platform_at < known_at
     if not older:
@@ -486,6 +579,9 @@ def _snapshot(row: Row, previous_state: str | None, observed_by: str) -> Row:
         "workflow": row["workflow"],
         "branch": row["branch"],
         "commit": row["commit"],
+        "trigger": row["trigger"],
+        "head_repository": row["head_repository"],
+        "is_fork": row["is_fork"],
         "number": row["number"],
         "attempt": row["attempt"],
         "state": row["state"],
@@ -514,7 +610,7 @@ def duration_seconds(started: datetime | None, ended: datetime | None) -> float 
 def _schedule(draft: _Draft, seen: Observation, decided: Verdict, now: datetime, pace: Pace) -> None:
     """Move the next poll, and record what polling itself did."""
     if seen.ours:
-        draft.change(polling.ended(draft.row))
+        _end_polling(draft, now, pace)
         return
     if seen.observed_by is ObservedBy.POLL:
         _note_poll(draft, decided, now, pace)
@@ -522,11 +618,18 @@ def _schedule(draft: _Draft, seen: Observation, decided: Verdict, now: datetime,
         draft.change(polling.after_push(draft.row, now, pace, ask=decided.ask))
     row = draft.row
     if not State(row["state"]).terminal:
-        _give_up_when_overdue(draft, now)
+        _give_up_when_overdue(draft, now, pace)
     elif not row["doubtful"]:
         if row["polling"] == "active":
             _add_event(draft, "build.polling_completed", None, now, row["state"], _poll_detail(row))
-        draft.change(polling.ended(row))
+        _end_polling(draft, now, pace)
+
+
+def _end_polling(draft: _Draft, now: datetime, pace: Pace) -> None:
+    """Poll no more; but what only we have ended is read on, since the platform may tell otherwise."""
+    row = draft.row
+    read_on = polling.was_given_up(row) and row["platform"] != "script"
+    draft.change(polling.read_on(row, now, pace) if read_on else polling.ended(row))
 
 
 def _note_poll(draft: _Draft, decided: Verdict, now: datetime, pace: Pace) -> None:
@@ -552,7 +655,7 @@ def _note_failed_poll(draft: _Draft, fact: PollFailed, now: datetime, pace: Pace
         _add_event(draft, "build.polling_error", None, now, row["state"], _poll_detail(row))
 
 
-def _give_up_when_overdue(draft: _Draft, now: datetime) -> None:
+def _give_up_when_overdue(draft: _Draft, now: datetime, pace: Pace) -> None:
     row = draft.row
     if State(row["state"]).terminal or row["polling"] == "error" or not polling.overdue(row, now):
         return
@@ -563,13 +666,14 @@ def _give_up_when_overdue(draft: _Draft, now: datetime) -> None:
             "state": State.TIMEOUT.value,
             "conclusion": Conclusion.TIMED_OUT.value,
             "ended_at": now,
+            "ended_synthetic": True,
             "error": f"no end after {row['poll_count']} polls",
             "polling": "timeout",
             "observed_by": ObservedBy.POLL.value,
         }
     )
     _add_event(draft, "build.timeout", None, now, previous)
-    draft.change(polling.ended(row))
+    _end_polling(draft, now, pace)
 
 
 def _poll_detail(row: Row) -> Row:
@@ -590,6 +694,9 @@ def _flush(write: Write, drafts: Sequence[_Draft], now: datetime) -> None:
     bulk.insert(connection, models.builds, [draft.row for draft in drafts if draft.new])
     bulk.update(connection, models.builds, [draft.row for draft in drafts if not draft.new])
     bulk.insert(connection, models.attempts, [old for draft in drafts for old in draft.superseded])
+    corrected = [late for draft in drafts for late in draft.corrected]
+    if corrected:
+        connection.execute(_CORRECT, corrected)
     collection.plan(write, [ended for draft in drafts for ended in draft.ended])
     events = [event for draft in drafts for event in draft.events]
     for event in events:
@@ -598,6 +705,37 @@ def _flush(write: Write, drafts: Sequence[_Draft], now: datetime) -> None:
         if any(subscriber.wants_change for subscriber in subscribers.active(write)):
             results.note_changes(connection, events)
         bulk.insert(connection, models.events, events)
+
+
+_a = models.attempts.c
+_CORRECT = (
+    update(models.attempts)
+    .where(
+        _a.build == bindparam("the_build"),
+        _a.attempt == bindparam("the_attempt"),
+        or_(_a.ended_synthetic, _a.ended_at.is_(None)),
+    )
+    .values(
+        state=bindparam("the_state"),
+        conclusion=bindparam("the_conclusion"),
+        error=None,
+        started_at=func.coalesce(bindparam("the_start", type_=models.Moment), _a.started_at),
+        ended_at=func.coalesce(bindparam("the_end", type_=models.Moment), _a.ended_at),
+        started_synthetic=False,
+        ended_synthetic=False,
+    )
+)
+
+
+def _plan_earlier(write: Write, drafts: Sequence[_Draft], now: datetime) -> None:
+    """Send events from before a branch was known to those who want this branch, in their order.
+
+    A job's push that overtakes its run's does not tell whose branch it names.
+    """
+    for draft in drafts:
+        if draft.branch_found_at:
+            ref = {name: draft.row[name] for name in ("branch", "head_repository", "is_fork")}
+            deliveries.plan_by_branch(write, draft.row["id"], draft.branch_found_at, ref, now)
 
 
 # ---- named by a request ----------------------------------------------------------------------

@@ -127,7 +127,7 @@ class Brought:
 
 _WANTED = (
     _c.build, _c.attempt, _c.source, _c.tries, _c.wants_log, _c.log_state, _c.artifacts_state,
-    _b.build_id, _b.key, _b.repository, _b.number, _b.url, _b.state, _b.error,
+    _b.build_id, _b.key, _b.repository, _b.number, _b.url, _b.state, _b.error, _b.attempt_base,
     (_b.attempt == _c.attempt).label("is_current"),
 )  # fmt: skip
 _DUE = (
@@ -165,7 +165,13 @@ def _take(connection: Connection, row: Row, now: datetime) -> Claimed:
         build=row["build"],
         source=row["source"],
         target=PollTarget(
-            row["build_id"], row["key"], row["repository"], row["number"], row["attempt"], row["url"]
+            row["build_id"],
+            row["key"],
+            row["repository"],
+            row["number"],
+            row["attempt"],
+            row["url"],
+            row["attempt_base"],
         ),
         token=token,
         tries=row["tries"] + 1,

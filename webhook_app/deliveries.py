@@ -81,7 +81,29 @@ def plan_for(write: Write, events: Sequence[Mapping[str, Any]], subscriber_id: s
         write.connection.execute(insert(models.messages), rows)
 
 
-def _message(write: Write, event: Mapping[str, Any], subscriber_id: str, now: datetime) -> Row:
+def plan_by_branch(write: Write, build: int, last: int, ref: Mapping[str, Any], now: datetime) -> None:
+    """Write messages of a build's events up to sequence `last` for those who want its branch.
+
+    `ref`: the branch of the build and whose it is, which were not known when the events were recorded.
+    """
+    wanting = [subscriber for subscriber in subscribers.active(write) if subscriber.branches]
+    if not wanting:
+        return
+    recorded = select(models.events).where(_e.build == build, _e.sequence <= last).order_by(_e.sequence)
+    events = write.connection.execute(recorded).mappings().all()
+    sent = select(_m.subscriber, _m.event).where(_m.event.in_([event["id"] for event in events]))
+    known = {(row.subscriber, row.event) for row in write.connection.execute(sent)}
+    messages = [
+        _message(write, event, subscriber.id, now)
+        for event in events
+        for subscriber in wanting
+        if (subscriber.id, event["id"]) not in known
+        and subscriber.match(event["type"], {**event["data"], **ref}, event["change"])
+    ]
+    bulk.insert(write.connection, models.messages, messages)
+
+
+def _message(write: Write, event: Mapping[Any, Any], subscriber_id: str, now: datetime) -> Row:
     return {
         "id": write.new_id("messages"),
         "message_id": _message_id(now),

@@ -32,7 +32,10 @@ FEW = 3
 
 _BRANCH = ("source", "repository", "workflow", "branch")
 _WORKFLOW = _BRANCH[:3]
-_NEEDED = ("id", "workflow", "attempt", "state", "told_state", "conclusion", "started_at", "ended_at")
+_NEEDED = (
+    "id", "workflow", "attempt", "state", "told_state", "conclusion", "started_at", "ended_at", "platform",
+    "started_synthetic", "ended_synthetic", "is_fork",
+)  # fmt: skip
 
 _b = models.builds.c
 _now = models.builds.alias("now")
@@ -131,7 +134,12 @@ def _is_same(name: str, null: bool, earlier: Any = _earlier.c) -> ColumnElement[
 
 
 def _counts(earlier: Any) -> list[ColumnElement[bool]]:
-    """It ran and was a success or a failure, and it was the platform that said so, not we."""
+    """It ran and was a success or a failure, by the word and the clock of the platform, on no fork.
+
+    A script's own reports are often timed by nothing but our clock.
+    """
     well = (earlier.state == "completed") & (earlier.conclusion == "success")
     badly = (earlier.state == "failed") & (earlier.conclusion == "failure")
-    return [or_(well, badly), earlier.told_state == earlier.state, earlier.started_at < earlier.ended_at]
+    timed = (earlier.platform == "script") | ~(earlier.started_synthetic | earlier.ended_synthetic)
+    as_told = earlier.told_state == earlier.state
+    return [or_(well, badly), as_told, earlier.started_at < earlier.ended_at, timed, ~earlier.is_fork]

@@ -11,17 +11,20 @@ The rules, in the order they are tried:
 * inside an attempt a build only moves up: queued < in_progress < an end;
 * an end told by the platform is final for its attempt.  An end that we set ourselves
   (polling gave up, heartbeat lost, not found) yields to a later word;
+* an identity can be used twice: a Jenkins job that was made again numbers its builds from 1, a
+  restored server gives ids once more.  The platform's queue id and its time of creation tell the
+  uses apart; the newer use is a new attempt, words about the older one change nothing;
 * a platform without attempt numbers (GitLab) shows a re-run by its jobs: a retry makes job
-  ids larger than any seen, a played manual job wakes up.  With that evidence, or with a poll that
-  tells another state, or the same end, at a time later than all we know, a new attempt opens.
-  Without it, `running` after `success` may be a retry or a late delivery: the verdict is `ASK`,
-  and a poll decides.
+  ids larger than any seen, a played manual job wakes up.  With that evidence, with an end whose
+  own time is later than that of the end we know, or with a poll that tells another state at a time
+  later than all we know, a new attempt opens.  Without it, `running` after `success` may be a retry
+  or a late delivery: the verdict is `ASK`, and a poll decides.
 
 Order comes from attempt, rank, job ids and the platform's own clock, never from the time of
 arrival.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import Enum, StrEnum
 
@@ -118,6 +121,11 @@ class Observation:
     `progress`: percent told by the sender; None lets the jobs say.
     `expected_seconds`: how long the platform expects this build to take in all.
     `unlisted`: its platform's lists do not show it, so their silence says nothing.
+    `trigger`: what started it, in the platform's word; `pull_request` and `tag` on every platform.
+    `branch`: as it is shown, `OWNER:BRANCH` for a fork's and `refs/tags/NAME` for a tag; None: not known.
+    `head_repository`: the fork that the commit is from.  `is_fork` None: this does not say.
+    `queue_id`, `created_at`: what tells two uses of one identity apart; both stay through all attempts.
+    `job_created_at`: when the job it is about was created, which is after its build was.
     """
 
     source: str
@@ -151,6 +159,12 @@ class Observation:
     ours: bool = False
     detail: Detail | None = None
     preview_url: str | None = None
+    trigger: str | None = None
+    head_repository: str | None = None
+    is_fork: bool | None = None
+    queue_id: str | None = None
+    created_at: datetime | None = None
+    job_created_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +174,9 @@ class Recorded:
     `told_state` is the last state the platform told; it differs from `state` only after an end
     that we set ourselves.  `jobs` maps job ids of the current attempt to their status;
     `jobs_complete`: they were the whole list when the state was last told.
+    `attempt_base`: attempts of earlier uses of this identity: the platform counts from 1 again after them.
+    `ended_at`: the platform's time of the end, None if it is not known.
+    `queue_id`, `created_at`: as in `Observation`.
     """
 
     attempt: int
@@ -170,6 +187,15 @@ class Recorded:
     platform_at: datetime | None = None
     jobs: dict[int, JobStatus] = field(default_factory=dict)
     jobs_complete: bool = False
+    attempt_base: int = 0
+    ended_at: datetime | None = None
+    queue_id: str | None = None
+    created_at: datetime | None = None
+
+    @property
+    def platform_attempt(self) -> int:
+        """The number of the attempt as the platform counts."""
+        return self.attempt - self.attempt_base
 
 
 class Act(Enum):
@@ -185,13 +211,17 @@ class Act(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What to do: for CREATE, MOVE and REOPEN the new attempt and state; `ask` wants a poll at once."""
+    """What to do: for CREATE, MOVE and REOPEN the new attempt and state; `ask` wants a poll at once.
+
+    `anew`: the attempt is the first of a new use of the identity.
+    """
 
     act: Act
     attempt: int
     state: State
     conclusion: Conclusion | None
     ask: bool = False
+    anew: bool = False
 
 
 WHOLE_SECONDS = timedelta(seconds=1)
@@ -210,8 +240,15 @@ def verdict(recorded: Recorded | None, seen: Observation) -> Verdict:
         )
     if seen.ours:
         return _own_end(recorded, seen)
-    if seen.attempt is not None and seen.attempt != recorded.attempt:
+    use = compare_use(recorded, seen)
+    if use is not Use.SAME:
+        return _begin_anew(recorded, seen) if use is Use.NEWER else _drop(recorded)
+    if seen.attempt is not None and seen.attempt != recorded.platform_attempt:
         return _other_attempt(recorded, seen, seen.attempt)
+    return _same_attempt(recorded, seen)
+
+
+def _same_attempt(recorded: Recorded, seen: Observation) -> Verdict:
     if seen.state is None:
         return _stay(recorded, seen)
     if recorded.told_state.terminal:
@@ -250,6 +287,67 @@ def _reopen(seen: Observation, attempt: int) -> Verdict:
     return Verdict(Act.REOPEN, attempt, seen.state or State.QUEUED, seen.conclusion, ask=seen.doubtful)
 
 
+class Use(Enum):
+    """Which use of an identity an observation is about, seen from the recorded one."""
+
+    SAME = "same"
+    NEWER = "newer"
+    OLDER = "older"
+
+
+MEASURED_TWICE = timedelta(minutes=1)
+"""Jenkins tells a build's start in some messages, in others it follows from the end: they differ by less."""
+
+
+def compare_use(recorded: Recorded, seen: Observation) -> Use:
+    """Tell which use of the identity an observation is about.
+
+    Queue ids decide where both are known.  Else a build that was created after all we know of the recorded
+    one (its end included) is another, and one of which all was over before that was created is an earlier.
+    """
+    if recorded.queue_id is not None and seen.queue_id is not None:
+        return _compare_queue_ids(recorded, seen)
+    if recorded.created_at is None:
+        return Use.SAME
+    if seen.created_at is None:
+        of_earlier = _precedes_creation(recorded.created_at, seen.job_created_at)
+        return Use.OLDER if of_earlier else Use.SAME
+    if _is_created_after(recorded, seen, seen.created_at):
+        return Use.NEWER
+    latest = max(filter(None, (seen.platform_at, seen.ended_at, seen.created_at)))
+    return Use.OLDER if _precedes_creation(recorded.created_at, latest) else Use.SAME
+
+
+def _precedes_creation(created_at: datetime, at: datetime | None) -> bool:
+    return at is not None and at < created_at - MEASURED_TWICE
+
+
+def _compare_queue_ids(recorded: Recorded, seen: Observation) -> Use:
+    """Other queue ids are other builds; the time of creation orders them, or else the ids themselves."""
+    if recorded.queue_id == seen.queue_id:
+        return Use.SAME
+    if recorded.created_at is not None and seen.created_at is not None:
+        return Use.NEWER if seen.created_at > recorded.created_at else Use.OLDER
+    known, told = recorded.queue_id or "", seen.queue_id or ""
+    return Use.NEWER if (len(told), told) > (len(known), known) else Use.OLDER
+
+
+def _is_created_after(recorded: Recorded, seen: Observation, created_at: datetime) -> bool:
+    """Was it created after all that is known of the recorded use?
+
+    A higher attempt number is a re-run, whatever its times.
+    """
+    known = max(filter(None, (recorded.platform_at, recorded.ended_at, recorded.created_at)))
+    margin = WHOLE_SECONDS if recorded.told_state.terminal else MEASURED_TWICE
+    is_rerun = seen.attempt is not None and seen.attempt > recorded.platform_attempt
+    return not is_rerun and created_at > known + margin
+
+
+def _begin_anew(recorded: Recorded, seen: Observation) -> Verdict:
+    opened = _reopen(seen, recorded.attempt + max(seen.attempt or 1, 1))
+    return replace(opened, anew=True)
+
+
 def _own_end(recorded: Recorded, seen: Observation) -> Verdict:
     """We end only what is still open."""
     if recorded.state.terminal or seen.state is None:
@@ -258,7 +356,9 @@ def _own_end(recorded: Recorded, seen: Observation) -> Verdict:
 
 
 def _other_attempt(recorded: Recorded, seen: Observation, attempt: int) -> Verdict:
-    return _reopen(seen, attempt) if attempt > recorded.attempt else _drop(recorded)
+    """`attempt` is the platform's number."""
+    newer = attempt > recorded.platform_attempt
+    return _reopen(seen, recorded.attempt_base + attempt) if newer else _drop(recorded)
 
 
 def _after_our_own_end(recorded: Recorded, seen: Observation, state: State) -> Verdict:
@@ -279,10 +379,12 @@ def _after_the_end(recorded: Recorded, seen: Observation, state: State) -> Verdi
         return _stay(recorded, seen) if state is recorded.state else _drop(recorded)
     if _is_older(recorded, seen):
         return _drop(recorded)
-    if _job_evidence(recorded, seen):
+    if _job_evidence(recorded, seen) or _ended_anew(recorded, seen):
         return _reopen(seen, recorded.attempt + 1)
     if _same_end(recorded.state, seen, state):
-        return _reopen(seen, recorded.attempt + 1) if _ended_anew(recorded, seen) else _stay(recorded, seen)
+        return _stay(recorded, seen)
+    if _ended_before(recorded, seen):
+        return _drop(recorded)
     if seen.observed_by is ObservedBy.POLL:
         return _poll_after_the_end(recorded, seen, state)
     return _ask(recorded)
@@ -295,14 +397,22 @@ def _same_end(known: State, seen: Observation, state: State) -> bool:
 
 
 def _ended_anew(recorded: Recorded, seen: Observation) -> bool:
-    """Does the platform tell an end that is later than all we know of the one before?"""
-    polled, known_at = seen.observed_by is ObservedBy.POLL, recorded.platform_at
-    return (
-        polled
-        and seen.ended_at is not None
-        and known_at is not None
-        and seen.ended_at > known_at + WHOLE_SECONDS
-    )
+    """Does the platform tell an end that is later than the one we know, so that it ran again in between?
+
+    A poll tells what is true now: it is held against all we know, also where no end has a time.
+    """
+    if seen.ended_at is None:
+        return False
+    known = (recorded.ended_at, recorded.platform_at if seen.observed_by is ObservedBy.POLL else None)
+    latest = max(filter(None, known), default=None)
+    return latest is not None and seen.ended_at > latest + WHOLE_SECONDS
+
+
+def _ended_before(recorded: Recorded, seen: Observation) -> bool:
+    """Does it tell an end that is earlier than the one we know?"""
+    if seen.ended_at is None or recorded.ended_at is None:
+        return False
+    return seen.ended_at < recorded.ended_at - WHOLE_SECONDS
 
 
 def _poll_after_the_end(recorded: Recorded, seen: Observation, state: State) -> Verdict:

@@ -11,6 +11,9 @@ A build is due when `next_poll_at` has come; None means never.  `polling` is one
 
 A push moves the next poll out by the freshness window and starts the clock of
 `max_poll_seconds` anew; so with all pushes present not one poll is made inside that window.
+
+A build that we ended ourselves (it was given up, or not found) is read on, each time after twice as
+long, until the platform tells its end, answers "not found" for a day, or retention no longer holds it.
 """
 
 from collections.abc import Mapping
@@ -18,10 +21,24 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from webhook_app.lifecycle import State
+from webhook_app.platforms import PollFault
+
 WAITING_FACTOR = 20
 """A build that waits for a person or a date is polled this many times more slowly."""
 
 MOST_BACKOFF_SECONDS = 3600.0
+
+GONE_AFTER = timedelta(minutes=10)
+"""A platform that answers "not found" for less may have an incident."""
+
+GONE_FOR_GOOD_AFTER = timedelta(days=1)
+"""A build that is not found for so long is not read any more."""
+
+READ_ON_INTERVALS = 4
+"""So many intervals after an end of ours the build is read again, then after twice as many, and so on."""
+
+MOST_READ_ON_SECONDS = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +51,7 @@ class Pace:
     max_errors: int
     multiplier: float
     heartbeat_timeout_seconds: float = 90.0
+    retention_seconds: float = 90 * 86_400.0
 
 
 Columns = Mapping[str, Any]
@@ -76,6 +94,7 @@ def after_poll(build: Columns, now: datetime, pace: Pace, *, ask: bool) -> dict[
         "consecutive_errors": 0,
         "poll_error": None,
         "poll_fault": None,
+        "missing_since": None,
         "doubtful": ask,
         "poll_deadline_at": _deadline(build, now, pace),
         "next_poll_at": due if ask else _not_while_fresh(build, due, pace),
@@ -87,7 +106,15 @@ def _deadline(build: Columns, now: datetime, pace: Pace) -> datetime | None:
     if build["waiting"]:
         return None
     deadline: datetime | None = build["poll_deadline_at"]
-    return deadline or now + timedelta(seconds=pace.max_seconds)
+    return deadline or now + timedelta(seconds=_allowed_seconds(build, now, pace))
+
+
+def _allowed_seconds(build: Columns, now: datetime, pace: Pace) -> float:
+    """How long polling may go on; a build that was given up before gets as long again as it has taken."""
+    if not build["reads_after_end"]:
+        return pace.max_seconds
+    began: datetime = build["started_at"] or build["created_at"]
+    return max(pace.max_seconds, (now - began).total_seconds())
 
 
 def _not_while_fresh(build: Columns, due: datetime, pace: Pace) -> datetime:
@@ -99,8 +126,12 @@ def _not_while_fresh(build: Columns, due: datetime, pace: Pace) -> datetime:
 def after_error(build: Columns, now: datetime, pace: Pace, message: str, fault: str) -> dict[str, Any]:
     """Changes after a poll that failed; `polling` becomes `error` when it was one too many."""
     errors = build["consecutive_errors"] + 1
-    gives_up = errors >= pace.max_errors
+    missing_since = _missing_since(build, now, fault)
+    may_be_gone = missing_since is not None and now < missing_since + GONE_AFTER
+    gives_up = errors >= pace.max_errors and not may_be_gone
     due = now + timedelta(seconds=_backoff(build, errors, pace))
+    if missing_since is not None and may_be_gone:
+        due = min(due, missing_since + GONE_AFTER)
     if not build["doubtful"]:
         due = _not_while_fresh(build, due, pace)
     return {
@@ -110,9 +141,23 @@ def after_error(build: Columns, now: datetime, pace: Pace, message: str, fault: 
         "consecutive_errors": errors,
         "poll_error": message,
         "poll_fault": fault,
+        "missing_since": missing_since,
         "poll_deadline_at": _deadline(build, now, pace),
         "next_poll_at": None if gives_up else due,
     }
+
+
+def _missing_since(build: Columns, now: datetime, fault: str) -> datetime | None:
+    """Since when the platform does not know the build; another failure in between tells nothing of it."""
+    known: datetime | None = build["missing_since"]
+    return known or (now if fault == PollFault.NOT_FOUND else None)
+
+
+def is_gone(build: Columns, now: datetime) -> bool:
+    """Has it been "not found" for long enough, its last read included, that it may be deleted?"""
+    missing_since: datetime | None = build["missing_since"]
+    is_missing = missing_since is not None and build["poll_fault"] == PollFault.NOT_FOUND
+    return is_missing and missing_since is not None and now >= missing_since + GONE_AFTER
 
 
 def _backoff(build: Columns, errors: int, pace: Pace) -> float:
@@ -178,6 +223,41 @@ def ended(build: Columns) -> dict[str, Any]:
         "doubtful": False,
         "requested": False,
     }
+
+
+def was_given_up(build: Columns) -> bool:
+    """Was it we who ended it, with the platform's own end still to come?"""
+    return State(build["state"]).terminal and not State(build["told_state"]).terminal
+
+
+def read_on(build: Columns, now: datetime, pace: Pace) -> dict[str, Any]:
+    """Changes when a build is over by our own word: it is read again, ever more slowly."""
+    if build["polling"] == "stopped":
+        return ended(build)
+    reads = build["reads_after_end"]
+    wait = min(pace.interval_seconds * READ_ON_INTERVALS * 2.0 ** min(reads, 30), MOST_READ_ON_SECONDS)
+    due = now + timedelta(seconds=wait)
+    kept_until = (build["ended_at"] or now) + timedelta(seconds=pace.retention_seconds)
+    return {
+        **ended(build),
+        "next_poll_at": due if due < kept_until else None,
+        "reads_after_end": reads + 1,
+    }
+
+
+def after_late_error(build: Columns, now: datetime, pace: Pace, message: str, fault: str) -> dict[str, Any]:
+    """Changes after a failed read of a build that is over by our own word."""
+    missing_since = _missing_since(build, now, fault)
+    noted = {
+        "poll_count": build["poll_count"] + 1,
+        "last_poll_at": now,
+        "poll_error": message,
+        "poll_fault": fault,
+        "missing_since": missing_since,
+    }
+    if missing_since is not None and now >= missing_since + GONE_FOR_GOOD_AFTER:
+        return {**ended(build), **noted}
+    return {**read_on(build, now, pace), **noted}
 
 
 def fresh_attempt() -> dict[str, Any]:

@@ -36,7 +36,7 @@ REPORT_EVENTS = 50
 _b, _a, _e = models.builds.c, models.attempts.c, models.events.c
 _i, _m, _s = models.inbound.c, models.messages.c, models.subscribers.c
 
-_BUILD = tuple(column for column in _b if column.name not in ("jobs", "lookup", "group_key", "told_state"))
+_BUILD = tuple(column for column in _b if column.name not in ("jobs", "lookup", "group_key"))
 _OPEN = tuple(state.value for state in State if not state.terminal)
 
 
@@ -76,6 +76,7 @@ class BuildFilter:
     repository: str | None = None
     workflow: str | None = None
     branch: str | None = None
+    forks: bool = False
     state: str | None = None
     conclusion: str | None = None
     since: datetime | None = None
@@ -121,14 +122,23 @@ def _further(wanted: BuildFilter) -> list[ColumnElement[bool]]:
     """The conditions that no index serves."""
     conditions: list[ColumnElement[bool]] = [
         models.builds.c[name] == getattr(wanted, name)
-        for name in ("workflow", "branch", "state", "conclusion")
+        for name in ("workflow", "state", "conclusion")
         if getattr(wanted, name) is not None
     ]
+    if wanted.branch is not None:
+        conditions.append(_is_branch(wanted.branch, wanted.forks))
     if wanted.since is not None:
         conditions.append(_b.created_at >= wanted.since)
     if wanted.until is not None:
         conditions.append(_b.created_at < wanted.until)
     return conditions
+
+
+def _is_branch(name: str, forks: bool) -> ColumnElement[bool]:
+    """Is it a build of this branch, or (`forks`) of a fork's branch of that name?"""
+    own: ColumnElement[bool] = _b.branch == name
+    of_fork = _b.is_fork & _b.branch.endswith(f":{name}", autoescape=True)
+    return or_(own, of_fork) if forks else own
 
 
 def attempts(connection: Connection, build: Row, after: int, most: int) -> list[Row]:

@@ -210,6 +210,7 @@ def _count(connection: Connection, wants: Filters, wanted: Range, after: int, la
         select(
             _e.type, _e.change, _own.c.state.label("message_state"),
             *(_e.data[field].as_string().label(f"in_{field}") for field in looked_at),
+            _e.data["is_fork"].as_boolean().label("is_fork"),
         )
         .outerjoin(_own, (_own.c.event == _e.id) & (_own.c.subscriber == wants.id))
         .where(_e.id > after, _e.id <= last, _e.timestamp >= wanted.since, _e.timestamp < wanted.until)
@@ -218,9 +219,13 @@ def _count(connection: Connection, wants: Filters, wanted: Range, after: int, la
     groups = connection.execute(select(facts, func.count().label("number")).group_by(*facts.c)).mappings()
     return sum(
         group["number"]
-        for group in groups
-        if _is_wanted(dict(group), {field: group[f"in_{field}"] for field in looked_at}, wants, wanted)
+        for group in map(dict, groups)
+        if _is_wanted(group, _facts(group, looked_at), wants, wanted)
     )
+
+
+def _facts(group: Row, looked_at: Sequence[str]) -> Row:
+    return {"is_fork": group["is_fork"]} | {field: group[f"in_{field}"] for field in looked_at}
 
 
 def _is_wanted(row: Row, data: Row, wants: Filters, wanted: Range) -> bool:

@@ -739,4 +739,5 @@ def pace(settings: Settings) -> Pace:
         max_errors=settings.max_consecutive_errors,
         multiplier=settings.backoff_multiplier,
         heartbeat_timeout_seconds=settings.heartbeat_timeout_seconds,
+        retention_seconds=settings.retention_days * 86_400.0,
     )

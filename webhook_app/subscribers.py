@@ -40,7 +40,10 @@ MOST_OLD_SECRETS = 10
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """One active subscriber's globs; an empty list matches everything."""
+    """One active subscriber's globs; an empty list matches everything.
+
+    `forks`: globs of branches and changes are held against builds of forks as well.
+    """
 
     id: str
     events: tuple[str, ...]
@@ -52,6 +55,7 @@ class Filters:
     changes: tuple[str, ...] = ()
 
     format: str = "standard"
+    forks: bool = False
 
     @property
     def wants_change(self) -> bool:
@@ -72,8 +76,21 @@ class Filters:
             _any_glob(self.events, type_)
             and _any_glob(self.sources, data.get("source"))
             and _any_glob(self.repositories, data.get("repository"), fold=True)
-            and _any_glob(self.branches, data.get("branch"))
+            and self._match_branch(data)
         )
+
+    def _match_branch(self, data: Row) -> bool:
+        """A fork's branch is none of the repository's: it counts only where it is asked for.
+
+        Then it is known as it is shown (`stranger:main`), and by its own name.
+        """
+        branch: str | None = data.get("branch")
+        if not data.get("is_fork"):
+            return _any_glob(self.branches, branch)
+        if not self.forks:
+            return not (self.branches or self.changes)
+        own_name = branch and branch.partition(":")[2]
+        return _any_glob(self.branches, branch) or _any_glob(self.branches, own_name)
 
 
 def _any_glob(globs: tuple[str, ...], value: str | None, fold: bool = False) -> bool:
@@ -91,7 +108,8 @@ _GLOBS = ("events", "sources", "repositories", "branches", "states", "conclusion
 
 def filters(row: Row) -> Filters:
     """The filters of a subscriber's row."""
-    return Filters(row["id"], **{name: tuple(row[name]) for name in _GLOBS}, format=row["format"])
+    globs = {name: tuple(row[name]) for name in _GLOBS}
+    return Filters(row["id"], **globs, format=row["format"], forks=row["forks"])
 
 
 _cached: tuple[Engine | None, int, tuple[Filters, ...]] = (None, -1, ())
@@ -125,6 +143,7 @@ def create(write: Write, wanted: Mapping[str, Any], keys: Sequence[str], now: da
         "url": wanted["url"],
         **{name: list(wanted.get(name) or []) for name in _GLOBS},
         "format": wanted.get("format") or "standard",
+        "forks": wanted.get("forks", False),
         "origin": wanted.get("origin") or "api",
         "description": wanted.get("description"),
         "rate_limit_per_second": wanted.get("rate_limit_per_second"),

@@ -118,7 +118,10 @@ class Webhook:
 
 @dataclass(frozen=True, slots=True)
 class PollTarget:
-    """One build to read, as recorded."""
+    """One build to read, as recorded.
+
+    `attempt_base`: attempts of earlier uses of its identity, which the platform does not count.
+    """
 
     build_id: str
     key: str
@@ -126,6 +129,12 @@ class PollTarget:
     number: int | None
     attempt: int
     url: str | None
+    attempt_base: int = 0
+
+    @property
+    def platform_attempt(self) -> int:
+        """The number of the attempt as the platform counts."""
+        return self.attempt - self.attempt_base
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ REST: https://docs.github.com/en/rest/actions/workflow-runs
 * `workflow_job` says that a run has begun, and how far it is.  It never ends one (re-running the
   failed jobs sends `completed` again for the others), it is never ordered by its times (a gated
   job's three events carry the same ones), and a job that has not begun says nothing: the run is
-  `queued` at least by being known.
+  `queued` at least by being known.  It names a branch but not the repository that has it, which may
+  be a fork: so a job says nothing about the branch.
 * `check_run` shows foreign checks and doubles of jobs.  It says only that something happened.
 """
 
@@ -327,6 +328,7 @@ def _run(source: Source, run: dict[str, Any], repository: str | None, observed_b
     conclusion = _read.text(run.get("conclusion"))
     state, ended_as, waiting = _state(status, conclusion)
     updated_at = _read.moment(run.get("updated_at"))
+    head = _head(run, repository)
     return _about(
         source,
         _read.need_id(run, "workflow_run.id"),
@@ -340,15 +342,56 @@ def _run(source: Source, run: dict[str, Any], repository: str | None, observed_b
         raw_conclusion=conclusion,
         waiting=waiting,
         workflow=_read.text(run.get("name")) or _workflow_file(run.get("path")),
-        branch=_read.text(run.get("head_branch")),
+        trigger=head.trigger,
+        branch=head.branch,
+        head_repository=head.repository,
+        is_fork=head.is_fork,
         commit=_read.text(run.get("head_sha")),
         number=_read.whole(run.get("run_number")),
         url=_read.web_url(run.get("html_url")),
         started_at=_read.moment(run.get("run_started_at")),
         ended_at=updated_at if state is not None and state.terminal else None,
         platform_at=updated_at,
+        created_at=_read.moment(run.get("created_at")),
         doubtful=status == "completed" and conclusion is None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What a run is of: the trigger, the branch as it is shown, and the fork that has it."""
+
+    trigger: str | None
+    branch: str | None
+    repository: str | None
+    is_fork: bool | None
+
+
+def _head(run: dict[str, Any], repository: str | None) -> _Head:
+    """Tell whose branch `head_branch` is: with a pull request of a fork it is a branch of the fork.
+
+    `head_repository` is null when the fork is gone, and missing where an old server does not tell it.
+    """
+    trigger, name = _read.text(run.get("event")), _read.text(run.get("head_branch"))
+    if trigger == "release" or "@refs/tags/" in (_read.text(run.get("path")) or ""):
+        return _Head("tag" if trigger == "push" else trigger, name and f"refs/tags/{name}", None, False)
+    head = _read.mapping(run.get("head_repository"))
+    head_name = _read.text(head.get("full_name"))
+    gone = (trigger or "").startswith("pull_request") and "head_repository" in run and not head
+    is_fork = gone or _is_other(head, _read.mapping(run.get("repository")), head_name, repository)
+    owner = (head_name or "unknown").partition("/")[0]
+    shown = f"{owner}:{name}" if is_fork and name else name
+    return _Head(trigger, shown, head_name if is_fork else None, is_fork if head or gone else None)
+
+
+def _is_other(
+    head: dict[str, Any], base: dict[str, Any], head_name: str | None, base_name: str | None
+) -> bool:
+    """Are these two repositories?  Ids tell, for a name may be an old one."""
+    ids = _read.whole(head.get("id")), _read.whole(base.get("id"))
+    if None not in ids:
+        return ids[0] != ids[1]
+    return head_name is not None and head_name.casefold() != (base_name or head_name).casefold()
 
 
 def _state(status: str, conclusion: str | None) -> tuple[State | None, Conclusion | None, bool]:
@@ -445,9 +488,9 @@ def _job(source: Source, payload: dict[str, Any]) -> Observation:
         attempt=attempt,
         state=State.IN_PROGRESS if attempt and job.get("status") == "in_progress" else None,
         workflow=_read.text(job.get("workflow_name")),
-        branch=_read.text(job.get("head_branch")),
         commit=_read.text(job.get("head_sha")),
         url=run_url[0] if run_url and int(run_url[2]) == run_id else None,
+        job_created_at=_read.moment(job.get("created_at")),
         jobs=(fact,) if attempt else (),
     )
 
@@ -614,7 +657,7 @@ _FAILURES = {"failure", "timed_out", "startup_failure"}
 
 def ended_jobs_request(source: Source, target: PollTarget) -> Request | None:
     """`GET …/runs/ID/attempts/N/jobs`."""
-    return _below(source, target, f"/attempts/{target.attempt}/jobs?per_page=100")
+    return _below(source, target, f"/attempts/{target.platform_attempt}/jobs?per_page=100")
 
 
 def _below(source: Source, target: PollTarget, path: str) -> Request | None:
@@ -646,7 +689,7 @@ def log_files(
     """
     failed = [job for job in jobs if job.failed][:_MOST_LOGS]
     if everything or not failed:
-        archive = _below(source, target, f"/attempts/{target.attempt}/logs")
+        archive = _below(source, target, f"/attempts/{target.platform_attempt}/logs")
         return (LogFile("run", archive, zipped=True),) if archive and any(job.ran for job in jobs) else ()
     place = f"{source.api_url}/repos/{target.repository}/actions/jobs"
     return tuple(LogFile(job.name, Request(f"{place}/{job.id}/logs", _headers(source))) for job in failed)

@@ -89,7 +89,10 @@ _TIME_OUTS = {"job_execution_timeout", "stuck_or_timeout_failure"}
 
 _JOBS_PAGE = 100
 
-_PIPELINE_PATH = re.compile(r"/(.+?)(?:/-)?/pipelines/[0-9]+/?")
+_PIPELINE_PATH = re.compile(r"(.+?)(?:/-)?/pipelines/[0-9]+/?")
+_SSH_ADDRESS = re.compile(r"(?:ssh://[^/]+/|[^/:@\s]+@[^/:\s]+:/?)(.+?)(?:\.git)?/?")
+
+_MERGE_REQUEST = "merge_request_event"
 
 
 # ---- webhooks ------------------------------------------------------------------------------------
@@ -298,24 +301,39 @@ def _rest_pipeline(source: Source, repository: str | None, pipeline: dict[str, A
         conclusion=conclusion,
         raw_status=status,
         waiting=status in _WAITING,
-        repository=repository or _project_path(source, url),
+        repository=repository or _project_path(source, page=url),
         workflow=_read.text(pipeline.get("name")) or _read.text(pipeline.get("source")),
         unlisted=pipeline.get("source") == _CHILD,
-        branch=_branch(pipeline.get("ref")),
+        trigger=_trigger(pipeline),
+        branch=_ref(pipeline),
         commit=_read.text(pipeline.get("sha")),
         number=_read.whole(pipeline.get("iid")),
         url=url,
         started_at=_read.moment(pipeline.get("started_at")),
         ended_at=_end(state, pipeline),
         platform_at=_read.moment(pipeline.get("updated_at")),
+        created_at=_read.moment(pipeline.get("created_at")),
     )
 
 
-def _project_path(source: Source, url: str | None) -> str | None:
-    """`group/project` out of a pipeline's page, less the path GitLab itself may live under."""
-    path = urlsplit(url or "").path.removeprefix(urlsplit(source.api_url).path)
-    found = _PIPELINE_PATH.fullmatch(path)
-    return _read.text(found[1]) if found else None
+def _project_path(
+    source: Source, *, path: object = None, ssh: object = None, page: object = None, name: object = None
+) -> str | None:
+    """`group/project`, from the best that a payload has: the one reading of it for hooks and REST.
+
+    `path`: the path itself.  `ssh`: the address for `git clone`, where nothing stands before it.  `page`: a
+    page of the project or of a pipeline, less the path that GitLab lives under by our settings; where those
+    don't know it, the display `name` (`Group / Project`) tells how many parts are the project's.
+    """
+    known = _read.text(path)
+    found = _SSH_ADDRESS.fullmatch(_read.text(ssh, _read.URL_CHARS) or "")
+    if known or found:
+        return known or (_read.text(found[1]) if found else None)
+    parts = urlsplit(_read.web_url(page) or "").path.removeprefix(urlsplit(source.api_url).path).strip("/")
+    of_pipeline = _PIPELINE_PATH.fullmatch(parts)
+    names = (of_pipeline[1] if of_pipeline else parts).split("/")
+    depth = (_read.text(name) or "").count(" / ")
+    return _read.text("/".join(names[-depth - 1 :] if depth else names))
 
 
 # ---- OAuth ---------------------------------------------------------------------------------------
@@ -386,16 +404,26 @@ def _pipeline_hook(source: Source, payload: dict[str, Any]) -> Observation:
     state, conclusion = _state(status, begun=any(map(_has_begun, builds)))
     if status == "failed" and _timed_out(builds):
         state, conclusion = State.TIMEOUT, Conclusion.TIMED_OUT
+    project_id = _read.need_id(project, "project.id")
+    fork, ref = _fork(payload, project_id), _ref(pipeline)
     return replace(
-        _about(source, _read.need_id(project, "project.id"), pipeline_id, ObservedBy.PUSH),
+        _about(source, project_id, pipeline_id, ObservedBy.PUSH),
         state=state,
         conclusion=conclusion,
         raw_status=status,
         waiting=status in _WAITING,
-        repository=_read.text(project.get("path_with_namespace")),
+        repository=_project_path(
+            source,
+            path=project.get("path_with_namespace"),
+            ssh=project.get("git_ssh_url"),
+            page=project.get("web_url"),
+        ),
         workflow=_read.text(pipeline.get("name")) or _read.text(pipeline.get("source")),
         unlisted=pipeline.get("source") == _CHILD,
-        branch=_branch(pipeline.get("ref")),
+        trigger=_trigger(pipeline),
+        branch=f"{fork.rpartition('/')[0] or fork}:{ref}" if fork and ref else ref,
+        head_repository=fork,
+        is_fork=fork is not None,
         commit=_read.text(pipeline.get("sha")),
         number=_read.whole(pipeline.get("iid")),
         url=_read.web_url(pipeline.get("url")) or _pipeline_page(project.get("web_url"), pipeline_id),
@@ -404,6 +432,7 @@ def _pipeline_hook(source: Source, payload: dict[str, Any]) -> Observation:
         platform_at=_latest(
             *_times([pipeline], "created_at", "finished_at"), *_times(builds, "started_at", "finished_at")
         ),
+        created_at=_read.moment(pipeline.get("created_at")),
         jobs=jobs,
         jobs_complete=bool(jobs) and len(jobs) == len(builds),
     )
@@ -465,10 +494,32 @@ def _end(state: State | None, pipeline: dict[str, Any]) -> datetime | None:
     return _read.moment(pipeline.get("finished_at")) if state is not None and state.terminal else None
 
 
-def _branch(ref: object) -> str | None:
-    """REST shows merge request pipelines as `refs/merge-requests/1/head`, which is no branch."""
-    branch = _read.text(ref)
-    return None if branch is None or branch.startswith("refs/merge-requests/") else branch
+def _ref(holder: dict[str, Any]) -> str | None:
+    """The branch as it is shown: `refs/tags/NAME` for a tag, which is no branch of the same name.
+
+    REST shows merge request pipelines as `refs/merge-requests/1/head`, which is no branch.
+    """
+    name = _read.text(holder.get("ref"))
+    if name is None or name.startswith("refs/merge-requests/"):
+        return None
+    return f"refs/tags/{name}" if holder.get("tag") is True else name
+
+
+def _trigger(pipeline: dict[str, Any]) -> str | None:
+    """What started it: GitLab's `source`, but `tag` for a push of a tag and `pull_request` as elsewhere."""
+    told = _read.text(pipeline.get("source"))
+    if pipeline.get("tag") is True and told in (None, "push"):
+        return "tag"
+    return "pull_request" if told == _MERGE_REQUEST else told
+
+
+def _fork(payload: dict[str, Any], project_id: int) -> str | None:
+    """The project that the source branch of a merge request is in, if it is another: its path, or its id."""
+    request = _read.mapping(payload.get("merge_request"))
+    source_id = _read.whole(request.get("source_project_id"))
+    if source_id is None or source_id == project_id:
+        return None
+    return _read.text(_read.mapping(request.get("source")).get("path_with_namespace")) or str(source_id)
 
 
 # ---- jobs ----------------------------------------------------------------------------------------
@@ -486,15 +537,21 @@ def _job_hook(source: Source, payload: dict[str, Any]) -> Observation:
     )
     page = _read.web_url(project.get("web_url")) or _read.web_url(repository.get("homepage"))
     runs = fact.status is JobStatus.IN_PROGRESS
-    path = _read.text(project.get("path_with_namespace"))
     return replace(
         _about(source, _read.need_id(payload, "project_id"), pipeline_id, ObservedBy.PUSH),
         state=State.IN_PROGRESS if runs else None,
-        repository=path or (_read.text(urlsplit(page).path.strip("/")) if page else None),
-        branch=_branch(payload.get("ref")),
+        repository=_project_path(
+            source,
+            path=project.get("path_with_namespace"),
+            ssh=repository.get("git_ssh_url") or repository.get("url"),
+            page=page,
+            name=payload.get("project_name"),
+        ),
+        branch=_ref(payload),
         commit=_read.text(payload.get("sha")),
         url=_pipeline_page(page, pipeline_id),
         platform_at=_read.moment(payload.get("build_started_at")) if runs else None,
+        job_created_at=_read.moment(payload.get("build_created_at")),
         jobs=(fact,) if runs or fact.status is JobStatus.COMPLETED else (),
     )
 

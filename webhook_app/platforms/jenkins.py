@@ -10,6 +10,12 @@ API: https://www.jenkins.io/doc/book/using/remote-access-api/
 * Jenkins ignores the case of names, so the key is folded.
 * A rebuild or replay is a new number: there are no attempts.  There is no clock but that of the
   phase, and phases are ordered by rank, so no time orders anything.
+* A job that is made again numbers its builds from 1: `queue_id` and the start tell these apart.
+* A multibranch project has a job for each branch, whose name is the branch, `/` written as `%2F`.
+  Its pushes tell no branch, so it comes from the path.
+* A configuration of a matrix project (`job/web/LABEL=linux,JDK=17/4/`) and a module of a Maven one
+  (`job/mvn/com.acme$core/4/`) stand below their job, without `job/`: written as a last name that
+  begins with `/`.
 * COMPLETED and FINALIZED both end a build, whichever is configured; before 1.6 it was FINISHED.
 """
 
@@ -78,13 +84,22 @@ NOT_BUILT was skipped."""
 _UNKNOWN_RESULT = (State.FAILED, Conclusion.FAILURE)
 """A word we do not know never means success."""
 
-_BUILD_PATH = re.compile(r"(?:^|/)((?:job/[^/]+/)+)([0-9]{1,10})/?$")
+_BUILD_PATH = re.compile(
+    r"(?:^|/)((?:job/[^/]+/)+)(?:([^/]*(?:=|\$|%24|%3D)[^/]*)/)?([0-9]{1,10})/?$", re.IGNORECASE
+)
+_BELOW_A_JOB = re.compile(r"/?[^/]*[=$][^/]*")
+"""A matrix configuration (`AXIS=value,…`) or a Maven module (`group$artifact`)."""
+_USUAL_BRANCHES = {"main", "master", "develop", "trunk"}
+_CHANGE_REQUEST = re.compile(r"(?:PR|MR)-[0-9]+(?:-(?:head|merge))?")
 _LONGEST_ID = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """Where a build lives: the decoded names of its folders and its job, and its number."""
+    """Where a build lives: the decoded names of its folders and its job, and its number.
+
+    A last name that begins with `/` is a configuration or module below that job.
+    """
 
     names: tuple[str, ...]
     number: int
@@ -124,17 +139,20 @@ def parse_webhook(source: Source, headers: Headers, body: bytes) -> Webhook:
     state, conclusion = _state(phase, status)
     scm = _read.mapping(build.get("scm"))
     started_at, ended_at = _times(phase, build)
+    about = _about(source, _path(build), ObservedBy.PUSH)
     seen = replace(
-        _about(source, _path(build), ObservedBy.PUSH),
+        about,
         state=state,
         conclusion=conclusion,
         raw_status=phase,
         raw_conclusion=status,
-        branch=_branch(scm.get("branch")),
+        branch=_branch(scm.get("branch")) or about.branch,
         commit=_read.text(scm.get("commit")),
         url=_read.web_url(build.get("full_url")),
         started_at=started_at,
         ended_at=ended_at,
+        queue_id=_queue_id(build.get("queue_id")),
+        created_at=None if phase == "FINALIZED" else started_at,
         doubtful=phase in _OVER and status is None,
     )
     return Webhook((seen,))
@@ -189,7 +207,10 @@ def poll_request(source: Source, target: PollTarget) -> Request | None:
 
 
 def _job_path(names: Iterable[str]) -> str:
-    return "/".join(f"job/{_read.path_part(name)}" for name in names)
+    return "/".join(
+        _read.path_part(name[1:]) if name.startswith("/") else f"job/{_read.path_part(name)}"
+        for name in names
+    )
 
 
 def _headers(source: Source) -> dict[str, str]:
@@ -234,6 +255,8 @@ def _built(source: Source, path: _Path, build: dict[str, Any]) -> Observation:
         url=_read.web_url(build.get("url")),
         started_at=started_at,
         ended_at=started_at + duration if over and started_at and duration is not None else None,
+        queue_id=_queue_id(build.get("queueId")),
+        created_at=started_at,
         progress=_read.percent(_read.mapping(build.get("executor")).get("progress")) if building else None,
         expected_seconds=expected.total_seconds() if expected else None,
         doubtful=not building and result is None,
@@ -264,8 +287,12 @@ def parse_jobs(source: Source, seen: Observation, answer: Answer) -> Observation
 
 
 def together(repository: str) -> str:
-    """The jobs of a folder: `FOLDER/NAME` is in `FOLDER`, a job outside of folders in the empty one."""
-    return repository.rpartition("/")[0]
+    """The jobs of a folder: `FOLDER/NAME` is in `FOLDER`, a job outside of folders in the empty one.
+
+    What stands below a job is listed by itself: a matrix project lists no jobs.
+    """
+    below = _names_of(repository)[-1].startswith("/")
+    return repository if below else repository.rpartition("/")[0]
 
 
 def list_request(
@@ -276,8 +303,8 @@ def list_request(
     `GET /job/FOLDER/job/NAME/api/json?tree=builds[…]{0,50}`,
     `GET /job/FOLDER/api/json?tree=jobs[name,builds[…]{0,50}]`.
     """
-    paths = [repository.split("/") for repository in repositories]
-    if not source.api_url or not all(_is_name(name) for names in paths for name in names):
+    paths = [_names_of(repository) for repository in repositories]
+    if not source.api_url or not all(map(_are_names, paths)):
         return None
     tree = f"{_BUILDS}{{0,{most}}}"
     names = paths[0]
@@ -304,7 +331,7 @@ def _builds_of(source: Source, repository: str, job: dict[str, Any]) -> Iterator
         number = _read.count(build.get("number"))
         if number and isinstance(build.get("building"), bool):
             with suppress(Unreadable):
-                yield _built(source, _Path(tuple(repository.split("/")), number), build)
+                yield _built(source, _Path(_names_of(repository), number), build)
 
 
 def repository_request(source: Source, target: PollTarget) -> Request | None:
@@ -350,10 +377,41 @@ def _about(source: Source, path: _Path, observed_by: ObservedBy) -> Observation:
         observed_by=observed_by,
         key=build_id.casefold(),
         build_id=build_id,
-        repository="/".join(path.names),
-        workflow=path.names[-1],
+        repository="/".join((*path.names[:-1], path.names[-1].removeprefix("/"))),
+        workflow=_workflow(path.names),
+        trigger="pull_request" if _CHANGE_REQUEST.fullmatch(path.names[-1]) else None,
+        branch=_branch_of_job(path.names),
         number=path.number,
     )
+
+
+def _branch_of_job(names: tuple[str, ...]) -> str | None:
+    """The branch that a job of a multibranch project builds; None for any other job.
+
+    Nothing says of a job that it is one, but its name does: `feature%2Fpay`, `PR-7`, `main` below a project.
+    """
+    name = names[-1]
+    usual = len(names) > 1 and (name in _USUAL_BRANCHES or _CHANGE_REQUEST.fullmatch(name))
+    return _read.text(unquote(name)) if usual or "%2F" in name.upper() else None
+
+
+def _workflow(names: tuple[str, ...]) -> str:
+    """The job, or the project of a multibranch job: all its branches are one workflow."""
+    of_branch = len(names) > 1 and _branch_of_job(names) is not None
+    return names[-2 if of_branch else -1].removeprefix("/")
+
+
+def _names_of(repository: str) -> tuple[str, ...]:
+    """The names out of `FOLDER/JOB`, or of `JOB/AXIS=value`, which stands below its job."""
+    *folders, last = repository.split("/")
+    below = bool(folders) and _BELOW_A_JOB.fullmatch(last)
+    return (*folders, f"/{last}" if below else last)
+
+
+def _queue_id(value: object) -> str | None:
+    """The id of the queue item that became the build; Jenkins says -1 where it does not know it."""
+    number = _read.whole(value)
+    return str(number) if number is not None and number > 0 else None
 
 
 def _parsed_path(url: object) -> _Path | None:
@@ -365,8 +423,17 @@ def _parsed_path(url: object) -> _Path | None:
         return None
     if found is None:
         return None
-    names = tuple(_read.clean(unquote(name), _read.NAME_CHARS) for name in found[1].split("/")[1::2])
-    return _Path(names, int(found[2])) if all(map(_is_name, names)) else None
+    names = [_read.clean(unquote(name), _read.NAME_CHARS) for name in found[1].split("/")[1::2]]
+    if found[2]:
+        names.append("/" + _read.clean(unquote(found[2]), _read.NAME_CHARS - 1))
+    return _Path(tuple(names), int(found[3])) if _are_names(names) else None
+
+
+def _are_names(names: Sequence[str]) -> bool:
+    """Folders and a job, perhaps with a configuration or module below it."""
+    *above, last = names
+    below = bool(above) and last.startswith("/") and _BELOW_A_JOB.fullmatch(last) is not None
+    return all(map(_is_name, above)) and _is_name(last.removeprefix("/") if below else last)
 
 
 def _is_name(name: str) -> bool:
@@ -385,7 +452,7 @@ def _path_of_id(build_id: str) -> _Path | None:
     if not parts or not re.fullmatch("[0-9]{1,10}", number):
         return None
     names = tuple(map(_unescaped, parts))
-    return _Path(names, int(number)) if all(map(_is_name, names)) else None
+    return _Path(names, int(number)) if _are_names(names) else None
 
 
 def _unescaped(part: str) -> str:

@@ -117,8 +117,9 @@ def get_polling(build_id: str) -> Any:
 def start_polling(build_id: str) -> Any:
     """Poll a build now and until it ends.
 
-    An id that is not known yet makes a build that waits for its first poll; if its platform does
-    not know it either, it fails at once.
+    A build that BuildRelay itself has ended (given up, not found) is read once more, and polled again if
+    its platform shows it alive.  An id that is not known yet makes a build that waits for its first poll;
+    if its platform does not know it either, it fails at once.
     """
     row = db.as_writer(state().engine, lambda write: _start(write, build_id))
     state().bell.ring(queues.POLL)
@@ -131,7 +132,7 @@ def _start(write: db.Write, build_id: str) -> Mapping[Any, Any]:
         return _start_unknown(write, build_id)
     if not _can_be_polled(row):
         abort(422, f"builds of {row['source']} can't be polled")
-    if State(row["state"]).terminal:
+    if State(row["state"]).terminal and not polling.was_given_up(row):
         abort(409, f"the build has ended ({row['state']}), there is nothing to poll for")
     if polling.is_polling(row):
         abort(409, "the build is being polled already")

@@ -203,8 +203,9 @@ def _fetch(build: Row, artifact: Row) -> Download:
     if source is None or not source.can_poll:
         raise NoDownload(404, "its source is switched off or not configured any more")
     target = PollTarget(
-        build["build_id"], build["key"], build["repository"], build["number"], build["attempt"], build["url"]
-    )
+        build["build_id"], build["key"], build["repository"], build["number"], build["attempt"], build["url"],
+        build["attempt_base"],
+    )  # fmt: skip
     download = _with_a_token(source, target, artifact)
     if artifact["digest"] is None:
         db.as_writer(state().engine, lambda write: artifacts.note_digest(write, artifact, download))
