@@ -86,6 +86,20 @@ def test_builds_are_listed_newest_first_and_page_by_page(api):
     assert set(items[0]) == BUILD_FIELDS
 
 
+def test_a_repository_is_found_under_each_spelling_of_its_name(api):
+    names = ["Octo/Repo", "octo/repo", "octo/Repo", "octo/other", "Ünit/Ä", "ünit/ä"]
+    api.record(*(github(Q, run=run, repository=name) for run, name in enumerate(names, 1)))
+    api.record(script("heartbeat"))  # of no repository
+
+    def found(name):
+        items, _ = pages(api, "/api/builds", limit=2, repository=name)
+        return [item["number"] for item in items]
+
+    assert found("OCTO/repo") == found("Octo/Repo") == [3, 2, 1]
+    assert found("ÜNIT/ä") == [6, 5]
+    assert found("octo/rep") == found("octo") == found("") == []
+
+
 def test_new_builds_do_not_disturb_a_list_that_is_being_read(api):
     api.record(*(github(Q, run=run) for run in range(1, 5)))
     first = api("GET", "/api/builds", query_string={"limit": 2})
@@ -107,7 +121,9 @@ def test_filters(api):
     assert found(source="nobody") == []
     assert found(repository="Octo/Repo") == [2, 1]
     assert found(repository="Octo/Repo", source="github", limit=1) == [2]
+    assert found(repository="octo/repo") == found(repository="OCTO/REPO", source="GitHub") == [2, 1]
     assert found(repository="Octo/Repo", source="gitlab") == []
+    assert found(source="GITHUB") == [3, 2, 1]
     assert found(repository="group/project") == ["gitlab"]
     assert found(branch="dev") == [2]
     assert found(state="in_progress") == ["gitlab", 1]

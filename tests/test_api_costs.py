@@ -64,16 +64,16 @@ def plan_of(engine, statement):
         )
 
 
-SOURCES = ["github", "gitlab"]
+OF_TWO_SOURCES = [("github", "a/b"), ("gitlab", "a/B")]
 
 
 @pytest.mark.parametrize(
     ("statement", "index"),
     [
-        (queries.builds(BuildFilter(), SOURCES), "SEARCH builds USING INTEGER PRIMARY KEY (rowid<?)"),
-        (queries.builds(BuildFilter(source="github"), SOURCES),
+        (queries.builds(BuildFilter()), "SEARCH builds USING INTEGER PRIMARY KEY (rowid<?)"),
+        (queries.builds(BuildFilter(source="github")),
         "SEARCH builds USING INTEGER PRIMARY KEY (rowid<?)"),
-        (queries.builds(BuildFilter(state="failed"), SOURCES),
+        (queries.builds(BuildFilter(state="failed")),
         "SEARCH builds USING INTEGER PRIMARY KEY (rowid<?)"),
         (queries.events_of_build(0, 9).where(models.events.c.build == 1),
         "USING INDEX sqlite_autoindex_events_1 (build=?)"),
@@ -107,9 +107,45 @@ def test_builds_of_a_repository_follow_its_index(local):
         BuildFilter(repository="a/b"),
         BuildFilter(repository="a/b", source="github", state="failed"),
     ):
-        plan = plan_of(local.engine, queries.builds(wanted, SOURCES))
+        plan = plan_of(local.engine, queries.builds(wanted, OF_TWO_SOURCES))
         assert "ix_builds_repository (source=? AND repository=? AND id<?)" in plan
         assert not re.search(r"SCAN builds", plan), plan
+
+
+def test_the_spellings_of_a_repository_are_read_from_an_index_one_step_for_each(local):
+    plan = plan_of(local.engine, queries.distinct_repositories(["github", "gitlab"]))
+    found = re.findall(r"(?:SEARCH|SCAN) builds[^|]*", plan)
+    assert len(found) == 2
+    for step in found:
+        assert re.search(r"SEARCH builds USING COVERING INDEX \w+ \(source=\? AND repository>\?\)", step), (
+            plan
+        )
+
+
+def test_postgresql_reads_the_spellings_of_a_repository_along_an_index(postgres_engine):
+    with postgres_engine.begin() as connection:
+        columns = {"source": "github", "platform": "github", "attempt": 1, "state": "completed"}
+        nothing = {"told_state": "", "waiting": False, "jobs": {}, "jobs_complete": False, "progress": 0}
+        more = {"progress_basis": "", "report": {}, "observed_by": "push", "sequence": 1, "polling": ""}
+        counts = {"poll_count": 0, "consecutive_errors": 0, "doubtful": False, "requested": False}
+        rows = [
+            {
+                "id": id_, "build_id": f"b{id_}", "key": f"k{id_}", "lookup": f"l{id_}",
+                "repository": f"octo/{id_ % 20}", "created_at": at(0), "updated_at": at(0),
+            } | columns | nothing | more | counts
+            for id_ in range(1, 20_001)
+        ]  # fmt: skip
+        connection.execute(models.builds.insert(), rows)
+    with postgres_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("VACUUM ANALYZE builds")
+        for spelled in ("OCTO/7", "octo/7"):
+            assert queries.spellings(connection, spelled, ["github"]) == [("github", "octo/7")]
+        statement = queries.distinct_repositories(["github"])
+        compiled = str(statement.compile(postgres_engine, compile_kwargs={"literal_binds": True}))
+        lines = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, TIMING OFF) {compiled}").scalars().all()
+    plan = "\n".join(lines)
+    assert "Index Only Scan using ix_builds" in plan
+    assert "Seq Scan on builds" not in plan
 
 
 def test_polled_builds_are_found_among_the_open_ones(local):

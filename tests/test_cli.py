@@ -374,3 +374,9 @@ def test_ctrl_c_during_a_command_is_no_fault(box):
                 process.send_signal(signal.SIGINT)
                 said, _ = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, "")
+
+
+def test_a_source_is_named_in_any_case(box):
+    said = box("sources", "connect", "JENKINS", "web", "--url", "https://relay.example.com")
+    assert any(line.endswith("https://relay.example.com/webhooks/jenkins") for line in said)
+    assert "there is no source hudson" in box("sources", "connect", "hudson", "web", code=2)

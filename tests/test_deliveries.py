@@ -96,6 +96,7 @@ def test_an_event_and_its_messages_are_one_transaction(engine):
         ({"states": ["failed"]}, False),
         ({"conclusions": ["success"]}, False),
         ({"changes": ["broke"]}, False),
+        ({"sources": ["GitHub"]}, True),
         ({"sources": ["git*"], "branches": ["m??n"], "repositories": ["OCTO/repo"]}, True),
     ],
 )

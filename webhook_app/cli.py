@@ -39,7 +39,7 @@ from webhook_app.lifecycle import Conclusion, State
 from webhook_app.migrations import NewerSchema
 from webhook_app.platforms import PollError
 from webhook_app.sealing import SealError
-from webhook_app.settings import Settings, SettingsError
+from webhook_app.settings import Settings, SettingsError, SourceSettings
 from webhook_app.times import iso, utc_now
 
 REDIS_SECONDS = 2.0
@@ -481,9 +481,15 @@ def _list_sources(_chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _source(values: Settings, name: str) -> SourceSettings | None:
+    """The source of this name, whatever its case."""
+    same = (one for one in values.sources.values() if one.source.name.casefold() == name.casefold())
+    return next(same, None)
+
+
 def _connect(chosen: argparse.Namespace) -> int:
     values = _settings()
-    source = values.sources.get(chosen.source)
+    source = _source(values, chosen.source)
     if source is None or source.source.platform == "script":
         known = ", ".join(name for name, one in values.sources.items() if one.source.platform != "script")
         print(f"buildrelay: there is no source {chosen.source}: it is one of {known}", file=sys.stderr)
@@ -492,7 +498,7 @@ def _connect(chosen: argparse.Namespace) -> int:
     if not base:
         print("buildrelay: --url or PUBLIC_URL is needed: where are we seen from outside?", file=sys.stderr)
         return 2
-    address = registration.Address(chosen.source, base)
+    address = registration.Address(source.source.name, base)
     if source.source.platform == "jenkins":
         print(_JENKINS.format(url=address.url))
         return 0

@@ -11,10 +11,12 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    CompoundSelect,
     Connection,
     Select,
     bindparam,
     func,
+    literal,
     or_,
     select,
     tuple_,
@@ -83,17 +85,45 @@ class BuildFilter:
     until: datetime | None = None
 
 
+Spelling = tuple[str, str]
+"""A source, and the name of one of its repositories as builds have it."""
+
+
+def spellings(connection: Connection, repository: str, sources: Collection[str]) -> list[Spelling]:
+    """Where builds of a repository are, whatever the case of its name; one may have several spellings.
+
+    No index ignores case, so the distinct names are read from one, and no build.
+    """
+    rows = connection.execute(distinct_repositories(sorted(sources))) if sources else ()
+    wanted = repository.casefold()
+    return [(row.source, row.name) for row in rows if row.name.casefold() == wanted]
+
+
+def distinct_repositories(sources: Sequence[str]) -> CompoundSelect[Any]:
+    """The statement for the names of all repositories with builds: one step of an index for each name."""
+    parts = []
+    for number, source in enumerate(sources):
+        names = select(literal("").label("name")).cte(f"names_{number}", recursive=True)
+        following = select(func.min(_b.repository)).where(_b.source == source, _b.repository > names.c.name)
+        step = select(following.scalar_subquery()).where(names.c.name.is_not(None))
+        names = names.union_all(step)
+        parts.append(select(literal(source).label("source"), names.c.name).where(names.c.name != ""))
+    return union_all(*parts)
+
+
 def builds(
-    wanted: BuildFilter, sources: Collection[str], before: int = LARGEST_ID, most: int = 50
+    wanted: BuildFilter,
+    repositories: Collection[Spelling] = (),
+    before: int = LARGEST_ID,
+    most: int = 50,
 ) -> Select[Any]:
-    """The statement for builds, newest first.  `sources`: those that `repository` is looked for in.
+    """The statement for builds, newest first.  `repositories`: the `spellings` of the wanted repository.
 
     With a repository it follows the index over source, repository and id, else the ids downwards.
     """
     conditions: list[ColumnElement[bool]] = [_b.id < before]
     if wanted.repository is not None:
-        within = [wanted.source] if wanted.source is not None else sorted(sources)
-        return _of_repository(wanted, within, before, most)
+        return _of_repository(wanted, sorted(repositories), before, most)
     if wanted.source is not None:
         # "+ ''" keeps SQLite from reading and sorting all builds of the source: no index ends in their order.
         conditions.append(_b.source + "" == wanted.source)
@@ -101,18 +131,20 @@ def builds(
     return statement.order_by(_b.id.desc()).limit(most)
 
 
-def _of_repository(wanted: BuildFilter, sources: Sequence[str], before: int, most: int) -> Select[Any]:
-    """The newest of each source, merged: each part is one walk along the index."""
+def _of_repository(
+    wanted: BuildFilter, repositories: Sequence[Spelling], before: int, most: int
+) -> Select[Any]:
+    """The newest of each spelling, merged: each part is one walk along the index."""
     parts = [
         select(
             select(_b.id)
-            .where(_b.source == source, _b.repository == wanted.repository, _b.id < before, *_further(wanted))
+            .where(_b.source == source, _b.repository == name, _b.id < before, *_further(wanted))
             .order_by(_b.id.desc())
             .limit(most)
             .subquery()
             .c.id
         )
-        for source in sources or [""]
+        for source, name in repositories or [("", "")]
     ]
     ids = union_all(*parts) if len(parts) > 1 else parts[0]
     return select(*_BUILD).where(_b.id.in_(ids)).order_by(_b.id.desc()).limit(most)

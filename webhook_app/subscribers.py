@@ -63,7 +63,10 @@ class Filters:
         return bool(self.changes) or self.format in ("slack", "teams")
 
     def match(self, type_: str, data: Row, change: str | None = None) -> bool:
-        """Does an event of this type, with this data, go to the subscriber?  Repositories ignore case."""
+        """Does an event of this type, with this data, go to the subscriber?
+
+        Sources and repositories ignore case.
+        """
         return (
             (not self.states or data.get("state") in self.states)
             and (not self.conclusions or data.get("conclusion") in self.conclusions)
@@ -74,7 +77,7 @@ class Filters:
     def _match_globs(self, type_: str, data: Row) -> bool:
         return (
             _any_glob(self.events, type_)
-            and _any_glob(self.sources, data.get("source"))
+            and _any_glob(self.sources, data.get("source"), fold=True)
             and _any_glob(self.repositories, data.get("repository"), fold=True)
             and self._match_branch(data)
         )

@@ -174,7 +174,7 @@ class BuildsQuery(PageQuery):
     """Filters of `GET /api/builds`; several must all hold."""
 
     source = Text()
-    repository = Text(metadata={"description": "As the platform spells it: `octo/hello`."})
+    repository = Text(metadata={"description": "`octo/hello`, in any case."})
     branch = Text(metadata={"description": "A branch of the repository; a fork's is `OWNER:BRANCH`."})
     forks = fields.Boolean(metadata={"description": "With `branch`: a fork's branch of that name as well."})
     state = Text(validate=OneOf(STATES))

@@ -35,12 +35,29 @@ def _shown(row: Row) -> dict[str, Any]:
     return {**row, "duration_seconds": builds.duration_seconds(row["started_at"], row["ended_at"])}
 
 
+def with_source(asked: dict[str, Any]) -> dict[str, Any]:
+    """A question with its `source` as the settings spell it; one that is no longer set stays as it is."""
+    given = asked.get("source")
+    if given is None:
+        return asked
+    same = (name for name in state().settings.sources if name.casefold() == given.casefold())
+    return asked | {"source": next(same, given)}
+
+
+def _spellings(connection: Connection, wanted: BuildFilter) -> list[queries.Spelling]:
+    if wanted.repository is None:
+        return []
+    within = [wanted.source] if wanted.source is not None else list(state().settings.sources)
+    return queries.spellings(connection, wanted.repository, within)
+
+
 @operation(blueprint, "GET", "/builds", schemas.BuildPage, query=schemas.BuildsQuery)
 def list_builds(asked: dict[str, Any]) -> Any:
-    """List builds, newest first."""
+    """List builds, newest first.  The case of a source and a repository does not matter."""
     limit, before = asked.pop("limit"), asked.pop("cursor", queries.LARGEST_ID)
-    statement = queries.builds(BuildFilter(**asked), list(state().settings.sources), before, limit + 1)
+    wanted = BuildFilter(**with_source(asked))
     with db.reading(state().engine) as connection:
+        statement = queries.builds(wanted, _spellings(connection, wanted), before, limit + 1)
         rows = connection.execute(statement).mappings().all()
     return page([_shown(row) for row in rows], limit, lambda row: row["id"])
 

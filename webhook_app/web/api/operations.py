@@ -11,6 +11,7 @@ from webhook_app.settings import SourceSettings
 from webhook_app.times import utc_now
 from webhook_app.web import schemas
 from webhook_app.web.api import masking
+from webhook_app.web.api.builds import with_source
 from webhook_app.web.api.spec import STORE_ID, Blueprint, abort, operation, page
 from webhook_app.web.state import state
 
@@ -40,7 +41,8 @@ def list_events(asked: dict[str, Any]) -> Any:
 def list_inbound(asked: dict[str, Any]) -> Any:
     """List the verified deliveries that are kept, newest first, without their content."""
     limit, before = asked["limit"], asked.get("cursor", queries.LARGEST_ID)
-    statement = queries.inbound(asked.get("source"), asked.get("status"), before, limit + 1)
+    source = with_source(asked).get("source")
+    statement = queries.inbound(source, asked.get("status"), before, limit + 1)
     with db.reading(state().engine) as connection:
         rows = connection.execute(statement).mappings().all()
     return page(rows, limit, lambda row: row["id"])
