@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tests.caller import ADMIN, address, operations
+from tests.facts import github
 from webhook_app import (
     queues,
 )
@@ -132,6 +133,7 @@ def test_what_is_no_json_is_told(local, body, kind, status):
         "/api/builds?state=done",
         "/api/builds?since=2026-11-01", "/api/builds?since=2026-11-01T10:00:00", "/api/builds?source=%00",
         "/api/builds?since=0001-01-01T00:00:00%2B14:00", "/api/builds?until=yesterday", "/api/builds?cursor=",
+        "/api/subscribers?cursor=", "/api/deliveries?cursor=", "/api/events?after=%20",
         "/api/builds/x/events?lastEventId=x", "/api/builds/x/events?lastEventId=-1", "/api/events?after=-1",
         f"/api/events?after={2**63}", "/api/inbound?status=lost", "/api/tokens?cursor=AA",
         "/api/admin/build-status?heartbeatTimeout=0", "/api/subscribers?cursor=*",
@@ -140,6 +142,27 @@ def test_what_is_no_json_is_told(local, body, kind, status):
 )  # fmt: skip
 def test_a_question_that_makes_no_sense_is_422(local, path):
     assert local("GET", path, 422)["errors"]["query"]
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters"),
+    [
+        ("/api/builds", ("limit",)),
+        ("/api/builds/github:Octo:Repo:1/events", ("lastEventId",)),
+        ("/api/builds/github:Octo:Repo:1/logs", ("tail", "attempt")),
+        ("/api/events", ("after", "cursor", "limit")),
+        ("/api/subscribers", ("limit",)),
+        ("/api/deliveries", ("limit",)),
+        ("/api/admin/build-status", ("heartbeatTimeout",)),
+    ],
+)
+def test_an_empty_number_is_as_one_that_is_left_out(local, path, parameters):
+    local.record(github(State.IN_PROGRESS))
+    status = 202 if path.endswith("/logs") else 200  # its build has not ended
+    usual = local("GET", path, status)
+    for parameter in parameters:
+        empty = local("GET", f"{path}?{parameter}=", status)
+        assert {**empty, "updatedAt": 0} == {**usual, "updatedAt": 0}, parameter
 
 
 def test_ids_that_no_database_can_hold_are_not_found(api):

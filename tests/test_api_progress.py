@@ -278,6 +278,7 @@ def test_without_a_store_events_keep_their_shape_and_the_rest_are_problems(make_
     for caller in (away, away.as_("any-other-token")):  # the second one can't even be looked up
         answer = caller("GET", "/api/builds/github:octo:repo:1/events?lastEventId=5", 503)
         assert answer == {"buildId": "github:octo:repo:1", "events": [], "lastEventId": 5}
+        assert caller("GET", "/api/builds/x/events?lastEventId=", 503)["lastEventId"] == 0
         assert caller(
             "GET", "/api/builds/github:octo:repo:1/events?lastEventId=x", (503 if caller is not away else 422)
         )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from marshmallow import RAISE, Schema, ValidationError, fields, validates_schema
+from marshmallow import RAISE, Schema, ValidationError, fields, missing, validates_schema
 from marshmallow.validate import Length, OneOf, Range
 
 from webhook_app import formats, results, subscribers, tokens
@@ -77,8 +77,19 @@ class Moment(fields.DateTime):
         return moment
 
 
+class Number(fields.Integer):
+    """A whole number of a query; an empty one (`?lastEventId=`) was not given."""
+
+    def deserialize(self, value: Any, *given: Any, **named: Any) -> Any:
+        """The default for an empty text."""
+        return super().deserialize(missing if value == "" else value, *given, **named)
+
+
 class Cursor(Text):
-    """Where a list goes on: opaque to clients, inside the key of the last row shown."""
+    """Where a list goes on: opaque to clients, inside the key of the last row shown.
+
+    An empty one is refused: a client that has passed the last page must not begin anew.
+    """
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         text = super()._deserialize(value, attr, data, **kwargs)
@@ -86,7 +97,7 @@ class Cursor(Text):
             key = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True).decode("ascii")
         except (binascii.Error, ValueError):
             raise ValidationError(NO_CURSOR) from None
-        if not key.isprintable():
+        if not key or not key.isprintable():
             raise ValidationError(NO_CURSOR)
         return key
 
@@ -152,8 +163,8 @@ class Strict(Schema):
         unknown = RAISE
 
 
-def _limit() -> fields.Integer:
-    return fields.Integer(load_default=ITEMS, validate=Range(1, MOST_ITEMS))
+def _limit() -> Number:
+    return Number(load_default=ITEMS, validate=Range(1, MOST_ITEMS))
 
 
 class PageQuery(Strict):
@@ -187,8 +198,8 @@ class BuildsQuery(PageQuery):
 class LogQuery(Strict):
     """Which part of a build's log."""
 
-    tail = fields.Integer(validate=Range(1, 100_000), metadata={"description": "Only the last lines."})
-    attempt = fields.Integer(
+    tail = Number(validate=Range(1, 100_000), metadata={"description": "Only the last lines."})
+    attempt = Number(
         validate=Range(1, 2**31 - 1), metadata={"description": "An earlier attempt; else the present one."}
     )
 
@@ -196,7 +207,7 @@ class LogQuery(Strict):
 class BuildEventsQuery(Strict):
     """Where a client that polls one build goes on."""
 
-    lastEventId = fields.Integer(  # noqa: N815  the name of the progress API
+    lastEventId = Number(  # noqa: N815  the name of the progress API
         load_default=0,
         validate=Range(0, LARGEST_ID),
         metadata={"description": "Only events after this one."},
@@ -206,8 +217,8 @@ class BuildEventsQuery(Strict):
 class EventsQuery(Strict):
     """Where a client that was away goes on; `cursor` is the same as `after`."""
 
-    after = fields.Integer(load_default=0, validate=Range(0, LARGEST_ID))
-    cursor = fields.Integer(validate=Range(0, LARGEST_ID))
+    after = Number(load_default=0, validate=Range(0, LARGEST_ID))
+    cursor = Number(validate=Range(0, LARGEST_ID))
     limit = _limit()
 
 
@@ -241,7 +252,7 @@ class DeadLettersQuery(Strict):
 class BuildStatusQuery(Strict):
     """How long a silent build counts as running."""
 
-    heartbeatTimeout = fields.Integer(load_default=90, validate=Range(1, 86_400))  # noqa: N815
+    heartbeatTimeout = Number(load_default=90, validate=Range(1, 86_400))  # noqa: N815
 
 
 # ---- bodies ----------------------------------------------------------------------------------
