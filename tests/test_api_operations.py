@@ -9,8 +9,9 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from tests.caller import bells, jenkins, pages, script
-from tests.facts import NOON, at, github, gitlab
+from tests.facts import NOON, PACE, at, github, gitlab
 from webhook_app import (
+    builds,
     db,
     health,
     models,
@@ -44,6 +45,67 @@ def test_all_events_by_a_cursor_without_gaps(api):
     assert first["data"]["event_id"] == first["id"]
     assert first["data"]["previous_state"] is None
     assert api("GET", "/api/events?cursor=9")["items"][0]["id"] == 10
+
+
+def test_the_list_of_events_tells_how_far_back_it_goes(api):
+    assert api("GET", "/api/events") == {"items": [], "next_cursor": "0", "oldest_id": None}
+    api.record(*(github(P, run=run) for run in range(1, 4)))
+    assert api("GET", "/api/events?after=2")["oldest_id"] == 1
+    forget(api, 1)
+    page = api("GET", "/api/events")
+    assert (page["oldest_id"], [item["id"] for item in page["items"]]) == (2, [2, 3])
+    forget(api, 2, 3)
+    assert api("GET", "/api/events") == {"items": [], "next_cursor": "0", "oldest_id": None}
+
+
+def test_a_strict_cursor_is_refused_where_the_next_event_is_gone(api):
+    """Retention leaves several gaps: what a subscriber is still to get is kept longer."""
+
+    def strict(after, status=200, **more):
+        return api(
+            "GET", "/api/events", status, query_string={"after": after, "strict": "true", "limit": 3} | more
+        )
+
+    assert strict(0)["items"] == []
+    api.record(*(github(P, run=run) for run in range(1, 9)))
+    assert [item["id"] for item in strict(0)["items"]] == [1, 2, 3]
+    forget(api, 1, 2, 4, 5, 6)
+    refused = strict(0, 410)
+    assert refused["detail"] == "the events 1 to 2 were deleted by retention"
+    assert (refused["oldest_id"], refused["next_cursor"]) == (3, "2")
+    assert strict(1, 410)["next_cursor"] == "2"
+    page = strict(refused["next_cursor"])  # which is as far as nothing is missing
+    assert ([item["id"] for item in page["items"]], page["next_cursor"]) == ([3], "3")
+    assert strict(3, 410)["next_cursor"] == strict(5, 410, limit=1)["next_cursor"] == "6"
+    assert [item["id"] for item in strict(6)["items"]] == [7, 8]
+    assert strict(8)["items"] == []
+    assert [item["id"] for item in api("GET", "/api/events?after=1")["items"]] == [3, 7, 8]
+    assert [item["id"] for item in strict(1, strict="false")["items"]] == [3, 7, 8]
+    forget(api, 3, 7, 8)
+    gone = strict(6, 410)
+    assert (gone["oldest_id"], gone["next_cursor"]) == (None, "8")
+    assert strict(8)["items"] == []
+    assert strict(9)["items"] == []  # not ours yet, and not gone
+
+
+def test_ids_of_events_have_no_holes_when_a_transaction_fails(api):
+    api.record(github(P, run=1))
+
+    def unit(write):
+        builds.record(write, [github(P, run=2)], NOON, PACE)
+        raise RuntimeError("in this test")
+
+    with pytest.raises(RuntimeError):
+        db.as_writer(api.engine, unit)
+    api.record(github(P, run=3))
+    assert [item["id"] for item in api("GET", "/api/events?strict=true")["items"]] == [1, 2]
+
+
+def forget(api, *ids):
+    """Delete events, as retention does."""
+    db.in_transaction(
+        api.engine, lambda held: held.execute(models.events.delete().where(models.events.c.id.in_(ids)))
+    )
 
 
 def test_inbound_deliveries_are_listed_without_and_shown_with_masked_content(api):

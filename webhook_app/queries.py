@@ -254,6 +254,30 @@ def events(after: int = 0, most: int = 50) -> Select[Any]:
     return select(models.events).where(_e.id > after).order_by(_e.id).limit(most)
 
 
+@dataclass(frozen=True, slots=True)
+class EventBounds:
+    """`oldest`: the id of the oldest event that is kept, if any is; `newest`: the last id given out."""
+
+    oldest: int | None
+    newest: int
+
+
+def event_bounds(connection: Connection) -> EventBounds:
+    """What retention still holds; read it before a page of events, so that `newest` is in the page."""
+    oldest = select(func.min(_e.id)).scalar_subquery()
+    row = connection.execute(select(oldest.label("oldest"), models.counters.c.events)).one()
+    return EventBounds(row.oldest, row.events)
+
+
+def without_gaps(rows: Sequence[Row], after: int) -> Sequence[Row]:
+    """The events that follow `after` one by one.
+
+    Ids are given out without holes, so a missing one was deleted by retention.  What a subscriber is still
+    to get is kept longer, hence there may be several gaps.
+    """
+    return [row for place, row in enumerate(rows, 1) if row["id"] == after + place]
+
+
 _INBOUND = tuple(column for column in _i if column.name not in ("body", "headers", "build", "delivery_key"))
 
 

@@ -219,6 +219,9 @@ class EventsQuery(Strict):
 
     after = Number(load_default=0, validate=Range(0, LARGEST_ID))
     cursor = Number(validate=Range(0, LARGEST_ID))
+    strict = fields.Boolean(
+        load_default=False, metadata={"description": "410 where the next event was deleted by retention."}
+    )
     limit = _limit()
 
 
@@ -765,7 +768,14 @@ class ArtifactPage(page_of(Artifact, "Artifacts")):  # type: ignore[misc]
 PollingPage = page_of(Polling, "PollingPage")
 SubscriberPage = page_of(Subscriber, "SubscriberPage")
 DeliveryPage = page_of(Delivery, "DeliveryPage")
-EventPage = page_of(Event, "EventPage")
+
+
+class EventPage(page_of(Event, "Events")):  # type: ignore[misc]
+    """One page of events, and how far back they go."""
+
+    oldest_id = _out(Number, null=True, about="The oldest event that is kept; null: none is.")
+
+
 InboundPage = page_of(Inbound, "InboundPage")
 NoticePage = page_of(Notice, "NoticePage")
 TokenPage = page_of(Token, "TokenPage")

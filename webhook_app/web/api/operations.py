@@ -4,6 +4,8 @@ import zlib
 from datetime import datetime, timedelta
 from typing import Any
 
+from flask import Response
+
 from webhook_app import db, health, inbox, queries, queues, tokens
 from webhook_app.inbox import Receipt
 from webhook_app.queries import Row
@@ -13,23 +15,44 @@ from webhook_app.web import schemas
 from webhook_app.web.api import masking
 from webhook_app.web.api.builds import with_source
 from webhook_app.web.api.spec import STORE_ID, Blueprint, abort, operation, page
+from webhook_app.web.problems import problem
 from webhook_app.web.state import state
 
 blueprint = Blueprint("operations", __name__, description="Events, inbound deliveries, sources, tokens")
 
 
-@operation(blueprint, "GET", "/events", schemas.EventPage, query=schemas.EventsQuery)
+@operation(
+    blueprint, "GET", "/events", schemas.EventPage, query=schemas.EventsQuery,
+    errors=[410],
+)  # fmt: skip
 def list_events(asked: dict[str, Any]) -> Any:
     """List all events after an id, oldest first, without gaps.
 
     `next_cursor` is the id to go on from, as text, and is never null: whoever polls hands it in as
-    `after` (or `cursor`) each time, and an empty page means that there is nothing new yet.
+    `after` (or `cursor`) each time, and an empty page means that there is nothing new yet.  What is older
+    than `RETENTION_DAYS` is gone: `oldest_id` tells how far back the list goes.  With `strict=true` a page
+    ends before a gap, and where the event after `after` is gone the answer is 410: its `next_cursor` skips
+    the gap.
     """
     after = asked.get("cursor", asked["after"])
     with db.reading(state().engine) as connection:
-        rows = connection.execute(queries.events(after, asked["limit"])).mappings().all()
+        bounds = queries.event_bounds(connection)
+        kept = connection.execute(queries.events(after, asked["limit"])).mappings().all()
+    rows = queries.without_gaps(kept, after) if asked["strict"] else kept
+    if asked["strict"] and not rows and (kept or bounds.newest > after):
+        return _gone(after, bounds, kept[0]["id"] - 1 if kept else bounds.newest)
     items = [{**row, "build_id": row["data"].get("build_id")} for row in rows]
-    return {"items": items, "next_cursor": str(rows[-1]["id"] if rows else after)}
+    last = rows[-1]["id"] if rows else after
+    return {"items": items, "next_cursor": str(last), "oldest_id": bounds.oldest}
+
+
+def _gone(after: int, bounds: queries.EventBounds, last_gone: int) -> Response:
+    return problem(
+        410,
+        f"the events {after + 1} to {last_gone} were deleted by retention",
+        oldest_id=bounds.oldest,
+        next_cursor=str(last_gone),
+    )
 
 
 # ---- inbound ---------------------------------------------------------------------------------
