@@ -1,6 +1,8 @@
 """Subscribers and deliveries over the API."""
 
+import inspect
 import json
+import re
 from datetime import timedelta
 
 import pytest
@@ -9,6 +11,7 @@ from cryptography.fernet import Fernet
 from tests.caller import KEY, attempt, bells, pages, subscribe
 from tests.facts import github
 from webhook_app import (
+    builds,
     db,
     endpoints,
     queues,
@@ -97,6 +100,39 @@ def test_what_is_wrong_with_a_subscriber_is_named(local, body, field):
     )
     assert field in answer["errors"]["json"], answer
     assert local("GET", "/api/subscribers")["items"] == []
+
+
+@pytest.mark.parametrize(
+    ("glob", "told"),
+    [
+        ("build.complete", "did you mean build.completed?"),
+        ("builds.*", "did you mean build.*?"),
+        ("BUILD.*", "did you mean build.*?"),
+        ("build", "did you mean build.*?"),
+        ("release.publish", "did you mean release.published?"),
+        ("subscriber.tests", "did you mean subscriber.test?"),
+        ("workflow_run", "types are build.*, release.*, subscriber.*"),
+    ],
+)
+def test_a_glob_that_no_event_type_matches_is_refused_with_the_nearest_one(local, glob, told):
+    made = subscribe(local)
+    for method, path in (("POST", "/api/subscribers"), ("PATCH", f"/api/subscribers/{made['id']}")):
+        body = {"url": "https://example.com/", "events": ["build.failed", glob]}
+        errors = local(method, path, 422, json=body)["errors"]["json"]["events"]
+        assert errors == {"1": [f"no event type matches {glob!r}: {told}"]}
+
+
+def test_every_event_type_and_each_glob_that_matches_one_is_taken(local):
+    globs = [*subscribers.EVENT_TYPES, "build.*", "release.*", "subscriber.*", "*", "build.fail*", "*.failed"]
+    globs += ["build.[cf]*", "release.build_*", "build.polling_*"]
+    assert subscribe(local, events=globs)["events"] == globs
+
+
+def test_the_event_types_are_those_that_the_program_makes():
+    made = {f"build.{state.value}" for state in State}
+    for module in (builds, endpoints):
+        made |= set(re.findall(r'"((?:build|subscriber)\.[a-z_]+)"', inspect.getsource(module)))
+    assert made == {type_ for type_ in subscribers.EVENT_TYPES if not type_.startswith("release.")}
 
 
 def test_private_addresses_where_they_are_allowed(make_api, migrated_sqlite, tmp_path):

@@ -107,6 +107,8 @@ def test_a_subscriber_is_added_with_format_and_filters(box):
 )  # fmt: skip
 def test_words_that_do_not_exist_are_refused(box, arguments):
     assert "invalid choice" in box("subscribers", "add", "https://example.com/", *arguments, code=2)
+    refused = box("subscribers", "add", "https://example.com/", "--events", "build.complete", code=2)
+    assert "did you mean build.completed?" in refused
     assert "https" in box("subscribers", "add", "http://example.com/", code=2)
     assert box("subscribers", "list") == []
 
@@ -140,7 +142,7 @@ def test_a_disabled_subscriber_is_enabled_with_a_clean_record(box):
 
 
 def test_a_test_without_a_worker_says_that_it_waits(box):
-    id_, _ = box.add("--events", "nothing")
+    id_, _ = box.add("--events", "release.*")
     box("subscribers", "test", id_, code=1)
     (message,) = box.messages()
     assert (message["state"], message["subscriber"]) == ("pending", id_)

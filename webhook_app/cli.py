@@ -199,7 +199,8 @@ def _group(commands: Any, name: str, help_: str) -> Any:
 
 def _add_arguments_of_add(add: argparse.ArgumentParser) -> None:
     add.add_argument("url")
-    for name in ("events", "sources", "repositories", "branches"):
+    add.add_argument("--events", action="append", default=[], type=_event_glob, help="a glob of event types")
+    for name in ("sources", "repositories", "branches"):
         add.add_argument(f"--{name}", action="append", default=[], help="a glob; may be given more than once")
     for name, words, help_ in (
         ("state", [state.value for state in State], "only builds in this state"),
@@ -213,6 +214,14 @@ def _add_arguments_of_add(add: argparse.ArgumentParser) -> None:
     add.add_argument("--description")
     add.add_argument("--unordered", action="store_true", help="do not keep each build's messages in order")
     add.add_argument("--signing", choices=["hmac", "ed25519"], default="hmac")
+
+
+def _event_glob(text: str) -> str:
+    try:
+        subscribers.check_event_glob(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _moment(text: str) -> datetime:

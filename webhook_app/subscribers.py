@@ -4,6 +4,7 @@ import secrets as random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from sqlalchemy import Connection, Engine, delete, insert, select, update
 
 from webhook_app import models, sealing, signing
 from webhook_app.db import Write, as_writer, in_transaction
+from webhook_app.lifecycle import State
 from webhook_app.times import iso
 
 Row = Mapping[str, Any]
@@ -104,6 +106,28 @@ def _any_glob(globs: tuple[str, ...], value: str | None, fold: bool = False) -> 
     if fold:
         return any(fnmatchcase(value.casefold(), glob.casefold()) for glob in globs)
     return any(fnmatchcase(value, glob) for glob in globs)
+
+
+EVENT_TYPES = (
+    *(f"build.{state.value}" for state in State),
+    "build.progress", "build.reported",
+    "build.polling_started", "build.polling_completed", "build.polling_timeout", "build.polling_error",
+    "release.started", "release.build_dispatched", "release.build_completed", "release.build_failed",
+    "release.failed", "release.cancelled", "release.published",
+    "subscriber.test", "subscriber.warning", "subscriber.disabled",
+)  # fmt: skip
+"""Every type an event may have, those of releases included."""
+
+_FAMILIES = tuple(f"{name}.*" for name in dict.fromkeys(type_.partition(".")[0] for type_ in EVENT_TYPES))
+
+
+def check_event_glob(glob: str) -> None:
+    """`ValueError`, which names the nearest type, for a glob that no event can ever match."""
+    if any(fnmatchcase(type_, glob) for type_ in EVENT_TYPES):
+        return
+    near = get_close_matches(glob.lower(), [*_FAMILIES, *EVENT_TYPES], n=1)
+    meant = f"did you mean {near[0]}?" if near else f"types are {', '.join(_FAMILIES)}"
+    raise ValueError(f"no event type matches {glob!r}: {meant}")
 
 
 _GLOBS = ("events", "sources", "repositories", "branches", "states", "conclusions", "changes")

@@ -5,7 +5,7 @@ Input is strict: unknown fields, wrong JSON types and text that no database can 
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -127,9 +127,16 @@ def cursor(key: object) -> str:
     return base64.urlsafe_b64encode(str(key).encode("ascii")).rstrip(b"=").decode("ascii")
 
 
-def _globs() -> fields.List[Any]:
+def _event_glob(glob: str) -> None:
+    try:
+        subscribers.check_event_glob(glob)
+    except ValueError as error:
+        raise ValidationError(str(error)) from None
+
+
+def _globs(*more: Callable[[str], None]) -> fields.List[Any]:
     return fields.List(
-        Text(validate=Length(1, 255)),
+        Text(validate=[Length(1, 255), *more]),
         validate=Length(max=MOST_GLOBS),
         metadata={"description": "Globs; an empty list means all."},
     )
@@ -265,7 +272,7 @@ class SubscriberChange(Strict):
     """What can be changed of a subscriber; what is not named stays."""
 
     url = Text(validate=Length(1, 2048), metadata={"description": "https; where events are posted."})
-    events = _globs()
+    events = _globs(_event_glob)
     sources = _globs()
     repositories = _globs()
     branches = _globs()
