@@ -2,12 +2,15 @@
 
 import base64
 import re
+import subprocess
+import sys
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from sqlalchemy import make_url
 
+from tests import hub
 from webhook_app import settings
 from webhook_app.settings import VARIABLES, SettingsError, load, pace
 
@@ -812,3 +815,92 @@ def test_settings_cannot_be_changed():
     values = load({})
     with pytest.raises(AttributeError):
         values.port = 1
+
+
+# ---- misspelt names
+
+FOREIGN = """
+ADMIN_EMAIL ADMIN_PASSWORD BUILDRELAY_PORT BUILDRELAY_PORT_8000_TCP BUILDRELAY_PORT_8000_TCP_ADDR
+BUILDRELAY_SERVICE_HOST BUILDRELAY_SERVICE_PORT BUILD_CAUSE BUILD_DISPLAY_NAME BUILD_ID BUILD_NUMBER
+BUILD_TAG BUILD_URL BUILD_USER CI_JOB_TOKEN CI_PROJECT_ID CI_REGISTRY CI_REGISTRY_PASSWORD
+CI_REPOSITORY_URL CI_SERVER_URL DATABASE_CONNECTION_POOL_URL GITHUB_ACTION GITHUB_ACTIONS
+GITHUB_ACTION_PATH GITHUB_ACTION_REPOSITORY GITHUB_ACTOR GITHUB_ACTOR_ID GITHUB_API_TOKEN
+GITHUB_APP_CLIENT_ID GITHUB_APP_NAME GITHUB_BASE_REF GITHUB_CLIENT_ID GITHUB_CLIENT_SECRET
+GITHUB_ENV GITHUB_EVENT_NAME GITHUB_EVENT_PATH GITHUB_GRAPHQL_URL GITHUB_HEAD_REF GITHUB_HOST
+GITHUB_JOB GITHUB_ORG GITHUB_OUTPUT GITHUB_PAT GITHUB_PATH GITHUB_PRIVATE_KEY GITHUB_REF
+GITHUB_REF_NAME GITHUB_REF_PROTECTED GITHUB_REF_TYPE GITHUB_REPOSITORY GITHUB_REPOSITORY_ID
+GITHUB_REPOSITORY_OWNER GITHUB_REPOSITORY_OWNER_ID GITHUB_RETENTION_DAYS GITHUB_RUN_ATTEMPT
+GITHUB_RUN_ID GITHUB_RUN_NUMBER GITHUB_SERVER_URL GITHUB_SHA GITHUB_STATE GITHUB_STEP_SUMMARY
+GITHUB_TRIGGERING_ACTOR GITHUB_URL GITHUB_USER GITHUB_WORKFLOW GITHUB_WORKFLOW_REF
+GITHUB_WORKFLOW_SHA GITHUB_WORKSPACE GITLAB_ACCESS_TOKEN GITLAB_API_TOKEN GITLAB_API_URL GITLAB_CI
+GITLAB_FEATURES GITLAB_HOST GITLAB_PRIVATE_TOKEN GITLAB_ROOT_PASSWORD GITLAB_RUNNER_TOKEN
+GITLAB_USER_EMAIL GITLAB_USER_ID GITLAB_USER_LOGIN GITLAB_USER_NAME HEROKU_APP_NAME
+HEROKU_POSTGRESQL_RED_URL HOSTNAME JENKINS_HOME JENKINS_JAVA_OPTS JENKINS_NODE_COOKIE JENKINS_OPTS
+JENKINS_PASSWORD JENKINS_SERVER_COOKIE JENKINS_SLAVE_AGENT_PORT JENKINS_TOKEN JENKINS_UC
+JENKINS_USER JENKINS_VERSION JOB_BASE_NAME JOB_NAME KUBERNETES_PORT LOG_LEVELS_JSON NODE_NAME
+PGDATABASE POSTGRES_PASSWORD POSTGRES_URL PUBLIC_KEY PYTHONUNBUFFERED REDIS_TEMPORARY_URL
+REDIS_TLS_URL RUNNER_ARCH RUNNER_OS RUNNER_TEMP RUN_DISPLAY_URL SECRET_KEY SSH_AUTH_SOCK WEB_MEMORY
+"""
+"""What GitHub Actions, GitLab CI, Jenkins, Heroku, Docker and Kubernetes set, and what other programs read."""
+
+
+@pytest.mark.parametrize("name", FOREIGN.split())
+def test_variables_of_other_programs_are_left_alone(name):
+    assert settings.misspelt({name: "x"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("BUILD_POLL_INTERVALL", "BUILD_POLL_INTERVAL"),
+        ("BUILD_POLLING_INTERVAL", "BUILD_POLL_INTERVAL"),
+        ("build_poll_interval", "BUILD_POLL_INTERVAL"),
+        ("GITHUB_WEBHOOK_SECRETS", "GITHUB_WEBHOOK_SECRET"),
+        ("GITHUB_WEBHOK_SECRET_FILE", "GITHUB_WEBHOOK_SECRET_FILE"),
+        ("GITLAB_PROJECT", "GITLAB_PROJECTS"),
+        ("ENCRYPTION_KEY", "ENCRYPTION_KEYS"),
+        ("ENABLE_GITHUB", "ENABLE_GH"),
+        ("LOG_LEVLE", "LOG_LEVEL"),
+        ("REDIS_ULR", "REDIS_URL"),
+        ("WORKER_POLL_INTERVALS", "WORKER_POLL_INTERVAL"),
+        ("BUILDRELAY_CONF", "BUILDRELAY_CONFIG"),
+        ("BUILDRELAY_DATADIR", "BUILDRELAY_DATA_DIR"),
+    ],
+)
+def test_a_misspelt_name_is_told_with_the_one_that_is_meant(name, meant):
+    assert settings.misspelt({name: "x"}) == {name: meant}
+    assert settings.misspelt({}, [name]) == {name: meant}  # in secrets.env
+    assert settings.misspelt({name: ""}) == {}
+    assert settings.misspelt({name: "x", meant: "y"}) == {}  # then it is somebody else's
+    assert settings.misspelt({meant: "y"}, [name, meant]) == {name: meant}
+
+
+def test_no_name_that_is_known_counts_as_misspelt():
+    names = {name for variable in settings.VARIABLES for name in (variable.name, *variable.aliases)}
+    assert settings.misspelt(dict.fromkeys(names | {f"{name}_FILE" for name in names}, "x")) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("prot: 8000", "port"),
+        ("polling:\n  intervall: 5", "polling.interval"),
+        ("platforms:\n  github:\n    timeuot: 5", "platforms.github.timeout"),
+        ("sourecs: []", "sources"),
+        ("sources:\n- {name: ghe, platform: github, webhook_secrets: x}", "webhook_secret"),
+    ],
+)
+def test_the_nearest_key_of_the_file_is_named(with_file, text, near):
+    assert refused(with_file(text)).endswith(f": did you mean {near!r}?")
+
+
+def test_the_start_of_a_process_warns_of_misspelt_names(tmp_path):
+    """Without the value, which may be a secret."""
+    (tmp_path / "secrets.env").write_text("ADMIN_TOKN=hush\n")
+    env = hub.clean_environment({"BUILDRELAY_DATA_DIR": str(tmp_path), "GITHUB_WEBHOOK_SECRETS": "hush"})
+    command = [sys.executable, "-m", "webhook_app", "migrate"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert result.stderr.splitlines() == [
+        "buildrelay: warning: ADMIN_TOKN is no setting: did you mean ADMIN_TOKEN?",
+        "buildrelay: warning: GITHUB_WEBHOOK_SECRETS is no setting: did you mean GITHUB_WEBHOOK_SECRET?",
+    ]

@@ -128,7 +128,9 @@ def _add_processes(commands: Any) -> None:
 
 def _up(chosen: argparse.Namespace) -> int:
     supervisor.tie_to_starter()
-    return up.up(chosen.host, chosen.port, chosen.data_dir or settings.data_dir(os.environ))
+    data_dir = chosen.data_dir or settings.data_dir(os.environ)
+    _warn_of_misspelt(data_dir)
+    return up.up(chosen.host, chosen.port, data_dir)
 
 
 def _demo(chosen: argparse.Namespace) -> int:
@@ -139,21 +141,31 @@ def _demo(chosen: argparse.Namespace) -> int:
 
 
 def _migrate(_chosen: argparse.Namespace) -> int:
+    _warn_of_misspelt()
     up.prepare(_settings())
     print("The database has the present schema.")
     return 0
 
 
 def _worker(_chosen: argparse.Namespace) -> int:
+    _warn_of_misspelt()
     _settings()
     return supervisor.supervise(up.workers(_environment()))
 
 
 def _scheduler(_chosen: argparse.Namespace) -> int:
+    _warn_of_misspelt()
     _settings()
     os.environ.update(_environment())
     runpy.run_module("jobs.schedule", run_name="__main__", alter_sys=True)
     return 0
+
+
+def _warn_of_misspelt(data_dir: Path | None = None) -> None:
+    """A misspelt setting would otherwise change nothing, and nobody would be the wiser."""
+    kept = up.read_secrets(data_dir or settings.data_dir(os.environ))
+    for name, meant in settings.misspelt(os.environ, kept).items():
+        print(f"buildrelay: warning: {name} is no setting: did you mean {meant}?", file=sys.stderr)
 
 
 def _environment() -> dict[str, str]:
@@ -552,6 +564,7 @@ def _connect_one(
 def _doctor(chosen: argparse.Namespace) -> int:
     from webhook_app import doctor
 
+    _warn_of_misspelt()
     findings = doctor.examine(_settings())
     if chosen.json:
         print(json.dumps(doctor.as_json(findings), indent=2))

@@ -1,6 +1,7 @@
 """gunicorn's settings (`--config python:webhook_app.gunicorn_conf`), read from ours."""
 
 import os
+from typing import Any
 
 from webhook_app import settings
 
@@ -19,3 +20,10 @@ control_socket_disable = True
 accesslog = None
 errorlog = "-"
 loglevel = "warning"
+
+
+def on_starting(server: Any) -> None:
+    """Warn of settings that look misspelt, unless `up` has done so."""
+    if "BUILDRELAY_BIND" not in os.environ:
+        for name, meant in settings.misspelt(os.environ).items():
+            server.log.warning("%s is no setting: did you mean %s?", name, meant)

@@ -7,8 +7,9 @@ value (Docker and Kubernetes secrets).  The table is `VARIABLES`; README and tes
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -479,6 +480,41 @@ def given(environ: Mapping[str, str]) -> set[str]:
     return {name for name, words in spelled.items() if name in file or any(map(environ.get, words))}
 
 
+_FURTHER_NAMES = (
+    "BUILDRELAY_CONFIG", "BUILDRELAY_BIND", "BUILDRELAY_WEB_THREADS", "BUILDRELAY_DIES_WITH",
+    "BUILDRELAY_URL", "BUILDRELAY_TOKEN", "BUILDRELAY_RUN_ID", "OM_BUILD_EVENT_URL",
+)  # fmt: skip
+"""Variables of ours that are no lines of the table: places of processes, and what build scripts read."""
+
+_LIKENESS = 0.905
+"""How much alike (`difflib`) two names must be: less, and variables of other programs would be taken for ours."""
+_SHORTEST = 8
+_GUESSED = {"ENABLE_GITHUB": "ENABLE_GH"}
+"""Names that are not alike, and yet what people take a setting to be called."""
+
+
+def misspelt(environ: Mapping[str, str], kept: Collection[str] = ()) -> dict[str, str]:
+    """Names that look like a misspelt setting, each with the one that is meant.
+
+    `kept`: names in `secrets.env`.  Where the right name is set in the environment as well, a similar one
+    there belongs to another program.
+    """
+    names = {name for variable in VARIABLES for name in (variable.name, *variable.aliases)}
+    known = sorted(names | {f"{name}_FILE" for name in names} | set(_FURTHER_NAMES))
+    given = {name for name, value in environ.items() if value}
+    meant = {name: _nearest(name, known) for name in sorted(given | set(kept)) if name not in known}
+    return {name: near for name, near in meant.items() if near and (name in kept or near not in given)}
+
+
+def _nearest(name: str, known: Sequence[str]) -> str | None:
+    upper = name.upper()
+    if len(name) < _SHORTEST:
+        return None
+    near = get_close_matches(upper, known, n=1, cutoff=_LIKENESS)
+    swapped = get_close_matches(upper, [one for one in known if sorted(one) == sorted(upper)], n=1)
+    return next(iter([*near, *swapped]), _GUESSED.get(upper))
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     if not path:
         return {}
@@ -517,10 +553,16 @@ def _flatten(content: dict[str, Any]) -> dict[str, Any]:
         if key.lower() not in names:
             raise SettingsError(
                 f"BUILDRELAY_CONFIG: {key!r} is no setting; allowed are the names of the README's table"
+                + _did_you_mean(key, [*_YAML_NAMES, *names, "sources"])
             )
         if value not in _YAML_EMPTY:
             flat[names[key.lower()]] = _as_text(value)
     return flat
+
+
+def _did_you_mean(key: str, known: Iterable[str]) -> str:
+    near = get_close_matches(key.lower(), list(known), n=1, cutoff=0.75)
+    return f": did you mean {near[0]!r}?" if near else ""
 
 
 def _leaves(content: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
@@ -679,6 +721,7 @@ def _further_source(entry: Any) -> SourceSettings:
     if unknown:
         raise SettingsError(
             f"sources: {min(unknown)!r} is no key of a source; allowed are {sorted(_SOURCE_KEYS)}"
+            + _did_you_mean(min(unknown), _SOURCE_KEYS)
         )
     name, platform = entry["name"], entry["platform"]
     if not re.fullmatch(r"[A-Za-z0-9_-]+", str(name)):
