@@ -1,6 +1,7 @@
 """Reading one source with one token: requests within an allowance, ETags, one refresh of a refused token."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,6 +17,11 @@ from webhook_app.platforms import Answer, Call, Polled, PollError, PollFault, Re
 from webhook_app.settings import SourceSettings
 
 ANSWER_CAP_BYTES = 8 * 1024 * 1024
+PASSING = (500, 502, 503, 504)
+RETRY_WAITS_SECONDS = (0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0)
+"""Before each try of a read that failed; as many as `retry_attempts` may be."""
+LEAST_SECONDS = 0.05
+"""A try that has less time is not made."""
 Make = Callable[[Source], Request | None]
 
 
@@ -38,6 +44,11 @@ class Purse:
             if self.left <= 0 or not self._may_go_on():
                 raise OverBudget
             self.left -= 1
+
+    def has_more(self) -> bool:
+        """May another request be made?"""
+        with self._mutex:
+            return self.left > 0 and self._may_go_on()
 
     def note(self, platform: Polled, answer: Answer | None) -> None:
         """After a request: what it cost, and what its answer told; None: no answer came."""
@@ -126,16 +137,42 @@ class Client:
         return (row.etag, row.shown) if row else None
 
     def _send(self, request: Request) -> Answer:
-        """One read; raises `PollError` when there is no whole answer."""
+        """One read, repeated up to `retry_attempts` times within its time while it fails in passing."""
+        until = time.monotonic() + self.settings.timeout_seconds
+        for wait in RETRY_WAITS_SECONDS[: self.settings.retry_attempts]:
+            try:
+                answer = self._send_once(request, until - time.monotonic())
+            except PollError as error:
+                if error.fault is not PollFault.UNAVAILABLE or not self._may_repeat(until, wait):
+                    raise
+                continue
+            if not _is_passing(answer) or not self._may_repeat(until, wait):
+                return answer
+        return self._send_once(request, until - time.monotonic())
+
+    def _may_repeat(self, until: float, wait: float) -> bool:
+        """Is there time and allowance for another try?  Then the wait before it is over."""
+        if time.monotonic() + wait + LEAST_SECONDS > until or not self.purse.has_more():
+            return False
+        time.sleep(wait)
+        return True
+
+    def _send_once(self, request: Request, timeout_seconds: float) -> Answer:
+        """One try; raises `PollError` when there is no whole answer."""
         self.purse.pay()
         try:
             call = Call("GET", request.url, request.headers)
-            answer = calls.send(call, self.settings.timeout_seconds, ANSWER_CAP_BYTES)
+            answer = calls.send(call, timeout_seconds, ANSWER_CAP_BYTES)
         except PollError:
             self.purse.note(self.platform, None)
             raise
         self.purse.note(self.platform, answer)
         return answer
+
+
+def _is_passing(answer: Answer) -> bool:
+    """A fault of the server that may be over in a moment, unless it names a time to come back."""
+    return answer.status in PASSING and "retry-after" not in answer.headers
 
 
 def _digest(token: str) -> str:

@@ -348,6 +348,67 @@ def test_the_other_platforms_fail_alike(one, platform, name):
     assert (row["state"], row["consecutive_errors"]) == ("in_progress", 1)
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """No wait before a read is repeated."""
+    monkeypatch.setattr(client, "RETRY_WAITS_SECONDS", (0.0,) * 10)
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("name", ["502", "a dropped connection"])
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_read_that_fails_is_repeated_as_often_as_is_set(one, at_once, platform, name):
+    stand, build = one(platform, **{f"{platform.upper()}_API_RETRIES": "2"})
+    server, (answer, message) = stand.servers[platform], FAULTS[name]
+    asked = server.count()
+    server.inject(answer(), times=3)
+    stand.poll()
+    row = stand.row(build)
+    assert (server.count() - asked, row["consecutive_errors"]) == (3, 1)
+    assert row["poll_error"].startswith(message)
+    server.inject(answer(), times=2)
+    stand.poll(after=stand.wait(build))
+    row = stand.row(build)
+    assert (row["poll_count"], row["consecutive_errors"], row["poll_error"]) == (2, 0, None)
+
+
+@ON_SQLITE
+def test_each_repetition_of_a_read_costs_budget(one, at_once):
+    stand, _ = one(GITHUB_API_RETRIES="3")
+    stand.servers["github"].inject(simulated_github.server_error(), times=3)
+    stand.poll()
+    with db.reading(stand.engine) as connection:
+        assert connection.execute(select(models.budgets.c.requests)).scalar_one() == 4
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Response(403), Response(200, b"<html>"), Response(429, headers={"Retry-After": "9"}),
+        Response(503, headers={"Retry-After": "9"}),
+    ],
+)  # fmt: skip
+def test_what_would_not_be_over_in_a_moment_is_not_repeated(one, at_once, answer):
+    stand, _ = one(GITHUB_API_RETRIES="5")
+    server = stand.servers["github"]
+    server.inject(answer)
+    stand.poll()
+    assert set(server.requests.values()) == {1}  # of the list, and perhaps of the run
+
+
+@ON_SQLITE
+def test_repetitions_end_with_the_time_of_the_read(one, monkeypatch):
+    """Who hangs gets no second time-out: the lane would be kept longer than its lease."""
+    stand, build = one(GITHUB_API_RETRIES="5", GITHUB_API_TIMEOUT="100")
+    asked = stand.servers["github"].count()
+    monkeypatch.setattr(client, "RETRY_WAITS_SECONDS", (0.1,) * 10)
+    stand.servers["github"].inject(simulated_github.server_error())
+    stand.poll()
+    assert stand.servers["github"].count() - asked <= 1  # none, if the machine is busy
+    assert stand.row(build)["consecutive_errors"] == 1
+
+
 @ON_SQLITE
 def test_an_endless_answer_is_cut_and_counts_as_unreadable(one, monkeypatch):
     monkeypatch.setattr(client, "ANSWER_CAP_BYTES", 1000)

@@ -82,6 +82,9 @@ def of(name):
         "GITHUB_API_TIMEOUT": lambda v: v.sources["github"].timeout_seconds,
         "GITLAB_API_TIMEOUT": lambda v: v.sources["gitlab"].timeout_seconds,
         "JENKINS_API_TIMEOUT": lambda v: v.sources["jenkins"].timeout_seconds,
+        "GITHUB_API_RETRIES": lambda v: v.sources["github"].retry_attempts,
+        "GITLAB_API_RETRIES": lambda v: v.sources["gitlab"].retry_attempts,
+        "JENKINS_API_RETRIES": lambda v: v.sources["jenkins"].retry_attempts,
         "DISCOVERY_INTERVAL": lambda v: v.discovery_interval_seconds,
         "DISCOVERY_JITTER": lambda v: v.discovery_jitter_seconds,
         "HEARTBEAT_TIMEOUT": lambda v: v.heartbeat_timeout_seconds,
@@ -143,6 +146,9 @@ GOOD = {
     "GITHUB_API_TIMEOUT": ("100", 0.1),
     "GITLAB_API_TIMEOUT": ("1500", 1.5),
     "JENKINS_API_TIMEOUT": ("60000", 60.0),
+    "GITHUB_API_RETRIES": ("3", 3),
+    "GITLAB_API_RETRIES": ("10", 10),
+    "JENKINS_API_RETRIES": ("1", 1),
     "DISCOVERY_INTERVAL": ("300", 300.0),
     "DISCOVERY_JITTER": ("0", 0.0),
     "HEARTBEAT_TIMEOUT": ("120", 120.0),
@@ -213,6 +219,9 @@ BAD = {
     "GITHUB_API_TIMEOUT": ["99", "600001"],
     "GITLAB_API_TIMEOUT": ["30s"],
     "JENKINS_API_TIMEOUT": ["-30000"],
+    "GITHUB_API_RETRIES": ["11", "many"],
+    "GITLAB_API_RETRIES": ["-1"],
+    "JENKINS_API_RETRIES": ["1.5"],
     "DISCOVERY_INTERVAL": ["0", "1d"],
     "DISCOVERY_JITTER": ["-1", "3601"],
     "HEARTBEAT_TIMEOUT": ["0", "x"],
@@ -260,6 +269,7 @@ def test_the_defaults_are_those_of_the_contract():
     )
     assert (values.max_consecutive_errors, values.backoff_multiplier) == (10, 2)
     assert [entry.timeout_seconds for entry in values.sources.values()] == [30] * 4
+    assert [entry.retry_attempts for entry in values.sources.values()] == [0] * 4
     assert (values.discovery_interval_seconds, values.discovery_jitter_seconds) == (60, 10)
     assert (values.heartbeat_timeout_seconds, values.retention_days) == (90, 90)
     assert not values.allow_private_callbacks
@@ -575,17 +585,20 @@ platforms:
     retry_attempts: 3
   gitlab:
     timeout: 21000
-    retry_attempts: 3
+    retry_attempts: 2
   jenkins:
     timeout: 22000
-    retry_attempts: 3
+    retry_attempts: 0
 """
 
 
 def test_the_sections_of_the_original_document_are_read(with_file):
     values = load(with_file(DOCUMENT))
     assert (values.max_poll_seconds, values.max_consecutive_errors, values.backoff_multiplier) == (1800, 5, 3)
-    assert [source(values, name).timeout_seconds for name in ("github", "gitlab", "jenkins")] == [20, 21, 22]
+    three = [source(values, name) for name in ("github", "gitlab", "jenkins")]
+    assert [one.timeout_seconds for one in three] == [20, 21, 22]
+    assert [one.retry_attempts for one in three] == [3, 2, 0]
+    assert "a whole number from 0 to 10" in refused(with_file("platforms: {gitlab: {retry_attempts: some}}"))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "JENKINS_JOBS"])
@@ -706,6 +719,7 @@ sources:
     webhook_secret: [new, old]
     repositories: [team/app]
     timeout: 5000
+    retry_attempts: 4
   - name: gitlab_2
     platform: gitlab
     api_url: https://gitlab.example.com
@@ -726,6 +740,7 @@ def test_further_sources_have_names_of_their_own(with_file):
         "ghe", "github", "https://ghe.example.com/api/v3", "abc",
     )  # fmt: skip
     assert (ghe.webhook_secrets, ghe.repositories, ghe.timeout_seconds) == (("new", "old"), ("team/app",), 5)
+    assert ghe.retry_attempts == 4
     assert ghe.can_poll
     assert gitlab.webhook_secrets == ("one", "two")
     assert gitlab.repositories == ("12", "group/project")

@@ -35,7 +35,7 @@ class SettingsError(Exception):
 class SourceSettings:
     """One CI instance: its public part for the platform module, and how we talk to it.
 
-    `timeout_seconds` bounds one API call.  `repositories`: where runs are discovered.
+    `timeout_seconds` bounds one API call, `retry_attempts` of it included.  `repositories`: where runs are discovered.
     `app` or `oauth`: what gets the token that `source` lacks (`webhook_app.credentials`).
     """
 
@@ -43,6 +43,7 @@ class SourceSettings:
     enabled: bool = True
     webhook_secrets: tuple[str, ...] = field(default=(), repr=False)
     timeout_seconds: float = 30.0
+    retry_attempts: int = 0
     repositories: tuple[str, ...] = ()
     app: github.App | None = None
     oauth: gitlab.OAuth | None = None
@@ -325,6 +326,7 @@ def _log_level(text: str) -> str:
 
 
 _timeout = _milliseconds(100, 60_000)
+_retries = _whole(0, 10)
 
 VARIABLES: tuple[Variable, ...] = (
     Variable("DATABASE_URL", "", _database, "SQLite in the data directory, or PostgreSQL", secret=True),
@@ -371,8 +373,11 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("BUILD_MAX_CONSECUTIVE_ERRORS", "10", _whole(1, 1000), "failed polls in a row, then polling of that build stops"),
     Variable("BUILD_BACKOFF_MULTIPLIER", "2", _number(1, 10), "the wait grows by this after each failed poll"),
     Variable("GITHUB_API_TIMEOUT", "30000", _timeout, "ms for one GitHub API call"),
+    Variable("GITHUB_API_RETRIES", "0", _retries, "how often a read that failed is repeated at once, within that time"),
     Variable("GITLAB_API_TIMEOUT", "30000", _timeout, "ms for one GitLab API call"),
+    Variable("GITLAB_API_RETRIES", "0", _retries, "how often a read that failed is repeated at once, within that time"),
     Variable("JENKINS_API_TIMEOUT", "30000", _timeout, "ms for one Jenkins API call"),
+    Variable("JENKINS_API_RETRIES", "0", _retries, "how often a read that failed is repeated at once, within that time"),
     Variable("DISCOVERY_INTERVAL", "60", _number(1, 86400, "seconds"), "seconds between discoveries", aliases=("WORKER_POLL_INTERVAL",)),
     Variable("DISCOVERY_JITTER", "10", _number(0, 3600, "seconds"), "seconds of jitter", aliases=("WORKER_JITTER_SECONDS",)),
     Variable("HEARTBEAT_TIMEOUT", "90", _number(1, 86400, "seconds"), "seconds without heartbeat, then a script build is failed"),
@@ -402,14 +407,16 @@ _YAML_NAMES = {
     "polling.max_consecutive_errors": "BUILD_MAX_CONSECUTIVE_ERRORS",
     "polling.backoff_multiplier": "BUILD_BACKOFF_MULTIPLIER",
     "platforms.github.timeout": "GITHUB_API_TIMEOUT",
+    "platforms.github.retry_attempts": "GITHUB_API_RETRIES",
     "platforms.gitlab.timeout": "GITLAB_API_TIMEOUT",
+    "platforms.gitlab.retry_attempts": "GITLAB_API_RETRIES",
     "platforms.jenkins.timeout": "JENKINS_API_TIMEOUT",
+    "platforms.jenkins.retry_attempts": "JENKINS_API_RETRIES",
 }
-_YAML_IGNORED = {f"platforms.{name}.retry_attempts" for name in ("github", "gitlab", "jenkins")}
-"""In files of the system before this one; here the next poll is the retry."""
 _YAML_EMPTY = ("", "~", "null")
 _SOURCE_KEYS = {
-    "name", "platform", "webhook_secret", "api_url", "token", "username", "repositories", "timeout", "enabled",
+    "name", "platform", "webhook_secret", "api_url", "token", "username", "repositories", "timeout", "retry_attempts",
+    "enabled",
     "app_id", "app_private_key", "app_installation_id",
     "oauth_client_id", "oauth_client_secret", "oauth_refresh_token",
 }  # fmt: skip
@@ -548,7 +555,7 @@ def _flatten(content: dict[str, Any]) -> dict[str, Any]:
     names |= _YAML_NAMES
     flat: dict[str, Any] = {"sources": content.pop("sources", [])}
     for key, value in _leaves(content):
-        if key in _YAML_IGNORED or _is_empty_section(key, value):
+        if _is_empty_section(key, value):
             continue
         if key.lower() not in names:
             raise SettingsError(
@@ -612,6 +619,7 @@ def _sources(values: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, So
             enabled=values["ENABLE_GH"],
             webhook_secrets=values["GITHUB_WEBHOOK_SECRET"],
             timeout_seconds=values["GITHUB_API_TIMEOUT"],
+            retry_attempts=values["GITHUB_API_RETRIES"],
             repositories=values["GITHUB_REPOS"] or _the_repository(values),
             app=_app(_told("GITHUB", values), _spelled("GITHUB")),
         ),
@@ -620,6 +628,7 @@ def _sources(values: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, So
             enabled=values["ENABLE_GITLAB"],
             webhook_secrets=values["GITLAB_WEBHOOK_SECRET"],
             timeout_seconds=values["GITLAB_API_TIMEOUT"],
+            retry_attempts=values["GITLAB_API_RETRIES"],
             repositories=values["GITLAB_PROJECTS"],
             oauth=_oauth(_told("GITLAB", values), _spelled("GITLAB")),
         ),
@@ -634,6 +643,7 @@ def _sources(values: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, So
             enabled=values["ENABLE_JENKINS"],
             webhook_secrets=values["JENKINS_WEBHOOK_SECRET"] + values["BUILD_EVENT_TOKEN"],
             timeout_seconds=values["JENKINS_API_TIMEOUT"],
+            retry_attempts=values["JENKINS_API_RETRIES"],
             repositories=values["JENKINS_JOBS"] or _the_job(values),
         ),
         "script": SourceSettings(
@@ -746,6 +756,7 @@ def _further_source(entry: Any) -> SourceSettings:
         enabled=read("enabled", _flag, "true"),
         webhook_secrets=read("webhook_secret", _gitlab_secrets if platform == "gitlab" else _words),
         timeout_seconds=read("timeout", _timeout, "30000"),
+        retry_attempts=read("retry_attempts", _retries, "0"),
         repositories=read("repositories", _repositories if platform == "github" else _words),
         app=_app(told, spelled),
         oauth=_oauth(told, spelled),
