@@ -145,3 +145,23 @@ def test_a_data_directory_with_something_else_in_it_is_named_and_why(tmp_path, n
     assert made.returncode in (1, 2)
     assert said in made.stdout + made.stderr
     assert "Traceback" not in made.stdout + made.stderr
+
+
+def test_the_banner_lists_every_source_with_its_webhook_url(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "sources:\n- {name: ghe, platform: github, webhook_secret: hush}\n- {name: lab-2, platform: gitlab}\n"
+    )
+    values = settings.load({"BUILDRELAY_CONFIG": str(tmp_path / "config.yaml")})
+    said = up.banner("http://127.0.0.1:8000", values, first=False, private=False)
+    lines = [line.split() for line in said.splitlines() if line.startswith("  ")]
+    assert lines == [
+        ["github", "webhooks", "http://127.0.0.1:8000/webhooks/github", "secret:", "GITHUB_WEBHOOK_SECRET"],
+        ["gitlab", "webhooks", "http://127.0.0.1:8000/webhooks/gitlab", "secret:", "GITLAB_WEBHOOK_SECRET"],
+        ["jenkins", "webhooks", "http://127.0.0.1:8000/webhooks/jenkins", "secret:", "JENKINS_WEBHOOK_SECRET"],
+        ["ghe", "webhooks", "(github)", "http://127.0.0.1:8000/webhooks/ghe", "secret:", "its", "webhook_secret"],
+        ["lab-2", "webhooks", "(gitlab)", "http://127.0.0.1:8000/webhooks/lab-2",
+         "secret:", "none:", "every", "push", "is", "refused"],
+        ["build", "scripts", "http://127.0.0.1:8000/api/internal/build-events", "secret:", "BUILD_EVENT_TOKEN"],
+        ["API", "http://127.0.0.1:8000/docs", "token:", "ADMIN_TOKEN"],
+    ]  # fmt: skip
+    assert "hush" not in said

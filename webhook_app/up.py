@@ -18,7 +18,7 @@ from pathlib import Path
 from cryptography.fernet import Fernet
 
 from webhook_app import db, embedded, migrations, settings, subscribers, supervisor
-from webhook_app.settings import Settings
+from webhook_app.settings import Settings, SourceSettings
 from webhook_app.supervisor import Child
 from webhook_app.times import utc_now
 
@@ -264,19 +264,32 @@ def _is_healthy(url: str) -> bool:
         return False
 
 
+_BUILT_IN = ("github", "gitlab", "jenkins")
+
+
+def _hook(url: str, source: SourceSettings) -> tuple[str, str, str]:
+    """A line of the banner: what a source is, where its webhooks go, and where their secret stands."""
+    name = source.source.name
+    where = f"{url}/webhooks/{name}"
+    if name in _BUILT_IN:
+        return f"{name} webhooks", where, f"secret: {name.upper()}_WEBHOOK_SECRET"
+    told = "its webhook_secret" if source.webhook_secrets else "none: every push is refused"
+    return f"{name} webhooks ({source.source.platform})", where, f"secret: {told}"
+
+
 def banner(url: str, values: Settings, *, first: bool, private: bool) -> str:
     """What a person needs next."""
-    hooks = [
-        (f"{name} webhooks", f"{url}/webhooks/{name}", f"{name.upper()}_WEBHOOK_SECRET")
-        for name in ("github", "gitlab", "jenkins")
+    rows = [
+        *(_hook(url, source) for name, source in values.sources.items() if name != "script"),
+        ("build scripts", f"{url}/api/internal/build-events", "secret: BUILD_EVENT_TOKEN"),
+        ("API", f"{url}/docs", "token:  ADMIN_TOKEN"),
     ]
-    hooks.append(("build scripts", f"{url}/api/internal/build-events", "BUILD_EVENT_TOKEN"))
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "",
         f"BuildRelay is ready at {url}/",
         "",
-        *(f"  {what:<17} {where:<52} secret: {secret}" for what, where, secret in hooks),
-        f"  {'API':<17} {url + '/docs':<52} token:  ADMIN_TOKEN",
+        *(f"  {what:<{wide[0]}}  {where:<{wide[1]}}  {secret}" for what, where, secret in rows),
         "",
         f"Secrets are in {values.data_dir / SECRETS_FILE}" + (" (just made)" if first else "") + ".",
     ]
