@@ -232,6 +232,23 @@ def test_a_push_that_is_taken_ends_the_row_of_refusals(engine):
     assert notices(engine) == []
 
 
+def test_a_wrong_clock_is_told_once_an_hour_and_source(engine):
+    def tell(now, age_seconds, of="gitlab"):
+        db.in_transaction(engine, lambda held: health.tell_clock_off(held, of, age_seconds, at(now)))
+
+    tell(0, 400)
+    tell(1, -7200)
+    tell(3599, 400)
+    tell(5, -7200.4, of="gitlab-2")
+    tell(3601, 500)
+    told = notices(engine, "source.clock_off")
+    assert [(one["subject"], one["created_at"]) for one in told] == [
+        ("gitlab", at(0)), ("gitlab-2", at(5)), ("gitlab", at(3601)),
+    ]  # fmt: skip
+    assert "its time is 400 s behind our clock" in told[0]["text"]
+    assert "its time is 7200 s ahead of our clock" in told[1]["text"]
+
+
 def test_pauses_leave_the_counters_alone(engine):
     record(engine, 1, github(Q))
     pause = budget.Pause("github", at(60), "rate_limited", "")

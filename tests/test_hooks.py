@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -621,8 +622,35 @@ def test_admins_are_told_before_gitlab_mutes_a_hook_that_we_refuse(server, wait_
         assert server.post("/webhooks/gitlab", b"{}", stale).status_code == 401
         with db.reading(server.engine) as connection:
             kinds = connection.execute(select(models.notices.c.kind)).scalars().all()
-        return kinds == ["source.hook_at_risk"]
+        return "source.hook_at_risk" in kinds
 
     assert server.post("/webhooks/github", b"{}", {"Content-Type": "application/json"}).status_code == 401
     assert not told(), "one refusal is none"
     wait_until(told)
+
+
+def test_admins_are_told_of_a_right_signature_whose_clock_is_off(server, wait_until):
+    """The sender is not: the answer is that to a wrong signature."""
+    body, sent_at = b"{}", int(time.time()) - 1000
+
+    def push(secret):
+        signed = {
+            "Content-Type": "application/json", "X-Gitlab-Event": "Pipeline Hook", "webhook-id": "m1",
+            "webhook-timestamp": str(sent_at), "webhook-signature": signing.sign_v1(secret, "m1", sent_at, body),
+        }  # fmt: skip
+        return server.post("/webhooks/gitlab", body, signed)
+
+    def told():
+        with db.reading(server.engine) as connection:
+            rows = connection.execute(select(models.notices)).mappings().all()
+        return [row["text"] for row in rows if row["kind"] == "source.clock_off"]
+
+    wrong = "whsec_" + "b3RoZXIgc2VjcmV0IG9mIHRoZSBob29r"
+    pushes_refused = server.count(models.sources)
+    wait_until(lambda: push(wrong).status_code == 401 and server.count(models.sources) > pushes_refused)
+    assert told() == []
+    wait_until(lambda: push(GITLAB).status_code == 401 and told())
+    assert push(GITLAB).content == push(wrong).content
+    (text,) = told()
+    seconds = int(re.search(r"its time is (\d+) s behind our clock", text)[1])
+    assert 1000 <= seconds <= 1000 + time.time() - sent_at

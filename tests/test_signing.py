@@ -156,6 +156,16 @@ def test_v1_time_within_the_tolerance(drift):
     assert signing.verify_v1a(headers(V1A), BODY, (PUBLIC,), TIMESTAMP + drift)
 
 
+@pytest.mark.parametrize("drift", [-7200.0, -301, 0, 301, 86_400])
+def test_the_age_of_a_right_signature_is_told_whatever_it_is(drift):
+    def age(of):
+        return signing.v1_age_seconds(of, BODY, ("whsec_d3Jvbmc=", SECRET), TIMESTAMP + drift)
+
+    assert age(headers()) == drift
+    assert age(headers(V1.replace("v1,", "v1,A"))) is None
+    assert age(headers() | {"webhook-timestamp": str(TIMESTAMP + 1)}) is None
+
+
 @pytest.mark.parametrize("drift", [-301, -300.5, 301, float("nan"), float("inf")])
 def test_v1_time_beyond_the_tolerance(drift):
     assert not verify(headers(), now=TIMESTAMP + drift)

@@ -224,7 +224,8 @@ def _told(values: Settings, name: str) -> dict[str, Any]:
     """The row of the source; empty while the store is away or old."""
     try:
         with _store(values) as engine, db.reading(engine) as connection:
-            return health.snapshot(connection).get(name, {})
+            told = health.snapshot(connection).get(name, {})
+            return {**told, "clock_off_at": health.clock_off_at(connection, name)}
     except db.StoreUnavailable:
         return {}
 
@@ -245,6 +246,11 @@ def _health(name: str, source: SourceSettings, told: dict[str, Any]) -> Iterator
     if told.get("refused_in_row"):
         what = f"its last {told['refused_in_row']} pushes were refused"
         yield Finding(name, WARN, what, "Is the webhook's secret ours? See `buildrelay sources connect`.")
+    if told.get("clock_off_at") and told["clock_off_at"] > now - QUIET:
+        what = f"a push with a right signature and a wrong time was refused at {iso(told['clock_off_at'])}"
+        yield Finding(
+            name, WARN, what, "Set the clocks of both by NTP; /api/notifications has the difference."
+        )
 
 
 def _freshness(name: str, told: dict[str, Any], age: timedelta) -> Finding:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
-from sqlalchemy import Connection, Engine, bindparam, insert, select, text, update
+from sqlalchemy import Connection, Engine, bindparam, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from webhook_app import db, models
@@ -250,12 +250,44 @@ RETURNING refused_in_row
 """).bindparams(bindparam("now", type_=Moment))
 
 
+CLOCK_OFF, CLOCK_TOLD_AGAIN = "source.clock_off", timedelta(hours=1)
+
+
+def tell_clock_off(connection: Connection, source: str, age_seconds: float, now: datetime) -> None:
+    """Tell admins, once an hour, of a webhook that was refused for its time alone.
+
+    Its signature is right, so two clocks differ; or somebody sends an old webhook again, who can make no
+    more of it than this notice.
+    """
+    before = clock_off_at(connection, source)
+    if before is not None and before > now - CLOCK_TOLD_AGAIN:
+        return
+    order = "behind" if age_seconds > 0 else "ahead of"
+    message = (
+        f"A webhook of {source} was refused (401): its signature is right, but its time is "
+        f"{abs(age_seconds):.0f} s {order} our clock, and 300 s are allowed. Set both clocks by NTP; if they "
+        "are right, an old webhook was sent again."
+    )
+    tell(connection, CLOCK_OFF, source, message, now)
+
+
+def clock_off_at(connection: Connection, source: str) -> datetime | None:
+    """When admins were last told that the clock of a source differs from ours."""
+    columns = models.notices.c
+    of_source = select(func.max(columns.created_at)).where(
+        columns.kind == CLOCK_OFF, columns.subject == source
+    )
+    at: datetime | None = connection.execute(of_source).scalar()
+    return at
+
+
 class Refusals:
     """Error answers to deliveries of GitLab, counted at most once a second: who guesses makes no work."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._noted: dict[str, float] = {}
+        self._clock_off: dict[str, float] = {}
 
     def note(self, source: str, status: int) -> None:
         """Count one.  While the store is away nothing is counted: the hook itself is looked at each hour."""
@@ -263,8 +295,19 @@ class Refusals:
         if clock - self._noted.get(source, -1.0) < 1.0:
             return
         self._noted[source] = clock
+        age_seconds = self._clock_off.pop(source, None)
+
+        def unit(held: Connection) -> None:
+            refused(held, source, status, utc_now())
+            if age_seconds is not None:
+                tell_clock_off(held, source, age_seconds, utc_now())
+
         with suppress(db.StoreUnavailable):
-            db.in_transaction(self._engine, lambda held: refused(held, source, status, utc_now()))
+            db.in_transaction(self._engine, unit)
+
+    def clock_is_off(self, source: str, age_seconds: float) -> None:
+        """Remember it for the next count: writing it now would make its answer later than others."""
+        self._clock_off[source] = age_seconds
 
 
 # ---- listening, and being away ---------------------------------------------------------------

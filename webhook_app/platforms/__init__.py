@@ -56,7 +56,14 @@ Headers = Mapping[str, str]
 
 
 class BadSignature(Exception):
-    """Missing, malformed, wrong or too old: one answer for all, so that nothing is told to a guesser."""
+    """Missing, malformed, wrong or too old: one answer for all, so that nothing is told to a guesser.
+
+    `age_seconds`: the signature is right, but was made so long ago by our clock (below 0: in the future).
+    """
+
+    def __init__(self, age_seconds: float | None = None) -> None:
+        super().__init__()
+        self.age_seconds = age_seconds
 
 
 class NotJson(Exception):

@@ -108,12 +108,13 @@ def verify(headers: Headers, body: bytes, secrets: tuple[str, ...], now: float) 
     """
     if "webhook-signature" in headers:
         signing_tokens = tuple(secret for secret in secrets if secret.startswith(signing.HMAC_PREFIX))
-        genuine = signing.verify_v1(headers, body, signing_tokens, now)
+        age_seconds = signing.v1_age_seconds(headers, body, signing_tokens, now)
+        if age_seconds is None or abs(age_seconds) > signing.TOLERANCE_SECONDS:
+            raise BadSignature(age_seconds)
     else:
         plain = tuple(secret for secret in secrets if not secret.startswith(signing.HMAC_PREFIX))
-        genuine = signing.verify_token(headers.get("x-gitlab-token"), plain)
-    if not genuine:
-        raise BadSignature
+        if not signing.verify_token(headers.get("x-gitlab-token"), plain):
+            raise BadSignature
 
 
 def envelope(headers: Headers, body: bytes) -> Envelope:

@@ -104,7 +104,9 @@ def _receive(held: State, source: str, environ: Environ) -> Response | Answer:
     headers = _headers(environ)
     try:
         platform.verify(headers, body, settings.webhook_secrets, time.time())
-    except BadSignature:
+    except BadSignature as error:
+        if error.age_seconds is not None:
+            held.refusals.clock_is_off(source, error.age_seconds)
         return problem(401, "the signature or token is missing, wrong or too old")
     return _take(held, settings, headers, body)
 
