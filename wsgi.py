@@ -2,6 +2,7 @@
 
 import sys
 
+from webhook_app import loglines, settings
 from webhook_app.app import create_app
 from webhook_app.settings import SettingsError
 
@@ -9,7 +10,9 @@ NOT_AGAIN = 3
 """The exit code of a worker with which gunicorn ends, and does not start the next."""
 
 try:
-    app = create_app()
+    _values = settings.load()
+    loglines.setup(_values.log_format, _values.log_level)
+    app = create_app(_values)
 except SettingsError as error:
     sys.stderr.write(f"buildrelay: {error}\n")
     raise SystemExit(NOT_AGAIN) from None

@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 
 from jobs.resources import Desk, Resources, resources
 from jobs.schedule import ring_at
-from webhook_app import VERSION, db, deliveries, endpoints, outbound, queues, subscribers
+from webhook_app import VERSION, db, deliveries, endpoints, loglines, outbound, queues, subscribers
 from webhook_app.deliveries import Claim, Claimed, Tried
 from webhook_app.destinations import OutboundError
 from webhook_app.endpoints import Sentence
@@ -156,6 +156,8 @@ class _Drain:
             tried = Tried(
                 message, started_at, time.monotonic() - started, reason=f"internal_{type(error).__name__}"
             )
+        if tried.reason != deliveries.NO_KEY:
+            _log_attempt(tried)
         self._hand_in(tried, subscriber)
 
     def _hand_in(self, tried: Tried, subscriber: Mapping[str, Any]) -> None:
@@ -174,6 +176,16 @@ class _Drain:
         db.as_writer(self.held.engine, lambda write: endpoints.carry_out(write, sentence, utc_now()))
         if sentence.act == "disable":
             queues.Bell(self.held.redis).ring(queues.REPLAY)  # which buries what this left
+
+
+def _log_attempt(tried: Tried) -> None:
+    message = tried.message
+    loglines.event(
+        log, "delivery_attempt", message_id=message.message_id, subscriber_id=message.subscriber,
+        type=message.type, event_id=message.data.get("event_id"), build_id=message.data.get("build_id"),
+        attempt=message.number, status=tried.status_code, reason=tried.reason,
+        duration_ms=round(tried.duration_seconds * 1000),
+    )  # fmt: skip
 
 
 def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) -> Tried:

@@ -21,7 +21,7 @@ from pollers.adaptive import Trust
 from pollers.client import Client, Purse
 from pollers.repository import Findings, Terms
 from pollers.stale import Place
-from webhook_app import budget, builds, credentials, db, queues
+from webhook_app import budget, builds, credentials, db, loglines, queues
 from webhook_app.budget import Ledger, Spent
 from webhook_app.credentials import Keyring
 from webhook_app.platforms import Manners, PollError
@@ -157,9 +157,9 @@ def _round(lane: _Lane) -> bool:
     findings = _read(lane, places, purse) if places else []
     events = _finish(lane, ledger, findings, purse.spent)
     if purse.spent.requests:
-        log.info(
-            "polled lane=%s places=%d requests=%d counted=%d facts=%d events=%d", lane.name, len(findings),
-            purse.spent.requests, purse.spent.counted, sum(len(one.facts) for one in findings), events,
+        loglines.event(
+            log, "polled", lane=lane.name, places=len(findings), requests=purse.spent.requests,
+            counted=purse.spent.counted, facts=sum(len(one.facts) for one in findings), events=events,
         )  # fmt: skip
     if events:
         queues.Bell(lane.held.redis).ring(queues.DELIVER)

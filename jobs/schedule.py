@@ -27,7 +27,7 @@ from rq.exceptions import NoSuchJobError
 from rq.job import Job
 from rq_scheduler import Scheduler
 
-from webhook_app import queues, settings
+from webhook_app import loglines, queues, settings
 from webhook_app.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ class Metronome(Scheduler):  # type: ignore[misc]
 def main() -> None:
     """The scheduler process."""
     values = settings.load()
-    logging.basicConfig(level=values.log_level, format="%(levelname)s %(name)s %(message)s")
+    loglines.setup(values.log_format, values.log_level)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

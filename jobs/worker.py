@@ -29,7 +29,7 @@ from jobs import (  # noqa: F401  imported before the first job needs them
     sweep,
 )
 from jobs.resources import resources
-from webhook_app import queues
+from webhook_app import loglines, queues
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +93,7 @@ def main() -> None:
     parser.add_argument("queues", nargs="*", default=list(queues.JOBS), help="queues to serve")
     names = parser.parse_args().queues
     held = resources()
-    logging.basicConfig(level=held.settings.log_level, format="%(levelname)s %(name)s %(message)s")
-    logging.getLogger("rq").setLevel(logging.WARNING)
+    loglines.setup(held.settings.log_format, held.settings.log_level)
     with suppress(StopRequested):  # RQ's signal handler raises it, also while we wait
         _work(names, held.redis)
 

@@ -1,5 +1,6 @@
 """The delivery job at work: one that hangs delays nobody, and outlasts the job without being lost."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -224,6 +225,30 @@ def test_a_subscriber_that_is_removed_meanwhile_costs_the_others_nothing(make_he
         worker.join(60)
     assert states(held, staying) == [("delivered", 1, None)]
     assert not held.desk.room.subscribers
+
+
+def test_each_attempt_is_a_line_of_the_log_with_the_ids_that_join_it(make_held, pair, caplog):
+    caplog.set_level(logging.INFO)
+    held = make_held()
+    good, bad = pair
+    bad.behave(status=500)
+    ids = [subscribe(held, good), subscribe(held, bad)]
+    record(held, github(State.QUEUED))
+    job.deliver(held)
+    with db.reading(held.engine) as connection:
+        messages = connection.execute(select(models.messages)).mappings().all()
+    lines = {
+        one.fields["subscriber_id"]: one.fields for one in caplog.records if one.msg == "delivery_attempt"
+    }
+    assert {row["subscriber"]: row["message_id"] for row in messages} == {
+        id_: line["message_id"] for id_, line in lines.items()
+    }
+    for id_, status, reason in zip(ids, (204, 500), (None, "http_500"), strict=True):
+        line = lines[id_]
+        assert line["status"] == status or (status == 204 and 200 <= line["status"] < 300)
+        assert (line["reason"], line["attempt"], line["type"]) == (reason, 1, "build.queued")
+        assert (line["build_id"], line["event_id"]) == ("github:Octo:Repo:1", messages[0]["event"])
+        assert line["duration_ms"] >= 0
 
 
 def test_an_old_key_taken_away_too_early_loses_nothing_and_heals(make_held, pair, caplog):

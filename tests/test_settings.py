@@ -96,6 +96,7 @@ def of(name):
         "DELIVERY_HOST_CONCURRENCY": lambda v: v.delivery_host_concurrency,
         "RETENTION_DAYS": lambda v: v.retention_days,
         "LOG_LEVEL": lambda v: v.log_level,
+        "LOG_FORMAT": lambda v: v.log_format,
         "SQLITE_SYNCHRONOUS": lambda v: v.sqlite_synchronous,
     }[name]
 
@@ -160,6 +161,7 @@ GOOD = {
     "DELIVERY_HOST_CONCURRENCY": ("4", 4),
     "RETENTION_DAYS": ("7", 7),
     "LOG_LEVEL": ("Debug", "DEBUG"),
+    "LOG_FORMAT": ("JSON", "json"),
     "SQLITE_SYNCHRONOUS": ("normal", "NORMAL"),
 }
 
@@ -233,6 +235,7 @@ BAD = {
     "DELIVERY_HOST_CONCURRENCY": ["0", "257", "2.5"],
     "RETENTION_DAYS": ["0", "3651", "90d"],
     "LOG_LEVEL": ["loud"],
+    "LOG_FORMAT": ["xml"],
     "SQLITE_SYNCHRONOUS": ["OFF"],
 }  # fmt: skip
 ANYTHING_GOES = {

@@ -170,6 +170,14 @@ def test_a_killed_child_comes_back_and_the_others_do_not_notice(start, pid_of):
         process.terminate()
 
 
+def test_lines_without_labels_and_our_own_in_another_form(tmp_path):
+    child = Child("web", ("/bin/sh", "-c", "echo hello; exit 3"), ready=lambda: False)
+    with (tmp_path / "out").open("wb") as out:
+        assert supervisor.supervise([child], out=out, labelled=False, own_line="<{}>".format) == 1
+    lines = set((tmp_path / "out").read_text().splitlines())
+    assert lines == {"hello", "<web ended (exit code 3)>", "<web did not start>"}
+
+
 def test_a_child_that_keeps_dying_is_started_again_with_growing_waits(start):
     with start(("web", "exit 3", None)) as process:
         seen = [read_until(process, "ended")[-1] for _ in range(4)]

@@ -23,6 +23,7 @@ from webhook_app import (
     formats,
     grants,
     health,
+    loglines,
     queries,
     registration,
     replays,
@@ -142,15 +143,16 @@ def _demo(chosen: argparse.Namespace) -> int:
 
 def _migrate(_chosen: argparse.Namespace) -> int:
     _warn_of_misspelt()
-    up.prepare(_settings())
+    values = _settings()
+    loglines.setup(values.log_format, values.log_level)
+    up.prepare(values)
     print("The database has the present schema.")
     return 0
 
 
 def _worker(_chosen: argparse.Namespace) -> int:
     _warn_of_misspelt()
-    _settings()
-    return supervisor.supervise(up.workers(_environment()))
+    return supervisor.supervise(up.workers(_environment()), **up.log_lines(_settings()))
 
 
 def _scheduler(_chosen: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Engine, case, func, insert, select, update
 from webhook_app import deliveries, models, retries, subscribers
 from webhook_app.db import Write, reading
 from webhook_app.deliveries import Tried
+from webhook_app.health import tell
 
 _s, _m = models.subscribers.c, models.messages.c
 
@@ -187,10 +188,7 @@ def enable(write: Write, subscriber_id: str, now: datetime) -> bool:
 def _tell(write: Write, subscriber_id: str, type_: str, what: str, now: datetime) -> None:
     """A notice for admins, and an event for whoever subscribed to `subscriber.*`."""
     text = f"Subscriber {subscriber_id} {what}."
-    write.connection.execute(
-        insert(models.notices),
-        {"kind": type_, "subject": subscriber_id, "text": text, "created_at": now},
-    )
+    tell(write.connection, type_, subscriber_id, text, now)
     deliveries.plan(write, [_add_event(write, subscriber_id, type_, text, now)], now)
 
 

@@ -3,7 +3,9 @@
 import os
 from typing import Any
 
-from webhook_app import settings
+from gunicorn.glogging import Logger
+
+from webhook_app import loglines, settings
 
 _values = settings.load()
 
@@ -20,6 +22,16 @@ control_socket_disable = True
 accesslog = None
 errorlog = "-"
 loglevel = "warning"
+
+
+class logger_class(Logger):  # type: ignore[misc]  # noqa: N801  the name of gunicorn's setting
+    """gunicorn's own lines, those of its access log included, in the form of ours."""
+
+    def setup(self, cfg: Any) -> None:
+        """As gunicorn does, with our formatter."""
+        super().setup(cfg)
+        for handler in (*self.error_log.handlers, *self.access_log.handlers):
+            handler.setFormatter(loglines.Formatter(_values.log_format))
 
 
 def on_starting(server: Any) -> None:

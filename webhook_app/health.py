@@ -6,6 +6,7 @@ not one that only a request named.  Everything here is one row per source, kept 
 records the facts.
 """
 
+import logging
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
@@ -16,10 +17,12 @@ from typing import Any, Protocol
 from sqlalchemy import Connection, Engine, bindparam, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from webhook_app import db, models
+from webhook_app import db, loglines, models
 from webhook_app.lifecycle import Observation, ObservedBy
 from webhook_app.models import Moment
 from webhook_app.times import iso, utc_now
+
+log = logging.getLogger(__name__)
 
 WINDOW = 200
 """`push_share` is the plain share of the first so many changes, then weighs each new one by 1/200."""
@@ -205,9 +208,10 @@ def upsert(connection: Connection, table: Any, rows: Sequence[dict[str, Any]]) -
 
 
 def tell(connection: Connection, kind: str, subject: str, message: str, now: datetime) -> None:
-    """Add a notice for admins (`GET /api/notifications`)."""
+    """Add a notice for admins (`GET /api/notifications`), and log it."""
     notice = {"kind": kind, "subject": subject, "text": message, "created_at": now}
     connection.execute(insert(models.notices), notice)
+    loglines.event(log, "notice", kind=kind, subject=subject, text=message)
 
 
 def _goes_deaf(

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from webhook_app import destinations, embedded, signing
+from webhook_app import destinations, embedded, loglines, signing
 from webhook_app.platforms import Source, github, gitlab
 from webhook_app.polling import Pace
 
@@ -93,6 +93,7 @@ class Settings:
     retention_days: int = 90
     sqlite_synchronous: str = "FULL"
     log_level: str = "INFO"
+    log_format: str = "logfmt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +326,12 @@ def _log_level(text: str) -> str:
     return text.upper()
 
 
+def _log_format(text: str) -> str:
+    if text.lower() not in loglines.FORMATS:
+        raise ValueError(" or ".join(loglines.FORMATS))
+    return text.lower()
+
+
 _timeout = _milliseconds(100, 60_000)
 _retries = _whole(0, 10)
 
@@ -397,6 +404,7 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("RETENTION_DAYS", "90", _whole(1, 3650, "days"), "days that events, bodies, attempts and logs are kept"),
     Variable("LOG_LEVEL", "info", _log_level, "debug, info, warning or error; `up` says warning"),
+    Variable("LOG_FORMAT", "logfmt", _log_format, "or `json`: one line per record, each with `time` and `level`"),
     Variable("SQLITE_SYNCHRONOUS", "FULL", _synchronous, "FULL survives a power cut, NORMAL a killed process"),
 )  # fmt: skip
 
@@ -465,6 +473,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         retention_days=values["RETENTION_DAYS"],
         sqlite_synchronous=values["SQLITE_SYNCHRONOUS"],
         log_level=values["LOG_LEVEL"],
+        log_format=values["LOG_FORMAT"],
     )
 
 

@@ -165,6 +165,7 @@ class _House:
     pid_file: Path | None
     pipes: set[IO[bytes]] = field(default_factory=set)
     stopping: bool = False
+    own_line: Callable[[str], str] = str
 
 
 def supervise(
@@ -174,9 +175,12 @@ def supervise(
     on_ready: Callable[[], None] | None = None,
     pid_dir: Path | None = None,
     timing: Timing = TIMING,
+    labelled: bool = True,
+    own_line: Callable[[str], str] = str,
 ) -> int:
     """Run `children` until a stop signal; the exit code: 0 stopped by signal, 1 a child didn't start.
 
+    `labelled`: each line begins with the name of its child.  `own_line`: how our own lines are written.
     `out` (default: standard output) gets every line of every child, prefixed.  `on_ready` is called
     once, when all are ready.  `pid_dir` holds one small file per running supervisor.
     """
@@ -186,6 +190,9 @@ def supervise(
         end_leftovers(pid_dir)
     with selectors.DefaultSelector() as selector, _wake_ups() as wake_up:
         house = _house(children, out, selector, pid_dir, timing)
+        house.own_line = own_line
+        if not labelled:
+            _take_labels_off(house)
         selector.register(wake_up, selectors.EVENT_READ, partial(_note_signals, house, wake_up))
         try:
             return _start_and_watch(house, on_ready)
@@ -207,6 +214,12 @@ def _house(
     seats = [_Seat(child, label) for child, label in zip(children, others, strict=True)]
     pid_file = None if pid_dir is None else pid_dir / f"up-{os.getpid()}.json"
     return _House(seats, own, timing, selector, out, pid_file)
+
+
+def _take_labels_off(house: _House) -> None:
+    house.own_label = b""
+    for seat in house.seats:
+        seat.label = b""
 
 
 @contextmanager
@@ -354,7 +367,7 @@ def _drain(gone: BinaryIO) -> None:
 
 
 def _say(house: _House, text: str) -> None:
-    _print(house, house.own_label + text.encode())
+    _print(house, house.own_label + house.own_line(text).encode())
 
 
 def _note_end(house: _House, seat: _Seat, process: subprocess.Popen[bytes]) -> None:

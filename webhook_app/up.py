@@ -10,14 +10,16 @@ import secrets
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
+from typing import TypedDict
 
 from cryptography.fernet import Fernet
 
-from webhook_app import db, embedded, migrations, settings, subscribers, supervisor
+from webhook_app import db, embedded, loglines, migrations, settings, subscribers, supervisor
 from webhook_app.settings import Settings, SourceSettings
 from webhook_app.supervisor import Child
 from webhook_app.times import utc_now
@@ -182,7 +184,21 @@ def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] |
         children(env, data_dir, url, own_redis="REDIS_URL" not in given),
         on_ready=lambda: print(banner(url, values, first=first, private=private), flush=True),
         pid_dir=data_dir / RUN_DIRECTORY,
+        **log_lines(values),
     )
+
+
+class LogLines(TypedDict):
+    """How `supervisor.supervise` writes lines."""
+
+    labelled: bool
+    own_line: Callable[[str], str]
+
+
+def log_lines(values: Settings) -> LogLines:
+    """A supervisor's own lines in the form of all others; a label in front would break JSON."""
+    own_line = partial(loglines.line, values.log_format)
+    return {"labelled": values.log_format != "json", "own_line": own_line}
 
 
 class CannotStart(Exception):

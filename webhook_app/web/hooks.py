@@ -4,6 +4,7 @@ This is plain WSGI in front of Flask: routing, contexts and request objects woul
 than verifying and parsing it does (`bench/` has the figures).  Everything else goes on to Flask.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -13,7 +14,7 @@ import orjson
 from flask import Response
 from gunicorn.http.errors import ParseException
 
-from webhook_app import inbox, platforms
+from webhook_app import inbox, loglines, platforms
 from webhook_app.db import StoreUnavailable
 from webhook_app.platforms import BadSignature, NotJson
 from webhook_app.settings import SourceSettings
@@ -37,6 +38,11 @@ OTHER_NAMES = {
 MOST_BYTES = 25 * 1024 * 1024
 """GitHub's and GitLab's own cap."""
 
+MOST_NAME = 100
+"""Characters of a source's name in the log: it may be anything that somebody has asked for."""
+
+log = logging.getLogger(__name__)
+
 _STATUS = {200: "200 OK", 202: "202 ACCEPTED"}
 
 
@@ -48,7 +54,9 @@ def in_front_of(flask: WSGI, held: State) -> WSGI:
         source = _source(environ["PATH_INFO"])
         if source is None:
             return flask(environ, start_response)
+        began = time.monotonic()
         answer = _answer(held, source, environ)
+        _log_push(source, answer, time.monotonic() - began)
         if isinstance(answer, Response):
             return answer(environ, start_response)
         status, content = answer
@@ -58,6 +66,23 @@ def in_front_of(flask: WSGI, held: State) -> WSGI:
         return [body]
 
     return door
+
+
+def _log_push(source: str, answer: Response | Answer, seconds: float) -> None:
+    """One line per push, after its transaction: whether it was accepted or refused, with its ids."""
+    if log.isEnabledFor(logging.INFO):
+        told = {"source": source[:MOST_NAME]} | _told(answer)
+        loglines.event(log, "push", **told, duration_ms=round(seconds * 1000, 1))
+
+
+def _told(answer: Response | Answer) -> dict[str, object]:
+    """What an answer says, for the log."""
+    if isinstance(answer, Response):
+        reason = orjson.loads(answer.get_data()).get("detail")
+        return {"status": answer.status_code, "result": "refused", "reason": reason}
+    status, content = answer
+    names = ("build_id", "delivery_id", "reason")
+    return {"status": status, "result": content["status"]} | {name: content.get(name) for name in names}
 
 
 def _source(path: str) -> str | None:
