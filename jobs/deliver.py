@@ -197,10 +197,11 @@ def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) ->
     sent = subscribers.custom_headers(subscriber, keys) | deliveries.headers(
         message, content_type, content, secrets, int(now.timestamp()), USER_AGENT
     )
+    sent |= deliveries.provider_headers(message, subscriber["format"], content, secrets)
     try:
         reply = outbound.send(
             "POST",
-            subscriber["url"],
+            deliveries.target(subscriber["url"], message, subscriber["format"]),
             sent,
             content,
             timeout_seconds=held.settings.delivery_timeout_seconds,

@@ -72,7 +72,7 @@ def box(tmp_path, monkeypatch, capsys, migrated_sqlite):
     """A box whose Redis is away: commands say what they did all the same."""
     path = tmp_path / "buildrelay.db"
     path.write_bytes(migrated_sqlite.read_bytes())
-    for name in ("DASHBOARD_API_URL", "DASHBOARD_API_KEY", "BUILDRELAY_CONFIG"):
+    for name in ("DASHBOARD_API_URL", "DASHBOARD_API_KEY", "DASHBOARD_API_FORMAT", "BUILDRELAY_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BUILDRELAY_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{path}")
@@ -238,6 +238,13 @@ def test_migrate_makes_the_subscriber_of_the_settings(box, monkeypatch):
     row = box.row("sub_dashboard")
     assert (row["url"], row["origin"]) == ("http://dashboard.internal:8080/hook/", "settings")
     assert subscribers.custom_headers(row, (OLD,)) == {"Authorization": "Bearer very-secret"}
+    assert row["format"] == "standard"
+    monkeypatch.setenv("DASHBOARD_API_URL", "http://dashboard.internal:8080")
+    box("migrate")
+    assert box.row("sub_dashboard")["format"] == "provider"
+    monkeypatch.setenv("DASHBOARD_API_FORMAT", "standard")
+    box("migrate")
+    assert box.row("sub_dashboard")["format"] == "standard"
     assert "DASHBOARD_API_URL" in box("subscribers", "remove", "sub_dashboard", code=2)
     monkeypatch.delenv("DASHBOARD_API_URL")
     box("migrate")

@@ -130,7 +130,7 @@ def headers_of(api):
 def test_what_the_settings_say_is_not_changed_over_the_api(api):
     sync(api, "http://10.0.0.9/hook")
     made = {"id": "sub_dashboard"}
-    for body in ({"url": "https://elsewhere.example/"}, {"headers": {}}):
+    for body in ({"url": "https://elsewhere.example/"}, {"headers": {}}, {"format": "slack"}):
         assert "DASHBOARD_API_URL" in api("PATCH", path_of(made), 409, json=body)["detail"]
     assert "DASHBOARD_API_URL" in api("DELETE", path_of(made), 409)["detail"]
     changed = api("PATCH", path_of(made), json={"branches": ["main"], "description": "ours"})

@@ -96,6 +96,7 @@ def of(name):
         "DELIVERY_HOST_CONCURRENCY": lambda v: v.delivery_host_concurrency,
         "RETENTION_DAYS": lambda v: v.retention_days,
         "LOG_LEVEL": lambda v: v.log_level,
+        "DASHBOARD_API_FORMAT": lambda v: v.dashboard_api_format,
         "LOG_FORMAT": lambda v: v.log_format,
         "SQLITE_SYNCHRONOUS": lambda v: v.sqlite_synchronous,
     }[name]
@@ -161,6 +162,7 @@ GOOD = {
     "DELIVERY_HOST_CONCURRENCY": ("4", 4),
     "RETENTION_DAYS": ("7", 7),
     "LOG_LEVEL": ("Debug", "DEBUG"),
+    "DASHBOARD_API_FORMAT": ("Provider", "provider"),
     "LOG_FORMAT": ("JSON", "json"),
     "SQLITE_SYNCHRONOUS": ("normal", "NORMAL"),
 }
@@ -235,6 +237,7 @@ BAD = {
     "DELIVERY_HOST_CONCURRENCY": ["0", "257", "2.5"],
     "RETENTION_DAYS": ["0", "3651", "90d"],
     "LOG_LEVEL": ["loud"],
+    "DASHBOARD_API_FORMAT": ["html", "slack"],
     "LOG_FORMAT": ["xml"],
     "SQLITE_SYNCHRONOUS": ["OFF"],
 }  # fmt: skip

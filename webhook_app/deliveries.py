@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 from sqlalchemy import (
     ARRAY,
@@ -34,7 +35,7 @@ from sqlalchemy import (
     update,
 )
 
-from webhook_app import bulk, formats, models, signing, subscribers
+from webhook_app import bulk, formats, models, provider_shapes, signing, subscribers
 from webhook_app.db import Write
 from webhook_app.formats import Told
 from webhook_app.retries import RetryPolicy, slow_down
@@ -181,6 +182,28 @@ def headers(
         ),
         "webhook-attempt": str(message.number),
     }
+
+
+def target(url: str, message: Claimed, format_: str) -> str:
+    """Where a message goes: in the format `provider` a URL without a path gets that of the platform."""
+    parts = urlsplit(url)
+    if format_ != formats.PROVIDER or parts.path not in ("", "/"):
+        return url
+    return parts._replace(path=provider_shapes.shape(message.type, message.data).path).geturl()
+
+
+def provider_headers(
+    message: Claimed, format_: str, content: bytes, secrets: Sequence[str]
+) -> dict[str, str]:
+    """What receivers of a platform's webhooks look at, beside the Standard Webhooks headers."""
+    if format_ != formats.PROVIDER:
+        return {}
+    told = {**provider_shapes.shape(message.type, message.data).headers}
+    if "x-github-event" in told:
+        told["x-github-delivery"] = message.message_id
+    if "x-gitlab-event" not in told and secrets and secrets[0].startswith(signing.HMAC_PREFIX):
+        told["x-hub-signature-256"] = signing.github_signature(secrets[0], content)
+    return told
 
 
 # ---- claiming --------------------------------------------------------------------------------

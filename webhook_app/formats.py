@@ -1,8 +1,9 @@
 """The body of a message in the shape its subscriber asked for.  Pure; nothing in it is executed.
 
 `standard` is the Standard Webhooks body of spec section 8, `cloudevents` the structured JSON of
-CloudEvents 1.0, `slack` and `teams` what those services' incoming webhooks read.  A body depends on
-the stored event alone, so every try and replay of a message sends the same bytes.
+CloudEvents 1.0, `slack` and `teams` what those services' incoming webhooks read, `provider` the
+platform's own webhook.  A body depends on the stored event alone, so every try and replay of a message
+sends the same bytes.
 
 https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/formats/json-format.md
 https://api.slack.com/messaging/webhooks · https://adaptivecards.io/explorer/
@@ -17,6 +18,7 @@ from urllib.parse import quote
 
 import orjson
 
+from webhook_app import provider_shapes
 from webhook_app.times import iso
 
 Data = Mapping[str, Any]
@@ -165,11 +167,19 @@ def _markdown(text: str) -> str:
     return _MARKDOWN.sub(r"\\\g<0>", text)
 
 
+def provider(told: Told) -> dict[str, Any]:
+    """What the platform of the build would have sent."""
+    return provider_shapes.shape(told.type, told.data).body(told.data, told.timestamp)
+
+
+PROVIDER = "provider"
+
 _FORMATS: dict[str, tuple[str, Callable[[Told], dict[str, Any]]]] = {
     "standard": ("application/json", standard),
     "cloudevents": ("application/cloudevents+json", cloudevents),
     "slack": ("application/json", slack),
     "teams": ("application/json", teams),
+    PROVIDER: ("application/json", provider),
 }
 
 FORMATS = tuple(_FORMATS)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 FORMATS = ("logfmt", "json")
 LONGEST_VALUE = 4_000
@@ -29,12 +29,23 @@ def event(log: logging.Logger, name: str, **fields: object) -> None:
 
 def setup(format_: str, level: str) -> None:
     """Write all records of this process to its standard error in this format, faults that end it included."""
-    handler = logging.StreamHandler()
+    handler = _StandardError()
     handler.setFormatter(Formatter(format_))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("rq").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     sys.excepthook = _log_fault
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Writes to what is standard error at the moment, not to what it was."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 def _log_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, delete, func, insert, literal_column, select, update
 
-from webhook_app import deliveries, endpoints, models, subscribers
+from webhook_app import deliveries, endpoints, formats, models, subscribers
 from webhook_app.db import Write, as_writer, reading
 from webhook_app.subscribers import Filters
 
@@ -206,6 +206,7 @@ _own = models.messages.alias()
 def _count(connection: Connection, wants: Filters, wanted: Range, after: int, last: int) -> int:
     """How many events between these ids are wanted: the store groups them by what the filters look at."""
     looked_at = [field for filter_, field in _LOOKED_AT.items() if getattr(wants, filter_)]
+    looked_at += ["platform"] if wants.format == formats.PROVIDER else []
     facts = (
         select(
             _e.type, _e.change, _own.c.state.label("message_state"),

@@ -87,6 +87,7 @@ class Settings:
     public_url: str = ""
     dashboard_api_url: str = ""
     dashboard_api_key: str = field(default="", repr=False)
+    dashboard_api_format: str = ""
     delivery_retry_schedule: tuple[float, ...] = ()
     delivery_timeout_seconds: float = 15.0
     delivery_host_concurrency: int = 128
@@ -94,6 +95,12 @@ class Settings:
     sqlite_synchronous: str = "FULL"
     log_level: str = "INFO"
     log_format: str = "logfmt"
+
+    @property
+    def dashboard_format(self) -> str:
+        """A bare address is that of a dashboard which reads the platforms' own webhooks, at a path for each."""
+        bare = bool(self.dashboard_api_url) and urlsplit(self.dashboard_api_url).path in ("", "/")
+        return self.dashboard_api_format or ("provider" if bare else "standard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +237,12 @@ def _callback(text: str) -> str:
         except destinations.OutboundError as error:
             raise ValueError(f"a callback URL (not so: {error})") from None
     return text
+
+
+def _dashboard_format(text: str) -> str:
+    if text.lower() not in ("", "provider", "standard"):
+        raise ValueError("provider or standard")
+    return text.lower()
 
 
 def _header_text(text: str) -> str:
@@ -393,6 +406,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("PUBLIC_URL", "", web_url, "address of this BuildRelay from outside, to tell its webhooks from others'"),
     Variable("DASHBOARD_API_URL", "", _callback, "a subscriber that `migrate` and `up` make: gets `build.*`"),
     Variable("DASHBOARD_API_KEY", "", _header_text, "sent to it as `Authorization: Bearer …`", secret=True),
+    Variable("DASHBOARD_API_FORMAT", "", _dashboard_format, "`provider` or `standard`; else `provider` where that URL has no path"),
     Variable(
         "DELIVERY_RETRY_SCHEDULE", "5,300,1800,7200,18000,36000,50400,72000,86400", _seconds_list,
         "seconds before each retry, comma separated",
@@ -467,6 +481,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         public_url=values["PUBLIC_URL"],
         dashboard_api_url=values["DASHBOARD_API_URL"],
         dashboard_api_key=values["DASHBOARD_API_KEY"],
+        dashboard_api_format=values["DASHBOARD_API_FORMAT"],
         delivery_retry_schedule=values["DELIVERY_RETRY_SCHEDULE"],
         delivery_timeout_seconds=values["DELIVERY_TIMEOUT"],
         delivery_host_concurrency=values["DELIVERY_HOST_CONCURRENCY"],

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 from sqlalchemy import Connection, Engine, delete, insert, select, update
 
-from webhook_app import models, sealing, signing
+from webhook_app import formats, models, provider_shapes, sealing, signing
 from webhook_app.db import Write, as_writer, in_transaction
 from webhook_app.lifecycle import State
 from webhook_app.times import iso
@@ -67,12 +67,13 @@ class Filters:
     def match(self, type_: str, data: Row, change: str | None = None) -> bool:
         """Does an event of this type, with this data, go to the subscriber?
 
-        Sources and repositories ignore case.
+        Sources and repositories ignore case.  In the format `provider` only what a platform sends goes out.
         """
         return (
             (not self.states or data.get("state") in self.states)
             and (not self.conclusions or data.get("conclusion") in self.conclusions)
             and (not self.changes or change in self.changes)
+            and (self.format != formats.PROVIDER or provider_shapes.has_shape(type_, data))
             and self._match_globs(type_, data)
         )
 
@@ -216,22 +217,24 @@ def change(
     return result.rowcount == 1
 
 
-def sync_static(write: Write, url: str, api_key: str, keys: Sequence[str], now: datetime) -> bool:
+def sync_static(
+    write: Write, url: str, api_key: str, keys: Sequence[str], now: datetime, format_: str = "standard"
+) -> bool:
     """Make, change or remove the one subscriber of the settings; False if it was as it should be.
 
-    It gets `build.*` with `Authorization: Bearer API_KEY`; an empty `url` removes it.  A new address or
-    key gives it a clean record.  Raises `sealing.SealError` without a usable key.
+    It gets `build.*` with `Authorization: Bearer API_KEY`; an empty `url` removes it.  A new address, key
+    or format gives it a clean record.  Raises `sealing.SealError` without a usable key.
     """
     row = get(write.connection, STATIC_ID)
     if not url:
         return row is not None and _remove_row(STATIC_ID, write)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    wanted: dict[str, Any] = {"url": url, "headers": headers}
+    wanted: dict[str, Any] = {"url": url, "headers": headers, "format": format_}
     if row is None:
         fixed = {"id": STATIC_ID, "origin": "settings", "events": ["build.*"], "signing": "hmac"}
         create(write, wanted | fixed | {"description": "DASHBOARD_API_URL"}, keys, now)
         return True
-    if row["url"] == url and _is_sealed_in(row, headers, keys):
+    if (row["url"], row["format"]) == (url, format_) and _is_sealed_in(row, headers, keys):
         return False
     return change(write, STATIC_ID, {**CLEAN_RECORD, **wanted}, keys, now)
 

@@ -238,7 +238,12 @@ def prepare(values: Settings) -> None:
     db.as_writer(
         engine,
         lambda write: subscribers.sync_static(
-            write, values.dashboard_api_url, values.dashboard_api_key, values.encryption_keys, utc_now()
+            write,
+            values.dashboard_api_url,
+            values.dashboard_api_key,
+            values.encryption_keys,
+            utc_now(),
+            values.dashboard_format,
         ),
     )
     engine.dispose()

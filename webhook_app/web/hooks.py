@@ -30,6 +30,7 @@ Answer = tuple[int, Mapping[str, object]]
 PREFIX = "/webhooks/"
 OTHER_NAMES = {
     "/api/webhook/github-actions": "github",
+    "/api/webhook/gitlab": "gitlab",
     "/api/webhook/jenkins": "jenkins",
     "/api/internal/build-events": "script",
 }

@@ -118,7 +118,7 @@ def change_subscriber(wanted: dict[str, Any], subscriber_id: str) -> Any:
 
     def unit(write: db.Write) -> Row:
         row = _need(write.connection, subscriber_id)
-        if wanted.keys() & {"url", "headers"}:
+        if wanted.keys() & {"url", "headers", "format"}:
             _need_own(row)
         moved = wanted.get("url", row["url"]) != row["url"]
         values = {**subscribers.UNTRIED, **wanted} if moved else wanted
@@ -131,7 +131,7 @@ def change_subscriber(wanted: dict[str, Any], subscriber_id: str) -> Any:
 def _need_own(row: Row) -> None:
     """409 for what the settings say: the next start would undo it."""
     if row["origin"] == "settings":
-        abort(409, "DASHBOARD_API_URL and DASHBOARD_API_KEY set this subscriber: change them instead")
+        abort(409, "DASHBOARD_API_URL, _KEY and _FORMAT set this subscriber: change them instead")
 
 
 @operation(
