@@ -1,5 +1,7 @@
 """The commands about subscribers, deliveries and keys, on a SQLite file."""
 
+import argparse
+import json
 import os
 import re
 import signal
@@ -12,13 +14,26 @@ from cryptography.fernet import Fernet
 from sqlalchemy import select
 
 from tests import hub as hubs
+from tests.caller import operations
 from tests.facts import PACE, at, github
-from webhook_app import builds, cli, db, deliveries, endpoints, models, sealing, subscribers, tokens
+from webhook_app import (
+    builds,
+    cli,
+    cli_subscribers,
+    db,
+    deliveries,
+    endpoints,
+    models,
+    sealing,
+    subscribers,
+    tokens,
+)
 from webhook_app.deliveries import Tried
 from webhook_app.lifecycle import State
 from webhook_app.retries import RetryPolicy
 from webhook_app.room import Room
 from webhook_app.times import utc_now
+from webhook_app.web import schemas
 
 OLD, NEW = (Fernet.generate_key().decode() for _ in range(2))
 SINCE = "2026-11-01T00:00:00Z"
@@ -111,6 +126,197 @@ def test_words_that_do_not_exist_are_refused(box, arguments):
     assert "did you mean build.completed?" in refused
     assert "https" in box("subscribers", "add", "http://example.com/", code=2)
     assert box("subscribers", "list") == []
+
+
+EVERYTHING = (
+    "--events", "build.*", "--events", "release.*", "--sources", "github", "--repositories", "octo/*",
+    "--branches", "main", "--branches", "v*", "--state", "failed", "--conclusion", "failure", "--change", "broke",
+    "--format", "slack", "--description", "for the team", "--rate-limit", "5", "--unordered",
+    "--header", "X-Team=a=b", "--header", "Authorization=Bearer hush",
+)  # fmt: skip
+CHOSEN = {
+    "events": ["build.*", "release.*"], "sources": ["github"], "repositories": ["octo/*"],
+    "branches": ["main", "v*"], "states": ["failed"], "conclusions": ["failure"], "changes": ["broke"],
+    "format": "slack", "description": "for the team", "rate_limit_per_second": 5, "ordered": False,
+}  # fmt: skip
+HEADERS = {"X-Team": "a=b", "Authorization": "Bearer hush"}
+
+
+def chosen_of(row):
+    return {name: row[name] for name in CHOSEN}
+
+
+@pytest.mark.parametrize("how", ["add", "change"])
+def test_all_that_the_api_takes_is_chosen_on_the_command_line(box, how):
+    id_, _ = box.add(*(EVERYTHING if how == "add" else ("--signing", "ed25519")))
+    if how == "change":
+        assert box("subscribers", "change", id_, *EVERYTHING) == [f"{id_} is changed"]
+    row = box.row(id_)
+    assert chosen_of(row) == CHOSEN
+    assert subscribers.custom_headers(row, (OLD,)) == HEADERS
+
+
+def test_the_options_are_the_fields_of_the_api():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url")
+    cli_subscribers.add_options(parser, changing=True)
+    given = parser.parse_args([*EVERYTHING, "https://example.com/"])
+    assert set(schemas.SubscriberChange().fields) - set(cli_subscribers.fields(given)) <= {"forks"}
+
+
+def test_a_change_leaves_what_is_not_named_and_clears_what_it_is_told(box):
+    id_, _ = box.add(*EVERYTHING)
+    spoilt = {"failures": 7, "failing_since": at(0)}
+    db.as_writer(box.engine, lambda write: subscribers.change(write, id_, spoilt, (), at(0)))
+    box("subscribers", "change", id_, "--description", "another", "--ordered")
+    assert chosen_of(box.row(id_)) == CHOSEN | {"description": "another", "ordered": True}
+    box(
+        "subscribers",
+        "change",
+        id_,
+        "--clear",
+        "events",
+        "--clear",
+        "headers",
+        "--clear",
+        "rate_limit_per_second",
+    )
+    row = box.row(id_)
+    assert (row["events"], row["rate_limit_per_second"], row["failures"]) == ([], None, 7)
+    assert subscribers.custom_headers(row, (OLD,)) == {}
+    box("subscribers", "change", id_, "--url", "https://example.org/other")
+    assert (box.row(id_)["url"], box.row(id_)["failures"]) == ("https://example.org/other", 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "nothing is named"),
+        (("--url", "http://example.com/"), "https"),
+        (("--events", "build.complete"), "did you mean build.completed?"),
+        (("--branches", ""), "1 to 255 characters"),
+        (("--branches", "x" * 256), "1 to 255 characters"),
+        (("--branches", "\udcff"), "1 to 255 characters"),
+        (("--branches", "x") * 101, "at most 100"),
+        (("--rate-limit", "0"), "a number from 1 to 10000"),
+        (("--rate-limit", "many"), "a number from 1 to 10000"),
+        (("--header", "X-Team"), "NAME=VALUE is needed"),
+        (("--header", "Host=x"), "the header Host is set by BuildRelay or by HTTP itself"),
+        (("--header", "X-A=1", "--header", "X-A=2"), "given twice"),
+        (
+            (
+                "--header",
+                "X-A=hush\nX-B: 2",
+            ),
+            "X-A",
+        ),
+        (("--clear", "url"), "invalid choice"),
+        (("--clear", "events", "--events", "build.*"), "it is set as well"),
+        (("--ordered", "--unordered"), "not allowed with"),
+    ],
+)
+def test_a_change_that_can_not_be_is_refused(box, arguments, said):
+    id_, _ = box.add()
+    before = box.row(id_)
+    told = box("subscribers", "change", id_, *arguments, code=2)
+    assert said in told
+    assert "hush" not in told
+    assert box.row(id_) == before
+
+
+def test_what_is_not_there_can_not_be_shown_or_changed(box):
+    assert "there is no sub_none" in box("subscribers", "show", "sub_none", code=1)
+    assert "there is no sub_none" in box("subscribers", "change", "sub_none", "--ordered", code=1)
+    assert "there is no msg_none" in box("deliveries", "show", "msg_none", code=1)
+
+
+def test_a_subscriber_is_shown_without_its_secrets(box):
+    id_, secret = box.add(*EVERYTHING)
+    box.record(github(State.FAILED))
+    lines = box("subscribers", "show", id_)
+    for line in ("events: build.*, release.*", "ordered: no", "rate_limit_per_second: 5", "state: active"):
+        assert line in lines
+    assert "  Authorization: ***" in lines
+    assert "  tries: 0" in lines
+    assert "hush" not in str(lines)
+    assert secret not in str(lines)
+    (shown,) = [json.loads("\n".join(box("subscribers", "show", id_, "--json")))]
+    assert {name: shown[name] for name in CHOSEN} == CHOSEN
+    assert shown["headers"] == {"X-Team": "***", "Authorization": "***"}
+    assert set(shown) == set(schemas.SubscriberWithHealth().fields) - {"forks"}
+
+
+def test_a_delivery_is_shown_with_its_attempts(box):
+    id_, _ = box.add()
+    box.record(github(State.FAILED))
+    (message_id,) = box.bury()
+    evil = "no\x1b]0;title\x07\nsecond line"
+    with box.engine.begin() as connection:
+        connection.execute(models.delivery_attempts.update().values(response=evil, note="the body was cut"))
+    lines = box("deliveries", "show", message_id)
+    for line in (
+        f"id: {message_id}", f"subscriber_id: {id_}", "type: build.failed", "state: dead", "reason: http_500",
+        "build_id: github:Octo:Repo:1", "attempts 1:", "  number: 1", "  status_code: 500", "  reason: http_500",
+        "  duration_seconds: 0.1", "  note: the body was cut", "  response: no\\x1b]0;title\\x07\\nsecond line",
+    ):  # fmt: skip
+        assert line in lines
+    shown = json.loads("\n".join(box("deliveries", "show", message_id, "--json")))
+    assert (shown["attempts"][0]["response"], shown["attempts"][0]["note"]) == (evil, "the body was cut")
+    assert set(shown) == set(schemas.DeliveryWithAttempts().fields) - {"waiting_for"}
+    assert set(shown["attempts"][0]) == set(schemas.DeliveryAttempt().fields) | {"note"}
+
+
+COMMAND_OF = {
+    "list_subscribers": "subscribers list", "create_subscriber": "subscribers add",
+    "get_subscriber": "subscribers show", "change_subscriber": "subscribers change",
+    "delete_subscriber": "subscribers remove", "enable_subscriber": "subscribers enable",
+    "rotate_secret": "subscribers rotate-secret", "send_test_event": "subscribers test",
+    "replay_events": "subscribers replay", "list_deliveries": "deliveries list",
+    "list_dead_letters": "deliveries list", "redrive_deliveries": "deliveries redrive",
+    "get_delivery": "deliveries show", "retry_delivery": "deliveries retry", "list_tokens": "tokens list",
+    "create_token": "tokens add", "delete_token": "tokens remove",
+}  # fmt: skip
+
+
+def test_each_operation_on_subscribers_deliveries_and_tokens_has_a_command(local, capsys):
+    about = re.compile(r"/api/(subscribers|deliveries|tokens)\b")
+    found = {operation["operationId"] for _, path, operation in operations(local) if about.match(path)}
+    assert found == set(COMMAND_OF)
+    for command in COMMAND_OF.values():
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*command.split(), "--help"])
+        assert ended.value.code == 0, command
+    capsys.readouterr()
+
+
+def test_dead_deliveries_are_listed_by_reason(box):
+    id_, _ = box.add()
+    box.record(github(State.FAILED))
+    (message_id,) = box.bury()
+    for more in ((), ("--subscriber", id_)):
+        (line, *_) = box("deliveries", "list", "--reason", "http_500", *more)
+        assert line.startswith(message_id)
+        assert not any("msg_" in line for line in box("deliveries", "list", "--reason", "timeout", *more))
+    assert "only dead ones" in box(
+        "deliveries", "list", "--subscriber", id_, "--state", "pending", "--reason", "timeout", code=2
+    )
+
+
+def test_a_token_may_have_several_scopes(box):
+    box("tokens", "add", "both", "--scope", "write", "--scope", "read")
+    box("tokens", "add", "one")
+    assert [line.split()[1:] for line in sorted(box("tokens", "list"), key=lambda line: line.split()[-1])] == [
+        ["read,write", "both"], ["read", "one"],
+    ]  # fmt: skip
+
+
+def test_what_the_settings_say_of_a_subscriber_is_not_changed_by_hand(box, monkeypatch):
+    monkeypatch.setenv("DASHBOARD_API_URL", "http://dashboard.internal:8080/hook")
+    box("migrate")
+    for more in (("--url", "https://example.com/"), ("--format", "slack"), ("--clear", "headers")):
+        assert "DASHBOARD_API_URL" in box("subscribers", "change", "sub_dashboard", *more, code=2)
+    box("subscribers", "change", "sub_dashboard", "--branches", "main")
+    assert box.row("sub_dashboard")["branches"] == ["main"]
 
 
 def test_a_replay_is_counted_and_made(box):
@@ -305,6 +511,7 @@ def test_gunicorn_says_in_one_line_which_setting_is_wrong(tmp_path, config):
 
 
 COMMANDS = [
+    ("subscribers", "show", "sub_1"), ("subscribers", "change", "sub_1", "--ordered"), ("deliveries", "show", "1"),
     ("subscribers", "list"), ("subscribers", "add", "https://example.com/"), ("subscribers", "test", "sub_1"),
     ("subscribers", "remove", "sub_1"), ("subscribers", "rotate-secret", "sub_1"),
     ("subscribers", "replay", "sub_1", "--since", SINCE), ("deliveries", "list"), ("deliveries", "retry", "1"),

@@ -15,19 +15,17 @@ from sqlalchemy import Connection, Engine
 
 from webhook_app import (
     VERSION,
+    cli_subscribers,
     credentials,
     db,
     deliveries,
-    destinations,
     endpoints,
-    formats,
     grants,
     health,
     loglines,
     queries,
     registration,
     replays,
-    results,
     settings,
     subscribers,
     supervisor,
@@ -36,7 +34,6 @@ from webhook_app import (
 )
 from webhook_app.account import Account
 from webhook_app.embedded import EmbeddedError
-from webhook_app.lifecycle import Conclusion, State
 from webhook_app.migrations import NewerSchema
 from webhook_app.platforms import PollError
 from webhook_app.sealing import SealError
@@ -47,6 +44,7 @@ REDIS_SECONDS = 2.0
 """A Redis that says nothing for so long is away: a command does not wait for it."""
 
 MOST_LISTED = 100_000
+MOST_TRIES = 200
 MOST_NAME = 255
 
 
@@ -56,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = chosen.run(chosen)
         sys.stdout.flush()
-    except (SettingsError, EmbeddedError, SealError, up.CannotStart, NoStore, NewerSchema) as error:
+    except WRONG as error:
         code = _complain(error, 2)
     except db.SchemaMissing as error:
         code = _complain(f"the schema is not current ({error}): run `buildrelay migrate`", 1)
@@ -72,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 class NoStore(Exception):
     """There is no database to work on; the message is the one line a person needs."""
+
+
+WRONG = (
+    SettingsError, EmbeddedError, SealError, up.CannotStart, NoStore, NewerSchema, cli_subscribers.WrongUse,
+)  # fmt: skip
+"""Errors of use or settings: exit code 2."""
 
 
 def _complain(reason: object, code: int) -> int:
@@ -185,9 +189,16 @@ def _settings() -> Settings:
 def _add_subscribers(commands: Any) -> None:
     group = _group(commands, "subscribers", "Who gets webhooks.")
     _command(group, "list", _list_subscribers, "List the subscribers.")
-    _add_arguments_of_add(
-        _command(group, "add", _add_subscriber, "Register a callback URL; prints its secret, this once.")
-    )
+    add = _command(group, "add", _add_subscriber, "Register a callback URL; prints its secret, this once.")
+    add.add_argument("url")
+    cli_subscribers.add_options(add, changing=False)
+    add.add_argument("--signing", choices=["hmac", "ed25519"], default="hmac")
+    show = _command(group, "show", _show_subscriber, "Show a subscriber, and how its endpoint does.")
+    show.add_argument("id")
+    show.add_argument("--json", action="store_true", help="as the API tells it")
+    change = _command(group, "change", _change_subscriber, "Change what is named of a subscriber.")
+    change.add_argument("id")
+    cli_subscribers.add_options(change, changing=True)
     for name, run, help_ in (
         ("remove", _remove_subscriber, "Delete a subscriber and its messages."),
         ("enable", _enable_subscriber, "Let a disabled subscriber get messages again."),
@@ -209,33 +220,6 @@ def _add_subscribers(commands: Any) -> None:
 
 def _group(commands: Any, name: str, help_: str) -> Any:
     return commands.add_parser(name, help=help_).add_subparsers(required=True, metavar="ACTION")
-
-
-def _add_arguments_of_add(add: argparse.ArgumentParser) -> None:
-    add.add_argument("url")
-    add.add_argument("--events", action="append", default=[], type=_event_glob, help="a glob of event types")
-    for name in ("sources", "repositories", "branches"):
-        add.add_argument(f"--{name}", action="append", default=[], help="a glob; may be given more than once")
-    for name, words, help_ in (
-        ("state", [state.value for state in State], "only builds in this state"),
-        ("conclusion", [conclusion.value for conclusion in Conclusion], "only builds that ended so"),
-        ("change", results.CHANGES, "only ends that changed the result so"),
-    ):
-        add.add_argument(
-            f"--{name}", action="append", default=[], choices=words, help=f"{help_}; may be repeated"
-        )
-    add.add_argument("--format", choices=formats.FORMATS, default="standard", help="the shape of the body")
-    add.add_argument("--description")
-    add.add_argument("--unordered", action="store_true", help="do not keep each build's messages in order")
-    add.add_argument("--signing", choices=["hmac", "ed25519"], default="hmac")
-
-
-def _event_glob(text: str) -> str:
-    try:
-        subscribers.check_event_glob(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def _moment(text: str) -> datetime:
@@ -279,31 +263,51 @@ def _list_subscribers(_chosen: argparse.Namespace) -> int:
 
 def _add_subscriber(chosen: argparse.Namespace) -> int:
     values = _settings()
-    try:
-        destinations.check_callback_url(chosen.url, values.allow_private_callbacks)
-    except destinations.OutboundError as error:
-        print(f"buildrelay: {chosen.url}: {error}", file=sys.stderr)
-        return 2
-    wanted: Mapping[str, Any] = {
-        "url": chosen.url,
-        "events": chosen.events,
-        "sources": chosen.sources,
-        "repositories": chosen.repositories,
-        "branches": chosen.branches,
-        "states": chosen.state,
-        "conclusions": chosen.conclusion,
-        "changes": chosen.change,
-        "format": chosen.format,
-        "description": chosen.description,
-        "ordered": not chosen.unordered,
-        "signing": chosen.signing,
-    }
+    wanted = cli_subscribers.fields(chosen) | {"signing": chosen.signing}
+    cli_subscribers.check(wanted, values.allow_private_callbacks)
     row, secret = db.as_writer(
         _engine(values),
         lambda write: subscribers.create(write, wanted, values.encryption_keys, utc_now()),
     )
     print(f"{row['id']}\nsecret: {secret}")
     return 0
+
+
+def _show_subscriber(chosen: argparse.Namespace) -> int:
+    values = _settings()
+    with db.reading(_engine(values)) as connection:
+        row = subscribers.get(connection, chosen.id)
+        known = endpoints.health(connection, chosen.id)
+    if row is None:
+        return _done(False, "", chosen.id)
+    return _print(cli_subscribers.subscriber(row, known, values.encryption_keys), chosen)
+
+
+def _print(shown: Mapping[str, Any], chosen: argparse.Namespace) -> int:
+    lines = [cli_subscribers.as_json(shown)] if chosen.json else cli_subscribers.as_lines(shown)
+    print(*lines, sep="\n")
+    return 0
+
+
+def _change_subscriber(chosen: argparse.Namespace) -> int:
+    values = _settings()
+    wanted = cli_subscribers.fields(chosen)
+    if not wanted:
+        raise cli_subscribers.WrongUse("nothing is named that is to be changed: see --help")
+    cli_subscribers.check(wanted, values.allow_private_callbacks)
+
+    def unit(write: db.Write) -> Mapping[str, Any] | None:
+        row = subscribers.get(write.connection, chosen.id)
+        if row is not None and not subscribers.is_fixed(row, wanted):
+            subscribers.edit(write, row, wanted, values.encryption_keys, utc_now())
+        return row
+
+    row = db.as_writer(_engine(values), unit)
+    if row is not None and subscribers.is_fixed(row, wanted):
+        raise cli_subscribers.WrongUse(
+            f"{chosen.id} is set by DASHBOARD_API_URL, _KEY and _FORMAT: change those"
+        )
+    return _done(row is not None, f"{chosen.id} is changed", chosen.id)
 
 
 def _remove_subscriber(chosen: argparse.Namespace) -> int:
@@ -357,7 +361,7 @@ def _test_subscriber(chosen: argparse.Namespace) -> int:
     answer = endpoints.await_answer(engine, message_id, endpoints.ANSWER_SECONDS if _ring(values) else 0.0)
     print(f"{message_id}  {answer.state}  {answer.status_code or '-'}  {answer.reason or '-'}")
     if answer.response:
-        print(answer.response)
+        print(*map(cli_subscribers.printable, answer.response.splitlines()), sep="\n")
     return 0 if answer.state == "delivered" else 1
 
 
@@ -408,7 +412,11 @@ def _add_deliveries(commands: Any) -> None:
     list_ = _command(group, "list", _list_deliveries, "List the dead deliveries, or those of one subscriber.")
     list_.add_argument("--state", choices=["pending", "delivered", "dead"], help="default: dead")
     list_.add_argument("--subscriber", help="the id of one subscriber")
+    list_.add_argument("--reason", help="only those that died of this reason")
     list_.add_argument("--most", type=_count, default=50, help="how many (default: %(default)s)")
+    show = _command(group, "show", _show_delivery, "Show one delivery with each of its attempts.")
+    show.add_argument("id")
+    show.add_argument("--json", action="store_true", help="as the API tells it")
     retry = _command(group, "retry", _retry_delivery, "Send one delivery again, under its id.")
     retry.add_argument("id")
     redrive = _command(group, "redrive", _redrive, "Send the dead deliveries of active subscribers again.")
@@ -421,8 +429,10 @@ def _list_deliveries(chosen: argparse.Namespace) -> int:
     if chosen.subscriber is None and state != "dead":
         print("buildrelay: --state: over all subscribers only dead ones are listed", file=sys.stderr)
         return 2
-    statement = queries.dead_letters(most=chosen.most)
-    if chosen.subscriber is not None:
+    if chosen.reason is not None and state != "dead":
+        raise cli_subscribers.WrongUse("--reason: only dead ones have one")
+    statement = queries.dead_letters(chosen.subscriber, chosen.reason, most=chosen.most)
+    if chosen.subscriber is not None and chosen.reason is None:
         statement = queries.deliveries(chosen.subscriber, state, most=chosen.most)
     with db.reading(_engine(_settings())) as connection:
         for row in connection.execute(statement).mappings():
@@ -432,6 +442,15 @@ def _list_deliveries(chosen: argparse.Namespace) -> int:
             counts = replays.dead_letters(connection)
             print(f"{sum(counts.values())} dead", *(f"{reason}={count}" for reason, count in counts.items()))
     return 0
+
+
+def _show_delivery(chosen: argparse.Namespace) -> int:
+    with db.reading(_engine(_settings())) as connection:
+        row = queries.delivery(connection, chosen.id)
+        attempts = queries.delivery_attempts(connection, row["message"], MOST_TRIES) if row else ()
+    if row is None:
+        return _done(False, "", chosen.id)
+    return _print(cli_subscribers.delivery(row, attempts), chosen)
 
 
 def _retry_delivery(chosen: argparse.Namespace) -> int:
@@ -594,7 +613,9 @@ def _add_tokens(commands: Any) -> None:
     _command(group, "list", _list_tokens, "List the API tokens.")
     add = _command(group, "add", _add_token, "Make an API token; prints it, this once.")
     add.add_argument("name", type=_token_name)
-    add.add_argument("--scope", choices=["read", "write", "admin"], default="read")
+    add.add_argument(
+        "--scope", action="append", choices=tokens.SCOPES, help="may be repeated (default: read)"
+    )
     remove = _command(group, "remove", _remove_token, "Revoke an API token.")
     remove.add_argument("id")
 
@@ -609,7 +630,7 @@ def _list_tokens(_chosen: argparse.Namespace) -> int:
 def _add_token(chosen: argparse.Namespace) -> int:
     row, token = db.as_writer(
         _engine(_settings()),
-        lambda write: tokens.create(write.connection, chosen.name, [chosen.scope], utc_now()),
+        lambda write: tokens.create(write.connection, chosen.name, chosen.scope or ["read"], utc_now()),
     )
     print(f"{row['id']}\ntoken: {token}")
     return 0

@@ -217,6 +217,17 @@ def change(
     return result.rowcount == 1
 
 
+def edit(write: Write, row: Row, wanted: Mapping[str, Any], keys: Sequence[str], now: datetime) -> None:
+    """Change what a person named; a new URL begins without the failures of the old one."""
+    moved = wanted.get("url", row["url"]) != row["url"]
+    change(write, row["id"], {**UNTRIED, **wanted} if moved else wanted, keys, now)
+
+
+def is_fixed(row: Row, wanted: Mapping[str, Any]) -> bool:
+    """Would this change what the settings say?  The next start would undo it."""
+    return row["origin"] == "settings" and bool(wanted.keys() & {"url", "headers", "format"})
+
+
 def sync_static(
     write: Write, url: str, api_key: str, keys: Sequence[str], now: datetime, format_: str = "standard"
 ) -> bool:

@@ -118,11 +118,9 @@ def change_subscriber(wanted: dict[str, Any], subscriber_id: str) -> Any:
 
     def unit(write: db.Write) -> Row:
         row = _need(write.connection, subscriber_id)
-        if wanted.keys() & {"url", "headers", "format"}:
+        if subscribers.is_fixed(row, wanted):
             _need_own(row)
-        moved = wanted.get("url", row["url"]) != row["url"]
-        values = {**subscribers.UNTRIED, **wanted} if moved else wanted
-        subscribers.change(write, subscriber_id, values, _keys(), utc_now())
+        subscribers.edit(write, row, wanted, _keys(), utc_now())
         return _need(write.connection, subscriber_id)
 
     return _shown(db.as_writer(state().engine, unit))
