@@ -4,6 +4,7 @@ import base64
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -11,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from sqlalchemy import make_url
 
 from tests import hub
-from webhook_app import settings
+from webhook_app import settings, up
 from webhook_app.settings import VARIABLES, SettingsError, load, pace
 
 KEY = base64.urlsafe_b64encode(b"k" * 32).decode()
@@ -925,3 +926,41 @@ def test_the_start_of_a_process_warns_of_misspelt_names(tmp_path):
         "buildrelay: warning: ADMIN_TOKN is no setting: did you mean ADMIN_TOKEN?",
         "buildrelay: warning: GITHUB_WEBHOOK_SECRETS is no setting: did you mean GITHUB_WEBHOOK_SECRET?",
     ]
+
+
+# ---- .env.example
+
+EXAMPLE = Path(__file__).parent.parent / ".env.example"
+
+
+def example():
+    lines = [line for line in EXAMPLE.read_text().splitlines() if line and not line.startswith("#")]
+    pairs = [line.partition("=") for line in lines]
+    assert all(re.fullmatch(r"[A-Z_]+", name) and sign for name, sign, _ in pairs)
+    assert len({name for name, *_ in pairs}) == len(pairs)
+    return {name: value for name, _, value in pairs}
+
+
+def test_the_example_names_every_setting_and_no_other():
+    assert set(example()) == {*NAMES, "BUILDRELAY_CONFIG"}
+
+
+def test_the_example_changes_nothing_and_holds_no_secret():
+    assert load(example()) == load({})
+    for name, value in example().items():
+        assert value in ("", BY_NAME[name].default if name in BY_NAME else "")
+        assert name not in BY_NAME or not BY_NAME[name].secret or value == ""
+
+
+def test_the_example_takes_nothing_from_what_up_decides(tmp_path):
+    (tmp_path / "run").mkdir()
+    plain, copied = (up.environment(tmp_path, "127.0.0.1", environ) for environ in ({}, example()))
+    assert load(copied) == load(plain)
+
+
+def test_the_example_has_no_path_of_a_machine_and_is_kept_by_git():
+    text = EXAMPLE.read_text()
+    assert not re.search(r"(?<![\w.:/])/(?:home|root|work|tmp|var|usr|Users)\b", text)
+    ignored = (EXAMPLE.parent / ".gitignore").read_text().splitlines()
+    assert ".env" in ignored
+    assert not {".env*", ".env.*", ".env.example"} & set(ignored)
