@@ -8,7 +8,7 @@ import pytest
 
 from tests.cases import SAMPLES, body_of, parse, read
 from webhook_app import platforms
-from webhook_app.lifecycle import Act, Conclusion, JobStatus, Observation, Recorded, State, verdict
+from webhook_app.lifecycle import Act, JobStatus, Observation, Recorded, State, verdict
 from webhook_app.platforms import (
     BadSignature,
     NotJson,
@@ -419,65 +419,3 @@ def test_jenkins_signature_is_never_replaced_by_the_token():
             secrets,
             0.0,
         )
-
-
-@pytest.mark.parametrize(
-    ("event", "state"),
-    [
-        *(
-            (word, State.IN_PROGRESS)
-            for word in ("build_started", "stage_started", "stage_completed", "heartbeat")
-        ),
-        *(
-            (word, State.IN_PROGRESS)
-            for word in ("plan_started", "plan_generated", "task_started", "task_failed")
-        ),
-        *((word, State.IN_PROGRESS) for word in ("task_completed", "deploy_started", "deploy_progress")),
-        *((word, State.COMPLETED) for word in ("build_completed", "deploy_completed")),
-        *((word, State.FAILED) for word in ("build_failed", "deploy_failed")),
-    ],
-)
-def test_script_words(event, state):
-    body = json.dumps({"runId": "r-1", "event": event, "progress": 40}).encode()
-    (seen,) = parse("script", {}, body).observations
-    assert seen.state is state
-    assert (seen.detail is None) is (event == "heartbeat")
-    assert seen.progress == (None if event == "deploy_progress" else 40)
-    assert (seen.error is not None) is (state is State.FAILED)
-    assert seen.conclusion in (None, Conclusion.SUCCESS, Conclusion.FAILURE)
-
-
-@pytest.mark.parametrize(
-    "report",
-    [
-        {"runId": 27, "event": "heartbeat"},
-        {"runId": "r" * 65, "event": "heartbeat"},
-        {"event": "heartbeat"},
-        {"runId": "r", "event": 1},
-        {"runId": "r"},
-        {"runId": "r", "event": "heartbeat", "pid": "12"},
-        {"runId": "r", "event": "heartbeat", "durationMs": -1},
-        {"runId": "r", "event": "heartbeat", "pid": True},
-        {"runId": "r", "event": "heartbeat", "message": {"a": 1}},
-        {"runId": "r", "event": "heartbeat", "data": []},
-    ],
-)
-def test_script_hears_of_its_slips(report):
-    with pytest.raises(Unreadable):
-        parse("script", {}, json.dumps(report).encode())
-
-
-def test_script_heartbeats_are_never_duplicates():
-    envelope = platforms.find()["script"].envelope
-    body = b'{"runId":"r","event":"heartbeat"}'
-    assert envelope({}, body).delivery_id == ""
-    assert envelope({"x-delivery-id": "d-1"}, body).delivery_id == "d-1"
-    assert envelope({"x-delivery-id": "d-1"}, b'{"deliveryId":"d-2"}').delivery_id == "d-2"
-
-
-def test_script_report_that_is_huge_keeps_only_plain_fields():
-    report = {"runId": "r", "event": "plan_generated", "note": "n", "tasks": ["x" * 100] * 1000}
-    body = json.dumps(report).encode()
-    detail = parse("script", {}, body).observations[0].detail
-    assert detail is not None
-    assert detail.data == {"note": "n", "tasks": None}

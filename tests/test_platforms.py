@@ -68,6 +68,7 @@ def test_webhook_says_what_is_expected(case):
     said = parse(platform.NAME, headers, body)
     assert [told(seen) for seen in said.observations] == expected.get("observations", [])
     assert (said.ignored, said.pong) == (expected.get("ignored"), expected.get("pong", False))
+    assert list(said.dropped) == expected.get("dropped", [])
 
 
 @pytest.mark.parametrize("case", WEBHOOKS, ids=name_of)

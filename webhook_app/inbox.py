@@ -16,7 +16,7 @@ from sqlalchemy import Engine, bindparam, select, update
 
 from webhook_app import builds, bulk, models, platforms
 from webhook_app.db import Write, as_writer
-from webhook_app.platforms import Headers, Source, Unreadable, Webhook
+from webhook_app.platforms import Headers, Invalid, Source, Unreadable, Webhook
 from webhook_app.polling import Pace
 
 COMPRESSION = 1
@@ -33,7 +33,10 @@ KEPT_HEADERS = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A verified delivery, parsed.  `webhook` None: unreadable, for this `reason`.  `packed`: its body."""
+    """A verified delivery, parsed.  `webhook` None: unreadable, for this `reason`.  `packed`: its body.
+
+    `invalid`: its sender is told what to correct.
+    """
 
     source: str
     envelope: platforms.Envelope
@@ -41,6 +44,7 @@ class Arrival:
     packed: bytes
     webhook: Webhook | None
     reason: str | None = None
+    invalid: Invalid | None = None
 
     @property
     def delivery_key(self) -> str | None:
@@ -68,11 +72,13 @@ def read(source: Source, headers: Headers, body: bytes) -> Arrival:
     """Parse a verified delivery.  Raises `NotJson`; what is merely unreadable is an Arrival with a reason."""
     platform = platforms.find()[source.platform]
     envelope = platform.envelope(headers, body)
+    webhook, reason, invalid = None, None, None
     try:
-        webhook, reason = platform.parse_webhook(source, headers, body), None
+        webhook = platform.parse_webhook(source, headers, body)
     except Unreadable as error:
-        webhook, reason = None, str(error)
-    return Arrival(source.name, envelope, headers, isal_zlib.compress(body, COMPRESSION), webhook, reason)
+        reason, invalid = str(error), error if isinstance(error, Invalid) else None
+    packed = isal_zlib.compress(body, COMPRESSION)
+    return Arrival(source.name, envelope, headers, packed, webhook, reason, invalid)
 
 
 def take(engine: Engine, arrivals: Sequence[Arrival], now: datetime, pace: Pace) -> list[Receipt]:

@@ -7,7 +7,7 @@ It offers (see `Platform`; scripts stop before the polling part, see `Polled`):
 * `CONTENT_TYPES`: media types its webhooks use
 * `verify(headers, body, secrets, now)`: returns, or raises `BadSignature`
 * `envelope(headers, body)`: what makes this delivery unique
-* `parse_webhook(source, headers, body)`: `Webhook`, or raises `NotJson` / `Unreadable`
+* `parse_webhook(source, headers, body)`: `Webhook`, or raises `NotJson` / `Unreadable` / `Invalid`
 * `MANNERS`: what its API asks of those who read it
 * `poll_request(source, target)`: the `Request` that reads one build, or None if it can't be polled
 * `parse_poll(source, target, answer)`: the `Observation`, or raises `PollError`
@@ -74,6 +74,19 @@ class Unreadable(Exception):
     """Verified, but without the fields or values we can read; `str()` is the reason shown to admins."""
 
 
+class Invalid(Unreadable):
+    """Unreadable, and its author is there to correct it: refused with 422 instead of taken for later.
+
+    `field` is what is wrong, `allowed` what it may be.  A platform that mutes those who refuse its deliveries
+    never gets this.
+    """
+
+    def __init__(self, field: str, message: str, allowed: Sequence[str] = ()) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.allowed = tuple(allowed)
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """One configured CI instance, as far as a platform module needs it.
@@ -116,11 +129,13 @@ class Webhook:
     """A verified, readable webhook: what it says, or why it says nothing.
 
     `observations` empty and `ignored` set: an event that carries no build state.  `pong`: answer a ping.
+    `dropped`: optional fields that were not taken as they were given.
     """
 
     observations: tuple[Observation, ...] = ()
     ignored: str | None = None
     pong: bool = False
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

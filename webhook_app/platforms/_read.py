@@ -10,6 +10,7 @@ import json
 import re
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from math import isfinite, nan
 from typing import Any, NoReturn
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -24,8 +25,10 @@ NAME_CHARS = 255
 URL_CHARS = 2048
 TEXT_CHARS = 2000
 
+_MOST_DIGITS = 1000
 _SIGNED_64 = range(-(2**63), 2**63)
 _SIGNED_32 = range(2**31)
+_DIGITS = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{1,30})?")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FAR_FUTURE = datetime(2200, 1, 1, tzinfo=UTC)
 
@@ -53,8 +56,26 @@ def _value(body: bytes) -> Any:
 
 
 def _loads_slowly(body: bytes) -> Any:
+    return _standard(body, parse_constant=_no_number, parse_float=_finite)
+
+
+def loads_leniently(body: bytes) -> dict[str, Any]:
+    """As `loads`, but numbers that JSON or Python lacks (`1e999`, endless digits) are NaN or infinite."""
+    return mapping(_standard(body, parse_int=_any_int))
+
+
+def _any_int(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _MOST_DIGITS else nan
+
+
+def numbers_as_written(body: bytes) -> dict[str, Any]:
+    """A JSON object with each number as the text in the body: no digit of an id is rounded away."""
+    return mapping(_standard(body, parse_int=str, parse_float=str, parse_constant=str))
+
+
+def _standard(body: bytes, **how: Any) -> Any:
     try:
-        return json.loads(body.decode("utf-8-sig"), parse_constant=_no_number, parse_float=_finite)
+        return json.loads(body.decode("utf-8-sig"), **how)
     except RecursionError as error:
         raise Unreadable("the body is nested too deeply") from error
     except ValueError as error:  # bad UTF-8 and endless digits as well
@@ -193,6 +214,26 @@ def _moment(value: object) -> datetime | None:
     return None if milliseconds is None else _EPOCH + timedelta(milliseconds=milliseconds)
 
 
+def rounded(value: object) -> int | None:
+    """A whole number of 64 bits, also from a fraction or from digits in a text; None for anything else."""
+    if isinstance(value, str) and _DIGITS.fullmatch(value.strip()):
+        value = float(value) if "." in value else int(value)
+    if isinstance(value, float) and abs(value) < _SIGNED_64.stop:
+        value = round(value)
+    return whole(value)
+
+
+def name_part(value: str) -> str:
+    """A name as part of a build id: each byte that is not plainly safe in a URL becomes `~HH`."""
+    return re.sub(rb"[^A-Za-z0-9._-]", lambda found: b"~%02X" % found[0][0], value.encode()).decode()
+
+
+def name_of_part(part: str) -> str:
+    """The name that `name_part` has written."""
+    raw = re.sub(rb"~([0-9A-Fa-f]{2})", lambda found: bytes([int(found[1], 16)]), part.encode())
+    return raw.decode("utf-8", "replace")
+
+
 def need_text(data: dict[str, Any], name: str, limit: int = NAME_CHARS) -> str:
     """The text in field `name` (its last dotted part), or `Unreadable`."""
     found = text(_field(data, name), limit)
@@ -222,9 +263,14 @@ def _field(data: dict[str, Any], name: str) -> Any:
 
 
 def plain(value: object, depth: int = 6) -> Any:
-    """Any JSON value made storable: texts cleaned, huge integers as floats, nothing below `depth` levels."""
+    """Any JSON value made storable: texts cleaned, huge integers as floats, nothing below `depth` levels.
+
+    A number that is none (NaN, infinity) becomes None.
+    """
     if isinstance(value, str):
         return clean(value, TEXT_CHARS)
+    if isinstance(value, float) and not isfinite(value):
+        return None
     if isinstance(value, dict | list) and depth == 0:
         return None
     if isinstance(value, dict):

@@ -16,10 +16,11 @@ from gunicorn.http.errors import ParseException
 
 from webhook_app import inbox, loglines, platforms
 from webhook_app.db import StoreUnavailable
+from webhook_app.inbox import Arrival, Receipt
 from webhook_app.platforms import BadSignature, NotJson
 from webhook_app.settings import SourceSettings
 from webhook_app.web.arrivals import ARRIVALS, PIECE_BYTES
-from webhook_app.web.problems import fault, problem, store_unavailable
+from webhook_app.web.problems import fault, invalid, problem, store_unavailable
 from webhook_app.web.state import State
 
 Environ = dict[str, Any]
@@ -203,10 +204,19 @@ def _take(held: State, settings: SourceSettings, headers: dict[str, str], body: 
     if arrival.webhook is not None and arrival.webhook.pong:
         return 200, {"status": "pong"}
     receipt = held.take(arrival)
+    delivery_id = arrival.envelope.delivery_id or str(receipt.delivery_id)
+    if receipt.status == "unreadable" and arrival.invalid is not None:
+        return invalid(arrival.invalid, delivery_id)
+    return 202, _receipt(arrival, receipt) | {"delivery_id": delivery_id}
+
+
+def _receipt(arrival: Arrival, receipt: Receipt) -> dict[str, object]:
+    """What became of a delivery, and which of its fields were not taken as they were given."""
     answer: dict[str, object] = {"status": receipt.status}
-    if receipt.status in ("accepted", "duplicate"):
+    if receipt.status in ("accepted", "duplicate") or receipt.build_id is not None:
         answer["build_id"] = receipt.build_id
     if receipt.reason:
         answer["reason"] = receipt.reason
-    answer["delivery_id"] = arrival.envelope.delivery_id or str(receipt.delivery_id)
-    return 202, answer
+    if arrival.webhook is not None and arrival.webhook.dropped:
+        answer["dropped"] = list(arrival.webhook.dropped)
+    return answer

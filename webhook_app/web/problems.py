@@ -10,6 +10,7 @@ from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import HTTPException
 
 from webhook_app.db import StoreUnavailable
+from webhook_app.platforms import Invalid
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,15 @@ def http_error(error: HTTPException) -> Response:
     } | dict(data.get("headers") or {})
     detail = data.get("message") or error.description or HTTPStatus(error.code or 500).phrase
     return problem(error.code or 500, str(detail), headers, **({"errors": messages} if messages else {}))
+
+
+def invalid(error: Invalid, delivery_id: str) -> Response:
+    """422 for a report whose author has to correct it: what is wrong, and what it may be.
+
+    The body is kept all the same; admins find it among the unreadable deliveries.
+    """
+    more: dict[str, Any] = {"allowed": list(error.allowed)} if error.allowed else {}
+    return problem(422, str(error), errors={error.field: [str(error)]}, delivery_id=delivery_id, **more)
 
 
 def unreadable(error: ParseException) -> Response:

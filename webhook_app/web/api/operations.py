@@ -8,6 +8,7 @@ from flask import Response
 
 from webhook_app import db, health, inbox, queries, queues, tokens
 from webhook_app.inbox import Receipt
+from webhook_app.platforms import script
 from webhook_app.queries import Row
 from webhook_app.settings import SourceSettings
 from webhook_app.times import utc_now
@@ -221,7 +222,9 @@ def _source(name: str, settings: SourceSettings, told: Row, now: datetime) -> di
     }
 
 
-_TOLD = ("env", "origin", "command", "host", "pid", "stage", "message", "repo", "branch", "commit")
+_TEXTS = ("env", "origin", "command", "host", "stage", "message", "repo", "branch", "commit")
+_TOLD: dict[str, type] = dict.fromkeys(_TEXTS, str) | {"pid": int}
+"""What is shown of a run, and the type that it must have: in `data` a script may put anything."""
 
 
 @operation(
@@ -242,9 +245,9 @@ def _active_run(run: Row, told: list[Any]) -> dict[str, Any]:
     """The run, with the newest word on each field."""
     known = dict.fromkeys(_TOLD)
     for detail in told:
-        known |= {name: detail[name] for name in _TOLD if detail.get(name) is not None}
+        known |= {name: detail[name] for name, type_ in _TOLD.items() if type(detail.get(name)) is type_}
     return known | {
-        "runId": run["build_id"].partition(":")[2],
+        "runId": script.run_id_of(run["build_id"]),
         "buildId": run["build_id"],
         "status": "running",
         "progress": run["progress"],
