@@ -3,6 +3,7 @@
 import json
 import re
 import time
+import zlib
 from datetime import timedelta
 
 import pytest
@@ -168,6 +169,19 @@ def test_a_kept_delivery_is_taken_once_more(api):
     assert bells(api) == {queues.DELIVER}
     assert api("GET", f"/api/inbound/{applied['id']}")["status"] == "applied"
     api("POST", "/api/inbound/99/reprocess", 404)
+
+
+def test_a_delivery_that_was_applied_stays_so_when_it_can_not_be_read_any_more(api):
+    jenkins(api, {})
+    (kept,) = api("GET", "/api/inbound")["items"]
+
+    def forget(connection):  # as if a header or a word that mattered were lost
+        connection.execute(update(models.inbound).values(body=zlib.compress(b"{}")))
+
+    db.in_transaction(api.engine, forget)
+    assert api("POST", f"/api/inbound/{kept['id']}/reprocess")["status"] == "unreadable"
+    shown = api("GET", f"/api/inbound/{kept['id']}")
+    assert (shown["status"], shown["build_id"], shown["reason"]) == ("applied", "jenkins:web:5", None)
 
 
 def test_notifications_are_read_once(api):

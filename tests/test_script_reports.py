@@ -88,7 +88,7 @@ def test_what_a_script_gives_rightly_is_not_named(field, value):
 )
 def test_the_time_of_a_script_is_read_as_a_shell_or_javascript_writes_it(value):
     (seen,) = parse("script", {}, json.dumps(END | {"timestamp": value}).encode()).observations
-    assert seen.ended_at == datetime(2026, 11, 1, 10, tzinfo=UTC)
+    assert seen.ended_at == seen.reported_at == datetime(2026, 11, 1, 10, tzinfo=UTC)
 
 
 @pytest.mark.parametrize("digits", ["12e45", "123e4567", "1.50", "9" * 40, "20261128101500123456"])

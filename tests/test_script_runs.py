@@ -1,14 +1,19 @@
-"""Runs of build scripts, told through HTTP: what is answered, and what is kept."""
+"""Runs of build scripts, told through HTTP: what is answered, what is kept, and second runs of one id."""
 
 import json
+from datetime import timedelta
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import select, update
 
+from tests.facts import PACE
 from tests.test_script_reports import ANY, OPTIONAL
-from webhook_app import db
+from webhook_app import builds, db, models
+from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
 from webhook_app.platforms import script
+from webhook_app.times import utc_now
 
 URL = "/api/internal/build-events"
 TOKEN = {"X-Build-Token": "script-token"}
@@ -22,6 +27,33 @@ def report(api, event, run="r", status=202, **fields):
 
 def build(api, build_id="script:r"):
     return api("GET", f"/api/builds/{build_id}")
+
+
+def attempts(api, build_id="script:r"):
+    found = api("GET", f"/api/builds/{build_id}/attempts")["items"]
+    return [(one["attempt"], one["state"]) for one in sorted(found, key=lambda one: one["attempt"])]
+
+
+def types(api, build_id="script:r"):
+    with db.reading(api.engine) as connection:
+        rows = connection.execute(
+            select(models.events.c.type, models.events.c.data).order_by(models.events.c.id)
+        ).all()
+    return [
+        (row.type.removeprefix("build."), row.data["attempt"])
+        for row in rows
+        if row.data["build_id"] == build_id
+    ]
+
+
+def fall_silent(api, run="r"):
+    """As the sweep does after `HEARTBEAT_TIMEOUT`."""
+    lost = Observation(
+        source="script", platform="script", observed_by=ObservedBy.POLL, key=f"script:{run}",
+        build_id=f"script:{run}", state=State.FAILED, conclusion=Conclusion.FAILURE,
+        error="no heartbeat for 90 s", ours=True,
+    )  # fmt: skip
+    db.as_writer(api.engine, lambda write: builds.record(write, [lost], utc_now(), PACE))
 
 
 # ---- fields of the wrong type ----------------------------------------------------------------
@@ -135,3 +167,201 @@ def test_one_event_id_may_serve_two_runs(api):
     assert report(api, START, "a", eventId="1")["status"] == "duplicate"
     assert report(api, START, "b", eventId=1)["status"] == "accepted"
     assert build(api, "script:b")["state"] == "in_progress"
+
+
+# ---- after an end ----------------------------------------------------------------------------
+
+
+def test_a_second_run_of_one_id_is_the_next_attempt(api):
+    report(api, START, commit="aaa", branch="main", repo="web", taskCount=2)
+    report(api, MIDDLE)
+    report(api, "deploy_completed", previewUrl="https://one.example.com")
+    assert report(api, START, commit="bbb")["status"] == "accepted"
+    now = build(api)
+    assert (now["attempt"], now["state"], now["conclusion"], now["progress"]) == (2, "in_progress", None, 0)
+    assert (now["commit"], now["branch"], now["repository"], now["ended_at"]) == ("bbb", "main", "web", None)
+    assert api("GET", "/api/builds/script:r/status")["previewUrl"] is None
+    assert attempts(api) == [(1, "completed"), (2, "in_progress")]
+    report(api, FAILURE, message="no space")
+    assert (build(api)["state"], build(api)["error"]) == ("failed", "no space")
+    report(api, START)
+    report(api, END)
+    assert attempts(api) == [(1, "completed"), (2, "failed"), (3, "completed")]
+    assert [each for each in types(api) if each[0] != "reported"] == [
+        ("in_progress", 1), ("completed", 1), ("in_progress", 2), ("failed", 2), ("in_progress", 3),
+        ("completed", 3),
+    ]  # fmt: skip
+
+
+def test_each_attempt_has_its_own_times_and_log(api):
+    for hour, minutes in ((10, 5), (11, 7)):
+        report(api, START, timestamp=f"2026-11-01T{hour}:00:00Z", message=f"run {hour}")
+        report(api, END, timestamp=f"2026-11-01T{hour}:0{minutes}:00Z")
+    assert build(api)["duration_seconds"] == 420
+    found = api("GET", "/api/builds/script:r/attempts")["items"]
+    assert sorted(one["duration_seconds"] for one in found) == [300, 420]
+    for attempt, hour in ((1, 10), (2, 11)):
+        lines = api("GET", f"/api/builds/script:r/logs?attempt={attempt}")["lines"]
+        assert lines == [f"build_started: run {hour}", "build_completed"]
+    report(api, START, pid=3)
+    shown = api("GET", "/api/admin/build-status")["activeRun"]
+    assert (shown["pid"], shown["message"]) == (3, None), "nothing of an earlier attempt"
+
+
+@pytest.mark.parametrize("late", [event for event in script.EVENTS if event != START])
+@pytest.mark.parametrize("end", [END, FAILURE])
+def test_a_report_after_the_end_is_ignored_and_says_so(local, end, late):
+    report(local, START)
+    report(local, end, message="the first")
+    before, made = build(local), types(local)
+    answer = report(local, late, eventId="late")
+    reason = "the run has ended already; build_started opens its next attempt"
+    assert answer == {"status": "ignored", "build_id": "script:r", "reason": reason, "delivery_id": "late"}
+    assert build(local) | {"last_push_at": None} == before | {"last_push_at": None}
+    assert types(local) == made
+    kept = local("GET", "/api/inbound")["items"][0]
+    assert (kept["status"], kept["reason"], kept["build_id"]) == ("ignored", reason, "script:r")
+    assert report(local, late, eventId="late")["status"] == "duplicate"
+
+
+def test_an_end_that_is_told_twice_counts_for_what_is_new_in_it(api):
+    report(api, START)
+    report(api, END)
+    assert report(api, END)["status"] == "ignored"
+    address = {"previewUrl": "https://preview.example.com/"}
+    assert report(api, "deploy_completed", **address)["status"] == "accepted"
+    assert api("GET", "/api/builds/script:r/status")["previewUrl"] == address["previewUrl"]
+    assert report(api, "deploy_completed", **address)["status"] == "ignored"
+    assert types(api) == [("in_progress", 1), ("completed", 1), ("reported", 1)]
+
+
+def test_a_start_that_is_repeated_while_the_run_goes_on_opens_nothing(api):
+    for _ in range(3):
+        assert report(api, START)["status"] == "accepted"
+    report(api, MIDDLE)
+    report(api, START)
+    report(api, END)
+    assert attempts(api) == [(1, "completed")]
+
+
+def test_a_deployment_is_one_attempt(api):
+    for event in (
+        "plan_started",
+        "plan_generated",
+        "task_completed",
+        "deploy_started",
+        START,
+        "deploy_progress",
+    ):
+        assert report(api, event)["status"] == "accepted"
+    report(api, "deploy_completed")
+    assert attempts(api) == [(1, "completed")]
+
+
+def test_a_deployment_that_was_silent_before_its_build_is_still_one_attempt(api):
+    report(api, "plan_started")
+    report(api, "deploy_started")
+    fall_silent(api)
+    assert build(api)["state"] == "failed"
+    assert report(api, START)["status"] == "accepted"
+    report(api, "deploy_completed")
+    assert attempts(api) == [(1, "completed")]
+
+
+def test_after_a_lost_heartbeat_a_new_start_is_a_new_attempt_and_any_other_word_is_life(api):
+    report(api, START)
+    fall_silent(api)
+    assert report(api, "heartbeat")["status"] == "accepted"
+    assert attempts(api) == [(1, "in_progress")]
+    fall_silent(api)
+    assert report(api, START)["status"] == "accepted"
+    assert attempts(api) == [(1, "failed"), (2, "in_progress")]
+    report(api, END)
+    assert build(api)["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "late", "reason"),
+    [
+        ("10:00", "10:05", "10:00", "this start of the run was reported before"),
+        ("10:00", "10:05", "09:00", "this start of the run was reported before"),
+        ("10:00", "10:05", "10:04", "its timestamp is before the end of the run: a late report"),
+        (None, "10:05", "10:00", "its timestamp is before the end of the run: a late report"),
+        (None, None, "10:00", "its timestamp is before the end of the run: a late report"),
+        ("10:00", None, "10:00", "this start of the run was reported before"),
+        ("10:00", "10:05", "10:05", None), ("10:00", "10:05", "10:06", None), ("10:00", "10:05", None, None),
+        ("10:00", None, "10:01", None), (None, None, None, None),
+    ],
+)  # fmt: skip
+def test_a_start_is_late_by_its_own_time(local, start, end, late, reason):
+    def dated(time):
+        return {"timestamp": f"2026-11-01T{time}:00Z"} if time else {}
+
+    report(local, START, **dated(start))
+    report(local, END, **dated(end))
+    answer = report(local, START, **dated(late))
+    assert (answer["status"], answer.get("reason")) == ("ignored" if reason else "accepted", reason)
+    assert build(local)["attempt"] == (1 if reason else 2)
+
+
+@pytest.mark.parametrize("late", ["heartbeat", MIDDLE, END, FAILURE, START])
+def test_a_late_report_of_the_attempt_before_is_ignored_by_its_time(local, late):
+    for hour in (10, 11):
+        report(local, START, timestamp=f"2026-11-01T{hour}:00:00Z")
+        if hour == 10:
+            report(local, END, timestamp="2026-11-01T10:05:00Z")
+    answer = report(local, late, timestamp="2026-11-01T10:04:00Z")
+    assert answer["reason"] == "its timestamp is before the start of the present attempt"
+    assert (answer["status"], build(local)["state"], build(local)["attempt"]) == ("ignored", "in_progress", 2)
+    assert report(local, END, timestamp="2026-11-01T11:05:00Z")["status"] == "accepted"
+
+
+def test_a_clock_that_is_a_little_behind_ours_costs_the_second_run_nothing(api):
+    for _ in range(2):
+        report(api, START)
+        behind = (utc_now() - timedelta(seconds=100)).isoformat()
+        assert report(api, END, timestamp=behind)["status"] == "accepted"
+    assert attempts(api) == [(1, "completed"), (2, "completed")]
+
+
+# ---- taken once more -------------------------------------------------------------------------
+
+
+def reprocess_all(api):
+    with db.reading(api.engine) as connection:
+        ids = connection.execute(select(models.inbound.c.id).order_by(models.inbound.c.id)).scalars().all()
+    return [api("POST", f"/api/inbound/{id_}/reprocess")["status"] for id_ in ids]
+
+
+def kept(api):
+    with db.reading(api.engine) as connection:
+        return connection.execute(
+            select(models.inbound.c.status, models.inbound.c.reason).order_by(models.inbound.c.id)
+        ).all()
+
+
+def test_reports_that_were_read_are_not_taken_again(api):
+    for event in (START, MIDDLE, END, MIDDLE, START, MIDDLE):
+        report(api, event)
+    before = (kept(api), types(api), build(api))
+    assert reprocess_all(api) == ["accepted"] * 3 + ["ignored"] + ["accepted"] * 2
+    assert (kept(api), types(api), build(api)) == before
+
+
+@pytest.mark.parametrize(
+    ("days", "status", "state"), [(0, "accepted", "completed"), (2, "ignored", "in_progress")]
+)
+def test_a_report_that_was_once_unreadable_is_as_old_as_its_arrival(api, days, status, state):
+    report(api, END)
+    report(api, START)
+
+    def restore(connection):  # as if the program of that day had not understood the first one
+        connection.execute(
+            update(models.inbound)
+            .where(models.inbound.c.event == END)
+            .values(status="unreadable", received_at=utc_now() - timedelta(days=days))
+        )
+
+    db.in_transaction(api.engine, restore)
+    assert reprocess_all(api)[0] == status
+    assert (build(api)["state"], build(api)["attempt"]) == (state, 2)

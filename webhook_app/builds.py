@@ -6,7 +6,7 @@ Reads are in `queries`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -26,6 +26,7 @@ from webhook_app import (
 )
 from webhook_app.db import Write
 from webhook_app.lifecycle import (
+    ENDED,
     Act,
     Conclusion,
     JobStatus,
@@ -78,7 +79,7 @@ class Outcome:
     """What became of one fact: the build it went to (None: no such build), and what it changed.
 
     `missed`: a change that a poll was first to tell, though a push should have.  `unchanged`: a poll said
-    that nothing changed.
+    that nothing changed.  `reason`: why a build script's report changed nothing.
     """
 
     build: int | None
@@ -88,6 +89,7 @@ class Outcome:
     events: int = 0
     missed: bool = False
     unchanged: bool = False
+    reason: str | None = None
 
     @property
     def moved(self) -> bool:
@@ -180,6 +182,7 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
     polled = fact.observed_by is ObservedBy.POLL and not fact.ours
     overtook = polled and (draft is None or polling.push_was_due(draft.row, now, pace))
     decided = verdict(_recorded(draft.row) if draft and told else None, fact)
+    decided = _unless_known(draft, fact, decided)
     if draft is None:
         draft = _Draft(_blank(write, fact, now), new=True)
     before = len(draft.events)
@@ -197,6 +200,7 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
         decided.ask,
         len(draft.events) - before,
         missed=overtook and decided.act in _MOVES,
+        reason=decided.reason,
     )
 
 
@@ -249,9 +253,10 @@ def _recorded(row: Row) -> Recorded:
         jobs={int(id_): JobStatus(job["status"]) for id_, job in row["jobs"].items()},
         jobs_complete=row["jobs_complete"],
         attempt_base=row["attempt_base"],
-        ended_at=None if row["ended_synthetic"] else row["ended_at"],
+        ended_at=None if row["ended_synthetic"] and row["platform"] != "script" else row["ended_at"],
         queue_id=row["queue_id"],
         created_at=row["platform_created_at"],
+        **(_of_script(row) if row["platform"] == "script" else {}),
     )
 
 
@@ -321,6 +326,7 @@ def _apply_verdict(draft: _Draft, seen: Observation, decided: Verdict, now: date
         return
     previous = None if decided.act is Act.CREATE else draft.row["state"]
     _begin_attempt(draft, seen, decided)
+    _note_report(draft, seen, decided)
     _take_facts(draft, seen)
     _take_ref(draft, seen)
     moved = decided.act is not Act.ENRICH
@@ -535,6 +541,56 @@ def _note_error(draft: _Draft, fact: ErrorFound, now: datetime) -> Outcome:
         draft.change({"error": fact.text})
         _add_event(draft, "build.progress", None, now, row["state"])
     return Outcome(row["id"], row["build_id"], Act.ENRICH if wanted else Act.DROP, events=int(wanted))
+
+
+# ---- reports of build scripts ----------------------------------------------------------------
+
+_BEGUN, _START, _END = "begun", "script_start", "script_end"
+"""What a build's `report` keeps of an attempt: the script said that it began, and when it began and ended."""
+
+_OF_ONE_RUN = ("workflow", "branch", "commit", "number", "url", "preview_url")
+_NEWS = ("repository", "workflow", "branch", "commit", "url", "preview_url")
+
+
+def _of_script(row: Row) -> Row:
+    """What the state machine asks of a script's attempt."""
+    report = row["report"]
+    return {
+        "begun": report.get(_BEGUN, False),
+        "script_start": _parsed(report.get(_START)),
+        "script_end": _parsed(report.get(_END)),
+        "started_at": row["started_at"],
+    }
+
+
+def _parsed(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None
+
+
+def _note_report(draft: _Draft, seen: Observation, decided: Verdict) -> None:
+    """Keep what a script says of its attempt's begin and end; a new run has its own commit and addresses."""
+    if seen.observed_by is not ObservedBy.REPORT:
+        return
+    if decided.act is Act.REOPEN:
+        told = {name: getattr(seen, name) for name in _OF_ONE_RUN}
+        draft.change(told | {name: told[name] or draft.row[name] for name in ("workflow", "branch")})
+    noted: Row = {_BEGUN: True} if seen.begins else {}
+    if seen.reported_at is not None and seen.begins:
+        noted[_START] = iso(seen.reported_at)
+    if seen.reported_at is not None and seen.state is not None and seen.state.terminal:
+        noted[_END] = iso(seen.reported_at)
+    if noted:
+        draft.change({"report": noted | draft.row["report"]})
+
+
+def _unless_known(draft: _Draft | None, seen: Observation, decided: Verdict) -> Verdict:
+    """A script may report its end twice; the second time counts only for what the first did not say."""
+    again = decided.act is Act.ENRICH and seen.observed_by is ObservedBy.REPORT and decided.state.terminal
+    if draft is None or not again:
+        return decided
+    row = draft.row
+    news = any(getattr(seen, name) is not None and row[name] is None for name in _NEWS)
+    return decided if news else replace(decided, act=Act.DROP, reason=ENDED)
 
 
 # ---- events ----------------------------------------------------------------------------------

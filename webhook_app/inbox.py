@@ -7,15 +7,16 @@ redelivery, or `reprocess()` with a newer program, can still make it count.
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from isal import isal_zlib
-from sqlalchemy import Engine, bindparam, select, update
+from sqlalchemy import Engine, RowMapping, bindparam, select, update
 
 from webhook_app import builds, bulk, models, platforms
 from webhook_app.db import Write, as_writer
+from webhook_app.lifecycle import Observation, ObservedBy
 from webhook_app.platforms import Headers, Invalid, Source, Unreadable, Webhook
 from webhook_app.polling import Pace
 
@@ -181,6 +182,8 @@ def _receipt(arrival: Arrival, row_id: int, outcomes: Sequence[builds.Outcome]) 
     if not found:
         reason = arrival.webhook.ignored or "it names no build that is known here"
         return Receipt("ignored", row_id, reason=reason)
+    if all(outcome.reason for outcome in found):
+        return Receipt("ignored", row_id, found[0].build_id, found[0].reason)
     return Receipt(
         "accepted",
         row_id,
@@ -195,26 +198,55 @@ def reprocess(
 ) -> Receipt | None:
     """Take a kept delivery once more, through the same code; None if there is no such row.
 
-    Harmless for one that was applied: the state machine finds nothing new in it.
+    Harmless for one that was applied, which stays so: in a push the state machine finds nothing new.  Reports
+    of build scripts have no order but that of their arrival: one that could be read is not taken again.
     """
 
     def again(write: Write) -> Receipt | None:
         row = (
-            write.connection.execute(select(models.inbound).where(models.inbound.c.id == inbound_id))
+            write.connection.execute(
+                select(models.inbound, models.builds.c.build_id)
+                .outerjoin(models.builds, models.builds.c.id == models.inbound.c.build)
+                .where(models.inbound.c.id == inbound_id)
+            )
             .mappings()
             .one_or_none()
         )
         if row is None:
             return None
         source = sources.get(row["source"])
-        body = zlib.decompress(row["body"])
         if source is None:
             return Receipt(
                 "unreadable", inbound_id, reason=f"source {row['source']!r} is no longer configured"
             )
-        arrival = read(source, row["headers"], body)
+        arrival = _kept(source, row)
+        if row["status"] != "unreadable" and _is_report(arrival):
+            status = "accepted" if row["status"] == "applied" else row["status"]
+            return Receipt(status, inbound_id, row["build_id"], row["reason"])
         receipts, results = _apply(write, [(0, arrival, inbound_id)], now, pace)
-        _settle(write, results)
+        if row["status"] != "applied" or receipts[0].status == "accepted":
+            _settle(write, results)
         return receipts[0]
 
     return as_writer(engine, again)
+
+
+def _kept(source: Source, row: RowMapping) -> Arrival:
+    """A kept delivery, parsed.  A report without a time of its own is as old as its arrival."""
+    arrival = read(source, row["headers"], zlib.decompress(row["body"]))
+    if arrival.webhook is None or not _is_report(arrival):
+        return arrival
+    dated = tuple(_dated(seen, row["received_at"]) for seen in arrival.webhook.observations)
+    return replace(arrival, webhook=replace(arrival.webhook, observations=dated))
+
+
+def _dated(seen: Observation, received_at: datetime) -> Observation:
+    at = seen.reported_at or received_at
+    start = seen.started_at or (at if seen.begins else None)
+    end = at if seen.state is not None and seen.state.terminal else None
+    return replace(seen, reported_at=at, started_at=start, ended_at=end)
+
+
+def _is_report(arrival: Arrival) -> bool:
+    seen = arrival.webhook.observations if arrival.webhook else ()
+    return any(one.observed_by is ObservedBy.REPORT for one in seen)

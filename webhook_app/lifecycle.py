@@ -14,6 +14,8 @@ The rules, in the order they are tried:
 * an identity can be used twice: a Jenkins job that was made again numbers its builds from 1, a
   restored server gives ids once more.  The platform's queue id and its time of creation tell the
   uses apart; the newer use is a new attempt, words about the older one change nothing;
+* a build script numbers no attempts either: `build_started` after an end opens the next one, and any
+  other report after an end that the script told changes nothing (see `_reported`);
 * a platform without attempt numbers (GitLab) shows a re-run by its jobs: a retry makes job
   ids larger than any seen, a played manual job wakes up.  With that evidence, with an end whose
   own time is later than that of the end we know, or with a poll that tells another state at a time
@@ -126,6 +128,8 @@ class Observation:
     `head_repository`: the fork that the commit is from.  `is_fork` None: this does not say.
     `queue_id`, `created_at`: what tells two uses of one identity apart; both stay through all attempts.
     `job_created_at`: when the job it is about was created, which is after its build was.
+    `begins`: a build script says that a run of it begins here.
+    `reported_at`: when a build script says that this happened, if it says so; it orders attempts only.
     """
 
     source: str
@@ -165,6 +169,8 @@ class Observation:
     queue_id: str | None = None
     created_at: datetime | None = None
     job_created_at: datetime | None = None
+    begins: bool = False
+    reported_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,8 +181,10 @@ class Recorded:
     that we set ourselves.  `jobs` maps job ids of the current attempt to their status;
     `jobs_complete`: they were the whole list when the state was last told.
     `attempt_base`: attempts of earlier uses of this identity: the platform counts from 1 again after them.
-    `ended_at`: the platform's time of the end, None if it is not known.
+    `ended_at`: the platform's time of the end, None if it is not known; a script's may be ours.
     `queue_id`, `created_at`: as in `Observation`.
+    Of a build script's attempt: `begun`: the script has said that it began; `script_start`, `script_end`:
+    when it began and ended by the script's own clock; `started_at`: by that or by ours.
     """
 
     attempt: int
@@ -191,6 +199,10 @@ class Recorded:
     ended_at: datetime | None = None
     queue_id: str | None = None
     created_at: datetime | None = None
+    begun: bool = False
+    script_start: datetime | None = None
+    script_end: datetime | None = None
+    started_at: datetime | None = None
 
     @property
     def platform_attempt(self) -> int:
@@ -214,6 +226,7 @@ class Verdict:
     """What to do: for CREATE, MOVE and REOPEN the new attempt and state; `ask` wants a poll at once.
 
     `anew`: the attempt is the first of a new use of the identity.
+    `reason`: why a build script's report is dropped, for its author.
     """
 
     act: Act
@@ -222,6 +235,7 @@ class Verdict:
     conclusion: Conclusion | None
     ask: bool = False
     anew: bool = False
+    reason: str | None = None
 
 
 WHOLE_SECONDS = timedelta(seconds=1)
@@ -240,6 +254,13 @@ def verdict(recorded: Recorded | None, seen: Observation) -> Verdict:
         )
     if seen.ours:
         return _own_end(recorded, seen)
+    if seen.observed_by is ObservedBy.REPORT:
+        return _reported(recorded, seen)
+    return _of_a_platform(recorded, seen)
+
+
+def _of_a_platform(recorded: Recorded, seen: Observation) -> Verdict:
+    """What a push or a poll does."""
     use = compare_use(recorded, seen)
     if use is not Use.SAME:
         return _begin_anew(recorded, seen) if use is Use.NEWER else _drop(recorded)
@@ -373,7 +394,7 @@ def _after_our_own_end(recorded: Recorded, seen: Observation, state: State) -> V
 
 def _after_the_end(recorded: Recorded, seen: Observation, state: State) -> Verdict:
     """The platform said it is over; only a re-run without a number can still be news."""
-    if seen.attempt is not None or seen.observed_by is ObservedBy.REPORT:
+    if seen.attempt is not None:
         return _stay(recorded, seen) if state is recorded.state else _drop(recorded)
     if not recorded.jobs and recorded.platform_at is None:
         return _stay(recorded, seen) if state is recorded.state else _drop(recorded)
@@ -460,3 +481,66 @@ def _is_later(recorded: Recorded, seen: Observation, margin: timedelta = timedel
     if seen.platform_at is None or recorded.platform_at is None:
         return False
     return seen.platform_at > recorded.platform_at + margin
+
+
+# ---- reports of build scripts ----------------------------------------------------------------
+
+ENDED = "the run has ended already; build_started opens its next attempt"
+BEFORE_THIS_ATTEMPT = "its timestamp is before the start of the present attempt"
+BEFORE_THE_END = "its timestamp is before the end of the run: a late report"
+KNOWN_START = "this start of the run was reported before"
+
+CLOCKS_DIFFER = timedelta(minutes=5)
+"""A script's clock and ours are compared only as far as the tolerance of signatures goes."""
+
+
+def _reported(recorded: Recorded, seen: Observation) -> Verdict:
+    """What a build script's report does; one that is dropped says why.
+
+    Scripts number no attempts, and their times may come from several machines: such a time tells whether a
+    report belongs to the present attempt, it never orders the reports of one attempt.
+    """
+    if seen.state is None:
+        return _stay(recorded, seen)
+    if _is_before_this_attempt(recorded, seen):
+        return _ignored(recorded, BEFORE_THIS_ATTEMPT)
+    if not recorded.state.terminal:
+        return _move(recorded, seen, seen.state) if seen.state.terminal else _stay(recorded, seen)
+    if seen.begins:
+        return _begun_after_the_end(recorded, seen, seen.state)
+    if not recorded.told_state.terminal:
+        return _move(recorded, seen, seen.state)
+    return _stay(recorded, seen) if seen.state is recorded.state else _ignored(recorded, ENDED)
+
+
+def _begun_after_the_end(recorded: Recorded, seen: Observation, state: State) -> Verdict:
+    """`build_started` after an end opens the next attempt, unless its time shows that it is late.
+
+    An end of ours may have come before the first `build_started` of the attempt, which then belongs to it:
+    in a deployment that report comes in the middle.
+    """
+    ours, at, start = not recorded.told_state.terminal, seen.reported_at, recorded.script_start
+    if ours and not recorded.begun:
+        return _move(recorded, seen, state)
+    if at is not None and start is not None and at <= start:
+        return _ignored(recorded, KNOWN_START)
+    end = recorded.ended_at if start is None else recorded.script_end
+    if not ours and _is_before(at, end):
+        return _ignored(recorded, BEFORE_THE_END)
+    return _reopen(seen, recorded.attempt + 1)
+
+
+def _is_before_this_attempt(recorded: Recorded, seen: Observation) -> bool:
+    """Does its time show that a report belongs to an earlier attempt?"""
+    began = recorded.script_start
+    if began is None and recorded.started_at is not None:
+        began = recorded.started_at - CLOCKS_DIFFER
+    return recorded.attempt > 1 and _is_before(seen.reported_at, began)
+
+
+def _is_before(moment: datetime | None, other: datetime | None) -> bool:
+    return moment is not None and other is not None and moment < other
+
+
+def _ignored(recorded: Recorded, reason: str) -> Verdict:
+    return Verdict(Act.DROP, recorded.attempt, recorded.state, recorded.conclusion, reason=reason)

@@ -228,10 +228,11 @@ def running_script(connection: Connection, heard_since: datetime) -> Row | None:
     return connection.execute(statement).mappings().one_or_none()
 
 
-def reports(connection: Connection, build: int) -> list[Mapping[str, Any]]:
-    """What a script told in the first and the newest events of its build: `detail` objects, oldest first."""
+def reports(connection: Connection, build: int, attempt: int) -> list[Mapping[str, Any]]:
+    """What a script told in the first and the newest events of an attempt: `detail` objects, oldest first."""
+    of_attempt = select(_e.id).where(_e.build == build, _e.data["attempt"].as_integer() == attempt)
     ends = [
-        select(select(_e.id).where(_e.build == build).order_by(order).limit(REPORT_EVENTS).subquery().c.id)
+        select(of_attempt.order_by(order).limit(REPORT_EVENTS).subquery().c.id)
         for order in (_e.sequence, _e.sequence.desc())
     ]
     rows = connection.execute(select(_e.data).where(_e.id.in_(union_all(*ends))).order_by(_e.id))

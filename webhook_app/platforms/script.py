@@ -129,6 +129,8 @@ def _observation(
         raw_status=event,
         started_at=at if event in _OPENINGS else None,
         ended_at=at if state.terminal else None,
+        reported_at=at,
+        begins=event == BEGIN,
         progress=_read.percent(taken.get("progress")) if event != "deploy_progress" else None,
         error=_error(event, fields) if state is State.FAILED else None,
         detail=None if event == HEARTBEAT else Detail(type=event, data=fields),

@@ -82,7 +82,7 @@ def get_build_log(asked: dict[str, Any], build_id: str) -> Any:
         build = need_build(connection, build_id)
         attempt: int = asked.get("attempt") or build["attempt"]
         if build["platform"] == "script":
-            return _log_answer(build, attempt, STORED, None, _reported(connection, build), asked)
+            return _log_answer(build, attempt, STORED, None, _reported(connection, build, attempt), asked)
         held = collection.of_attempt(connection, build["id"], attempt)
     status, reason = _standing(build, attempt, held, "log")
     if status == PENDING and reason != "not_ended" and attempt == build["attempt"]:
@@ -128,11 +128,11 @@ def _as_text(
     return Response(text, code, headers, content_type="text/plain; charset=utf-8")
 
 
-def _reported(connection: Connection, build: Row) -> list[str]:
+def _reported(connection: Connection, build: Row, attempt: int) -> list[str]:
     """What a script has reported is its log."""
     redact = redaction.redactor(settings_.secret_texts(state().settings))
     rows = queries.build_events(connection, build["id"], 0, MOST_REPORTS)
-    told = [row["data"].get("detail") or {} for row in rows]
+    told = [row["data"].get("detail") or {} for row in rows if row["data"]["attempt"] == attempt]
     return (
         redact("\n".join(_report(detail) for detail in told if "type" in detail)).split("\n") if told else []
     )

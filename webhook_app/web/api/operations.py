@@ -236,7 +236,7 @@ def get_admin_build_status(asked: dict[str, Any]) -> Any:
     now = utc_now()
     with db.reading(state().engine) as connection:
         run = queries.running_script(connection, now - timedelta(seconds=asked["heartbeatTimeout"]))
-        told = queries.reports(connection, run["id"]) if run else []
+        told = queries.reports(connection, run["id"], run["attempt"]) if run else []
     active = _active_run(run, told) if run else None
     return {"success": True, "running": run is not None, "activeRun": active, "updatedAt": now}
 
