@@ -78,7 +78,7 @@ _AWAITED = exists().where(models.messages.c.event == models.events.c.id, models.
 
 
 def forget(write: db.Write, before: datetime) -> None:
-    """Delete a portion of the inbound bodies, events, delivery attempts and logs from before that time.
+    """Delete a portion of the bodies, events, delivery attempts, logs and notices from before that time.
 
     An event that some subscriber is still to get is kept until its message is delivered or dead.
     """
@@ -90,3 +90,12 @@ def forget(write: db.Write, before: datetime) -> None:
         old = select(table.c.id).where(moment < before, is_over).order_by(moment).limit(MOST_AT_ONCE)
         write.connection.execute(delete(table).where(table.c.id.in_(old.scalar_subquery())))
     collection.forget(write, before, MOST_AT_ONCE)
+    _forget_notices(write, before)
+
+
+def _forget_notices(write: db.Write, before: datetime) -> None:
+    """Their ids are in the order of their times, which no index has: only the oldest are looked at."""
+    columns = models.notices.c
+    oldest = select(columns.id, columns.created_at).order_by(columns.id).limit(MOST_AT_ONCE).subquery()
+    old = select(oldest.c.id).where(oldest.c.created_at < before)
+    write.connection.execute(delete(models.notices).where(columns.id.in_(old)))

@@ -206,6 +206,37 @@ def test_reports_of_a_script_become_a_build_and_messages(either):
     assert (status["status"], status["progress"], status["eventCount"]) == ("completed", 100, 4)
 
 
+def test_a_second_run_of_one_script_reaches_everybody_as_the_next_attempt(calm):
+    run = f"nightly {time.time_ns()}"
+    build_id = f"script:{run.replace(' ', '~20')}"
+    with subscribed(calm) as callback:
+        for event, more, status, dropped in (
+            ("build_started", {"pid": "7"}, "accepted", ["pid"]),
+            ("build_failed", {"durationMs": 72_000.2, "message": "no space"}, "accepted", ["durationMs"]),
+            ("stage_completed", {}, "ignored", []),
+            ("build_started", {}, "accepted", []),
+            ("build_completed", {"message": {"text": "done"}}, "accepted", ["message"]),
+        ):
+            reply = calm.report(run, event, **more)
+            assert (reply.status_code, reply.json()["status"]) == (202, status)
+            assert reply.json()["build_id"] == build_id
+            assert reply.json().get("dropped", []) == dropped
+        messages = callback.wait_for(calm, build_id)
+    assert [(message["type"], message["data"]["attempt"]) for message in messages] == [
+        ("build.in_progress", 1), ("build.failed", 1), ("build.in_progress", 2), ("build.completed", 2),
+    ]  # fmt: skip
+    told = [one for one in calm.get("/api/notifications?limit=200")["items"] if one["subject"] == build_id]
+    assert [one["kind"] for one in reversed(told) if one["kind"].startswith("script.")] == [
+        "script.started", "script.failed", "script.started", "script.completed",
+    ]  # fmt: skip
+    assert "failed after 1 min 12 s: no space" in next(
+        one["text"] for one in told if one["kind"] == "script.failed"
+    )
+    refused = calm.report(run, "build_exploded")
+    assert (refused.status_code, refused.headers["Content-Type"]) == (422, "application/problem+json")
+    assert "build_completed" in refused.json()["allowed"]
+
+
 def test_a_forged_push_changes_nothing(calm, platforms):
     build = platforms.begin("github")
     headers, body = hubs.signed(

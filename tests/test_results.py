@@ -1,26 +1,21 @@
 """What an end changed: over builds, attempts, branches, and corrections; on both databases."""
 
+import json
+
 import pytest
-from cryptography.fernet import Fernet
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from tests.facts import PACE, at, github, gitlab
-from webhook_app import builds, db, models, results, subscribers
+from webhook_app import builds, bulk, db, models, results
 from webhook_app.lifecycle import Conclusion, State
 
 Q, P, C, F = State.QUEUED, State.IN_PROGRESS, State.COMPLETED, State.FAILED
 X, T = State.CANCELLED, State.TIMEOUT
-KEYS = (Fernet.generate_key().decode(),)
 
 
 @pytest.fixture
 def told(engine):
-    """`told(*observations)`: the changes of the ends that these made, in order.
-
-    Somebody wants to know them, else they are not looked for.
-    """
-    wanted = {"url": "https://example.com/hook", "signing": "hmac", "changes": ["broke"]}
-    db.as_writer(engine, lambda write: subscribers.create(write, wanted, KEYS, at(0)))
+    """`told(*observations)`: the changes of the ends that these made, in order."""
 
     def record(*facts):
         with db.reading(engine) as connection:
@@ -120,9 +115,52 @@ def test_an_older_build_that_ends_later_is_compared_with_older_ones(told):
     assert told(github(F, run=4)) == ["still_failing"]
 
 
-def test_nobody_who_wants_it_nothing_is_looked_for(engine):
-    db.as_writer(
-        engine, lambda write: builds.record(write, [github(F, run=1), github(F, run=2)], at(0), PACE)
-    )
+def test_a_build_of_a_fork_is_none_of_a_branch(engine, told):
+    assert told(github(F, run=1)) == ["broke"]
+    assert told(github(C, run=2)) == ["fixed"]
+    assert told(github(F, run=3)) == ["broke"]
+    of_fork = update(models.builds).where(models.builds.c.key == "github:3").values(is_fork=True)
+    db.in_transaction(engine, lambda connection: connection.execute(of_fork))
+    assert told(github(C, run=4)) == [None], "what a fork broke is not ours"
+    event = {
+        "build": 9, "sequence": 2, "type": "build.failed",
+        "data": {"state": "failed", "source": "github", "is_fork": True} | dict.fromkeys(results._LINE),
+    }  # fmt: skip
     with db.reading(engine) as connection:
-        assert connection.execute(select(models.events.c.change)).scalars().all() == [None, None]
+        results.note_changes(connection, [event])
+    assert "change" not in event
+
+
+def test_many_lines_with_and_without_names_in_one_batch(told):
+    names = [("octo/one", "CI", "main"), ("octo/one", None, "main"), (None, "CI", None), (None, None, None)]
+
+    def ends(state, first):
+        return [
+            github(state, run=first + number, repository=repository, workflow=workflow, branch=branch)
+            for number, (repository, workflow, branch) in enumerate(names)
+        ]
+
+    assert told(*ends(F, 1)) == ["broke"] * 4
+    assert told(*ends(C, 11), *ends(C, 21), *ends(F, 31)) == ["fixed"] * 4 + [None] * 4 + ["broke"] * 4
+
+
+def test_the_newest_result_of_a_line_is_found_by_its_index(engine):
+    facts = [github(C, run=run, workflow=f"CI {run % 50}") for run in range(1, 2001)]
+    db.as_writer(engine, lambda write: builds.record(write, facts, at(0), PACE))
+    with engine.connect() as connection:
+        connection.exec_driver_sql("ANALYZE")  # as PostgreSQL does by itself within a minute
+        connection.commit()
+    line = {
+        "build": 2001,
+        "source": "github",
+        "repository": "Octo/Repo",
+        "workflow": "CI 7",
+        "branch": "main",
+    }
+    for missing in ((), ("workflow",)):
+        query = results._newest_of_lines(engine.dialect.name, frozenset(missing))
+        how = "EXPLAIN QUERY PLAN " if engine.dialect.name == "sqlite" else "EXPLAIN "
+        with db.reading(engine) as connection:
+            plan = str(bulk.fetch(connection, how + query, (json.dumps([line]),)))
+        assert "ix_builds_line" in plan
+        assert "Seq Scan on builds" not in plan

@@ -161,6 +161,22 @@ def forget(stand):
     db.as_writer(stand.engine, lambda write: sweep_job.forget(write, before))
 
 
+def test_old_notices_go_in_portions(make_stand, monkeypatch):
+    monkeypatch.setattr(sweep_job, "MOST_AT_ONCE", 3)
+    stand = make_stand(("jenkins",), 0, RETENTION_DAYS="30")
+    for number in range(5):
+        report(stand, key=f"script:{number}")
+    stand.clock.advance(29 * 86_400)
+    report(stand, key="script:new")
+    left = []
+    for days in (0, 2, 0, 0):
+        stand.clock.advance(days * 86_400)
+        forget(stand)
+        left.append([notice["subject"] for notice in stand.notices()])
+    assert [len(each) for each in left] == [6, 3, 1, 1]
+    assert left[-1] == ["script:new"]
+
+
 @ON_SQLITE
 def test_the_sweep_forgets_by_itself(make_stand):
     stand = make_stand(("jenkins",), 0, RETENTION_DAYS="1")

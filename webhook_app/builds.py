@@ -18,11 +18,11 @@ from webhook_app import (
     deliveries,
     health,
     models,
+    notices,
     platforms,
     polling,
     progress,
     results,
-    subscribers,
 )
 from webhook_app.db import Write
 from webhook_app.lifecycle import (
@@ -758,9 +758,15 @@ def _flush(write: Write, drafts: Sequence[_Draft], now: datetime) -> None:
     for event in events:
         event["id"] = event["data"]["event_id"] = write.new_id("events")
     if events:
-        if any(subscriber.wants_change for subscriber in subscribers.active(write)):
-            results.note_changes(connection, events)
+        results.note_changes(connection, events)
         bulk.insert(connection, models.events, events)
+        bulk.insert(connection, models.notices, notices.of_events(events, _begun(drafts), now))
+
+
+def _begun(drafts: Sequence[_Draft]) -> set[tuple[int, int]]:
+    """Builds and their attempts that these facts have begun."""
+    new = {(draft.row["id"], 1) for draft in drafts if draft.new}
+    return new | {(old["build"], old["attempt"] + 1) for draft in drafts for old in draft.superseded}
 
 
 _a = models.attempts.c

@@ -59,11 +59,6 @@ class Filters:
     format: str = "standard"
     forks: bool = False
 
-    @property
-    def wants_change(self) -> bool:
-        """Must be known what an end changed, to filter by it or to write it for people?"""
-        return bool(self.changes) or self.format in ("slack", "teams")
-
     def match(self, type_: str, data: Row, change: str | None = None) -> bool:
         """Does an event of this type, with this data, go to the subscriber?
 
