@@ -327,7 +327,55 @@ sources = Table(
     Column("last_poll_at", Moment),
     Column("last_missed_at", Moment),
     Column("deaf_since", Moment),
+    Column("push_notice_at", Moment),
+    Column("pushed_in_row", Integer, nullable=False, server_default="0"),
+    Column("late_pushes", Id, nullable=False, server_default="0"),
+    Column("api_failures", Integer, nullable=False, server_default="0"),
+    Column("api_failing_since", Moment),
+    Column("api_error", Text),
+    Column("api_error_kind", Text),
+    Column("api_error_at", Moment),
+    Column("api_worked_at", Moment),
+    Column("api_told_at", Moment),
+    Column("resume_before", Moment),
     comment="What we learned about a source while polling it.",
+)
+
+missed_changes = Table(
+    "missed_changes",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("state", Text, primary_key=True),
+    Column("source", Text, nullable=False),
+    Column("repository", Text),
+    Column("missed_at", Moment, nullable=False),
+    Column("pushed_late", Boolean, nullable=False),
+    Index("ix_missed_changes_missed_at", "missed_at"),
+    Index("ix_missed_changes_repository", "source", "repository", "missed_at"),
+    comment="Changes that a poll was first to tell, lately.  `pushed_late`: their push came after all.",
+)
+
+api_errors = Table(
+    "api_errors",
+    metadata,
+    Column("source", Text, primary_key=True),
+    Column("kind", Text, primary_key=True),
+    Column("count", Id, nullable=False),
+    comment="Failed requests to the API of a source, by `PollFault` word, ever.",
+)
+
+HISTOGRAM_BUCKETS = tuple(f"n{place}" for place in range(8))
+
+histograms = Table(
+    "histograms",
+    metadata,
+    Column("metric", Text, primary_key=True),
+    Column("source", Text, primary_key=True),
+    Column("origin", Text, primary_key=True),
+    Column("seconds", Float, nullable=False),
+    *(Column(name, Id, nullable=False) for name in HISTOGRAM_BUCKETS),
+    comment="Durations counted by bucket (not cumulative), and their sum.",
 )
 
 places = Table(
@@ -342,6 +390,9 @@ places = Table(
     Column("wide", Boolean, nullable=False, server_default=text("false")),
     Column("errors", Integer, nullable=False),
     Column("error", Text),
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("failing_since", Moment),
+    Column("told_at", Moment),
     Index("ix_places_due", "next_list_at"),
     comment="Repositories whose newest builds are listed.  `list_clock`: the platform's own time of the "
     "last list.  `same_as`: another name of that repository, listed there.",
