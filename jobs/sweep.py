@@ -1,4 +1,4 @@
-"""The sweeping job: we live; script builds whose heartbeat stayed away; rows past their retention."""
+"""The sweeping job: we live, pushes come or not; silent script builds; rows past their retention."""
 
 import logging
 from datetime import datetime, timedelta
@@ -42,6 +42,7 @@ def _wake_up(held: Resources, now: datetime) -> None:
 
     def unit(write: db.Write) -> health.Absence | None:
         health.listen(write.connection, pushing, now)
+        health.review(write.connection, now)
         return health.alive(write.connection, held.started_at, now)
 
     if db.as_writer(held.engine, unit):

@@ -1,10 +1,10 @@
 """Push health: what counts as a missed push, when a source is deaf, and what we say about our absence."""
 
 import pytest
-from sqlalchemy import event, select
+from sqlalchemy import insert, select
 
 from tests.facts import PACE, at, github, gitlab
-from webhook_app import budget, builds, db, health, models, platforms
+from webhook_app import budget, builds, bulk, db, health, models, platforms
 from webhook_app.lifecycle import State
 
 Q, P, C = State.QUEUED, State.IN_PROGRESS, State.COMPLETED
@@ -69,11 +69,96 @@ def test_without_a_miss_no_repository_is_noted(engine):
         assert connection.execute(select(models.repositories)).all() == []
 
 
-def test_a_push_that_comes_after_the_poll_is_no_change(engine):
+# ---- pushes that were only late --------------------------------------------------------------
+
+
+def missed_at(engine):
+    """Of the only repository of these tests."""
+    with db.reading(engine) as connection:
+        return connection.execute(select(models.repositories.c.missed_at)).scalar()
+
+
+def counts(engine):
+    row = source(engine)
+    return row["missed_pushes"], row["late_pushes"], row["changes_polled"], row["changes_pushed"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 59.9])
+def test_a_push_that_comes_soon_after_the_poll_was_late_and_not_missed(engine, after):
     record(engine, 1, github(Q))
     record(engine, LATE, polled(P))
-    record(engine, LATE + 1, github(P))
-    assert (source(engine)["changes_pushed"], source(engine)["missed_pushes"]) == (1, 1)
+    assert counts(engine) == (1, 0, 1, 1)
+    assert (missed_at(engine), source(engine)["push_share"]) == (at(LATE), 0.5)
+    record(engine, LATE + after, github(P))
+    assert counts(engine) == (0, 1, 1, 1)
+    assert (missed_at(engine), source(engine)["push_share"]) == (None, 1.0)
+    record(engine, LATE + after, github(P))
+    assert counts(engine) == (0, 1, 1, 1), "once"
+
+
+@pytest.mark.parametrize(
+    ("after", "push"),
+    [(60, github(P)), (1, github(Q)), (1, github(P, run=2)), (1, github(None)), (1, github(P, attempt=2))],
+    ids=["later", "an earlier state", "another build", "no state", "another attempt"],
+)
+def test_another_push_leaves_the_missed_one_missed(engine, after, push):
+    record(engine, 1, github(Q))
+    record(engine, LATE, polled(P))
+    record(engine, LATE + after, push)
+    assert counts(engine)[:3] == (1, 0, 1)
+    assert missed_at(engine) == at(LATE)
+
+
+def test_a_push_of_a_platform_without_attempts_may_be_late_as_well(engine):
+    record(engine, 1, gitlab(Q, 1, {1: "queued"}))
+    record(engine, LATE, gitlab(P, LATE, None, by="poll"))
+    assert source(engine, "gitlab")["missed_pushes"] == 1
+    record(engine, LATE + 1, gitlab(P, LATE, {1: "in_progress"}))
+    row = source(engine, "gitlab")
+    assert (row["missed_pushes"], row["late_pushes"]) == (0, 1)
+
+
+def test_a_push_that_we_had_to_ask_for_was_missed(engine):
+    record(engine, 1, github(Q), github(Q, run=2))
+    record(engine, LATE, polled(P), polled(P, 2))
+    asked = {"source": "github", "hook_id": "1", "guid": "g", "asked_at": at(LATE + 5)}
+    looking = {"source": "github", "repository": "Octo/Repo", "next_look_at": at(LATE + 180)}
+    db.as_writer(engine, lambda write: write.connection.execute(insert(models.hooks), looking))
+    record(engine, LATE + 6, github(P))
+    db.as_writer(engine, lambda write: write.connection.execute(models.hooks.delete()))
+    db.as_writer(engine, lambda write: write.connection.execute(insert(models.redeliveries), asked))
+    record(engine, LATE + 6, github(P, run=2))
+    assert counts(engine)[:2] == (2, 0)
+    assert missed_at(engine) == at(LATE)
+
+
+def test_a_repository_keeps_the_time_of_the_miss_that_is_left(engine):
+    record(engine, 1, *[github(Q, run=run) for run in (1, 2, 3)])
+    for run in (1, 2, 3):
+        record(engine, LATE + run, polled(P, run))
+    record(engine, LATE + 10, github(P, run=3))
+    assert missed_at(engine) == at(LATE + 2)
+    record(engine, LATE + 10, github(P, run=1))
+    assert missed_at(engine) == at(LATE + 2)
+    record(engine, LATE + 10, github(P, run=2))
+    assert missed_at(engine) is None
+
+
+def test_while_every_push_is_taken_at_once_no_missed_change_is_looked_for(engine, monkeypatch):
+    monkeypatch.setattr(health, "_take_back", None)
+    record(engine, 1, github(Q), github(Q))
+    record(engine, LATE, polled(P))
+    record(engine, LATE + 60, github(P))
+
+
+def test_missed_changes_are_forgotten_after_an_hour(engine):
+    record(engine, 1, github(Q))
+    record(engine, LATE, polled(P))
+    for after, left in ((3600, 1), (3601, 0)):
+        review(engine, LATE + after)
+        with db.reading(engine) as connection:
+            assert len(connection.execute(select(models.missed_changes)).all()) == left
+    assert counts(engine)[:2] == (1, 0)
 
 
 def test_a_source_without_webhook_secret_misses_nothing(engine):
@@ -136,7 +221,26 @@ def test_the_share_follows_the_last_two_hundred_changes(engine):
     assert source(engine)["push_share"] == pytest.approx(1 - (1 / 200) * (1 - 1 / 200) ** 50)
 
 
-def test_admins_are_told_once_that_a_source_is_deaf_and_once_that_it_hears_again(engine):
+# ---- gone and back ---------------------------------------------------------------------------
+
+
+def review(engine, now):
+    """What the sweep does."""
+    db.as_writer(engine, lambda write: health.review(write.connection, at(now)))
+
+
+def kinds(engine):
+    return [one["kind"].removeprefix("source.") for one in notices(engine)]
+
+
+def goes_deaf(engine):
+    """Five misses in a row, and the last push 99 s ago."""
+    record(engine, 1, github(Q, run=50))
+    for run in range(1, 6):
+        miss(engine, run)
+
+
+def test_admins_are_told_once_that_pushes_are_gone_and_once_that_they_are_back(engine):
     record(engine, 1, github(Q, run=50))
     for run in range(1, 5):
         miss(engine, run)
@@ -147,13 +251,95 @@ def test_admins_are_told_once_that_a_source_is_deaf_and_once_that_it_hears_again
     assert (told["kind"], told["subject"]) == ("source.deaf", "github")
     assert "the last push came at 2026-11-01T12:00:01" in told["text"]
     assert source(engine)["deaf_since"] == at(LATE)
-    record(engine, 300, github(P))
-    record(engine, 301, github(C))
-    assert [one["kind"] for one in notices(engine)] == ["source.deaf", "source.hears"]
+    record(engine, 300, github(P, run=50))
+    record(engine, 301, github(C, run=50))
+    assert source(engine)["deaf_since"] == at(LATE), "two pushes may be chance"
+    record(engine, 302, github(Q, run=51))
+    record(engine, 303, github(P, run=51))
+    assert kinds(engine) == ["deaf", "hears"]
     assert source(engine)["deaf_since"] is None
-    for run in range(10, 15):
-        miss(engine, run, 400)
-    assert [one["kind"] for one in notices(engine)] == ["source.deaf", "source.hears", "source.deaf"]
+
+
+def test_pushes_are_not_gone_within_a_minute_of_the_last_one(engine):
+    """However many changes one round of polls brings."""
+    record(engine, 50, github(Q, run=50))
+    for run in range(1, 30):
+        miss(engine, run)
+    assert notices(engine) == []
+    review(engine, 109.9)
+    assert notices(engine) == []
+    review(engine, 110)
+    assert kinds(engine) == ["deaf"]
+    review(engine, 111)
+    assert kinds(engine) == ["deaf"]
+
+
+def test_where_no_push_ever_came_the_minute_counts_from_when_we_listened(engine):
+    listen(engine, "github", now=50)
+    for run in range(1, 9):
+        miss(engine, run)
+    assert notices(engine) == []
+    review(engine, 110)
+    (told,) = notices(engine)
+    assert "no push ever came" in told["text"]
+
+
+def test_pushes_are_not_back_within_a_minute(engine):
+    goes_deaf(engine)
+    record(engine, LATE + 1, *[github(Q, run=run) for run in range(60, 70)])
+    assert kinds(engine) == ["deaf"]
+    review(engine, LATE + 59)
+    assert kinds(engine) == ["deaf"]
+    review(engine, LATE + 60)
+    assert kinds(engine) == ["deaf", "hears"]
+
+
+def test_pushes_between_many_misses_do_not_bring_a_source_back(engine):
+    goes_deaf(engine)
+    for turn in range(6):
+        now = 200 + 10 * turn
+        record(engine, now, github(Q, run=100 + turn))
+        for run in range(5):
+            miss(engine, 1000 + 10 * turn + run, now + 5)
+    assert kinds(engine) == ["deaf"]
+
+
+def test_late_pushes_bring_a_source_back_as_well(engine):
+    goes_deaf(engine)
+    for turn in range(3):
+        miss(engine, 100 + turn, 200 + turn)
+        record(engine, 203 + turn, github(Q, run=100 + turn))
+    assert kinds(engine) == ["deaf", "hears"]
+
+
+def test_gone_and_back_are_told_at_most_once_in_five_minutes(engine):
+    goes_deaf(engine)
+    record(engine, 200, *[github(Q, run=run) for run in range(60, 64)])
+    assert kinds(engine) == ["deaf", "hears"]
+    for run in range(70, 80):
+        miss(engine, run, 300)
+    review(engine, 499)
+    assert kinds(engine) == ["deaf", "hears"]
+    review(engine, 500)
+    assert kinds(engine) == ["deaf", "hears", "deaf"]
+
+
+def test_a_busy_machine_where_each_poll_comes_before_its_push_makes_no_notice(engine):
+    """55 s of the endless demo (5 s of freshness): thirty builds change, polled at once, pushed 3 s later."""
+    listen(engine, "github")
+    record(engine, LATE, *[github(Q, run=run) for run in range(1, 31)])
+    late = []
+    for turn in range(11):
+        now = LATE + 6 + 5 * turn
+        fresh = [polled(Q, 1000 + 10 * turn + n, now) for n in range(10)]
+        record(engine, now, *fresh)
+        record(engine, now + 3, *late)
+        late = [github(Q, run=1000 + 10 * turn + n) for n in range(10)]
+        assert source(engine)["missed_pushes"] <= 20
+    record(engine, LATE + 70, *late)
+    assert notices(engine) == []
+    assert counts(engine)[:3] == (0, 110, 110)
+    assert source(engine)["push_share"] == pytest.approx(1.0)
 
 
 def test_a_push_between_ends_the_row(engine):
@@ -258,12 +444,8 @@ def test_pauses_leave_the_counters_alone(engine):
     assert (source(engine)["pushes"], source(engine)["paused_until"]) == (1, None)
 
 
-def test_a_group_of_pushes_costs_one_more_statement_per_source(engine):
-    statements = []
-
-    @event.listens_for(engine, "before_cursor_execute")
-    def note(_connection, _cursor, statement, *_more):
-        statements.append(statement)
-
+def test_a_group_of_pushes_costs_one_more_statement_per_source(engine, monkeypatch):
+    statements, fetch = [], bulk.fetch
+    monkeypatch.setattr(bulk, "fetch", lambda *asked: statements.append(asked[1]) or fetch(*asked))
     record(engine, 1, *[github(Q, run=n) for n in range(20)], gitlab(P, 1, {1: "in_progress"}))
     assert sum("INSERT INTO sources" in statement for statement in statements) == 2

@@ -73,12 +73,25 @@ def test_push_health_of_each_configured_source(api):
     assert source(found, "polls_total") == 1
     assert source(found, "changes_pushed_total") == 2
     assert source(found, "missed_pushes_total") == 1
+    assert source(found, "late_pushes_total") == 0
     assert source(found, "push_share_ratio") == pytest.approx(2 / 3)
     assert source(found, "newest_fact_age_seconds") >= 100
     assert (source(found, "source_deaf"), source(found, "source_paused")) == (0, 0)
     assert source(found, "pushes_total", "jenkins") == 0
     assert source(found, "push_share_ratio", "jenkins") is None
     assert source(found, "newest_fact_age_seconds", "jenkins") is None
+
+
+def test_a_push_that_was_only_late_takes_nothing_from_a_counter(api):
+    """A counter that falls would look like one that began anew."""
+    now = utc_now()
+    api.record(github(Q), now=now - timedelta(seconds=200))
+    api.record(github(P, by="poll", platform_at=now), now=now - timedelta(seconds=20))
+    api.record(github(P), now=now)
+    found = scrape(api)
+    assert (source(found, "missed_pushes_total"), source(found, "late_pushes_total")) == (1, 1)
+    (told,) = (item for item in api("GET", "/api/sources")["items"] if item["name"] == "github")
+    assert (told["missed_pushes"], told["late_pushes"]) == (0, 1)
 
 
 def test_deaf_and_paused_sources(api):

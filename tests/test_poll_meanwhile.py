@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from tests.stand import FRESH, INTERVAL, ON_SQLITE, change, one_stale, stands
-from webhook_app import db, polling, queries
+from webhook_app import db, health, polling, queries
 from webhook_app.lifecycle import State
 from webhook_app.simulated import github as simulated_github
 from webhook_app.simulated import github_bodies
@@ -28,6 +28,30 @@ def make_stand(engine, redis_client, monkeypatch):
 def one(make_stand):
     """`one(platform, kind, …)`: see `tests.stand.one_stale`."""
     return partial(one_stale, make_stand)
+
+
+# ---- a push that is late, wherever it waits
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_push_that_waits_while_the_poll_tells_its_change_first_is_not_missed(make_stand, platform):
+    """As on a busy machine: reception has the push, and its group is not committed yet."""
+    stand = make_stand((platform,), 8, kinds={platform: ["success"]}, speed=0.1)
+    stand.push_all()
+    for build in sorted(stand.world.builds, key=lambda build: build.ends_at):
+        stand.clock.at = max(build.ends_at + 1, stand.clock())
+        change(
+            stand, build, {"next_poll_at": stand.now(), "last_push_at": stand.now() - timedelta(minutes=2)}
+        )
+        stand.poll()
+        assert stand.row(build)["state"] == "completed"
+        stand.clock.advance(3)
+        stand.push(build, State.COMPLETED)
+    with db.reading(stand.engine) as connection:
+        row = health.snapshot(connection)[platform]
+    assert (row["missed_pushes"], row["late_pushes"]) == (0, row["changes_polled"])
+    assert row["late_pushes"] >= 8
+    assert stand.notices("source.deaf", "source.hears") == []
 
 
 # ---- what else a platform may say

@@ -8,6 +8,7 @@ from cryptography.fernet import Fernet
 from sqlalchemy import func, insert, select, update
 
 from jobs import sweep as sweep_job
+from tests.facts import github
 from tests.stand import ON_SQLITE, stands
 from webhook_app import db, deliveries, models, queues, subscribers
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
@@ -40,6 +41,16 @@ class Script:
 def sweep(stand, after=0.0):
     stand.clock.advance(after)
     sweep_job.sweep(stand.held)
+
+
+def test_the_sweep_tells_that_pushes_are_gone_once_time_has_shown_it(make_stand):
+    stand = make_stand(("github",), 0, GITHUB_WEBHOOK_SECRET="secret-of-the-hook")
+    sweep(stand)
+    stand.record(*[github(State.QUEUED, run=run, by="poll", platform_at=stand.now()) for run in range(5)])
+    sweep(stand, after=59)
+    assert stand.notices("source.deaf") == []
+    sweep(stand, after=1)
+    assert len(stand.notices("source.deaf")) == 1
 
 
 def test_a_script_that_falls_silent_is_failed_and_a_later_report_undoes_it(make_stand):

@@ -14,7 +14,17 @@ from operator import itemgetter
 from typing import Any
 
 import orjson
-from sqlalchemy import JSON, Boolean, ColumnElement, Connection, LargeBinary, Select, Table, UpdateBase
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    ColumnElement,
+    Connection,
+    LargeBinary,
+    Select,
+    Table,
+    TextualSelect,
+    UpdateBase,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import DBAPIError
 
@@ -22,7 +32,7 @@ from webhook_app.models import Moment
 
 Row = Mapping[str, Any]
 Convert = Callable[[Any], Any]
-Statement = Select[Any] | UpdateBase
+Statement = Select[Any] | UpdateBase | TextualSelect
 Conversions = tuple[tuple[int, Convert], ...]
 
 

@@ -2,23 +2,24 @@
 
 A change of a build that a poll is the first to tell is a missed push of its source, provided that pushes
 are expected: the source has a webhook secret, the change is younger than our listening, and the build is
-not one that only a request named.  Everything here is one row per source, kept in the transaction that
-records the facts.
+not one that only a request named.  A push that comes for it soon after was late, not missed: it may have
+waited anywhere on its way, with us as well.  Everything here is kept in the transaction that records the
+facts, most of it in one row per source.
 """
 
 import logging
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
-from sqlalchemy import Connection, Engine, bindparam, func, insert, select, text, update
+from sqlalchemy import Connection, Engine, bindparam, delete, func, insert, select, text, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from webhook_app import db, loglines, models
-from webhook_app.lifecycle import Observation, ObservedBy
+from webhook_app import bulk, db, loglines, models
+from webhook_app.lifecycle import Observation, ObservedBy, State
 from webhook_app.models import Moment
 from webhook_app.times import iso, utc_now
 
@@ -28,7 +29,22 @@ WINDOW = 200
 """`push_share` is the plain share of the first so many changes, then weighs each new one by 1/200."""
 
 DEAF_AFTER = 5
-"""Changes in a row that polls were first to tell, without any push between: then admins are told."""
+"""Changes in a row that polls were first to tell, without any push between, before pushes count as gone."""
+
+SILENCE = timedelta(seconds=60)
+"""Minimum time without any push before pushes count as gone, and minimum time that this state lasts."""
+
+RECOVERED_AFTER = 3
+"""Changes that pushes told, with no `DEAF_AFTER` misses in a row between, before pushes count as back."""
+
+NOTICE_PAUSE = timedelta(minutes=5)
+"""Minimum time from the notice that pushes are back to the next one that they are gone."""
+
+LATE_WITHIN = timedelta(seconds=60)
+"""A push that comes so soon after the poll that told its change was late, not missed."""
+
+MISSES_KEPT = timedelta(hours=1)
+"""How long missed changes are kept: what is younger may still be decided by one that was only late."""
 
 RISKY_REFUSALS = 3
 """GitLab mutes a hook after 4 failures in a row.
@@ -56,12 +72,17 @@ class Told(Protocol):
 
 @dataclass(slots=True)
 class _Tally:
-    """What a batch of facts says of one source."""
+    """What a batch of facts says of one source.
+
+    `pushed`: changes of state that pushes told.  `missed`: those of polls that a push should have told.
+    `known`: pushes of a state that was known already.
+    """
 
     pushes: int = 0
     polls: int = 0
-    pushed: int = 0
-    missed: list[Observation] | None = None
+    pushed: list[Observation] = field(default_factory=list)
+    known: list[Observation] = field(default_factory=list)
+    missed: list[Observation] = field(default_factory=list)
 
 
 # ---- counting --------------------------------------------------------------------------------
@@ -88,14 +109,14 @@ def note(connection: Connection, facts: Iterable[object], outcomes: Iterable[Tol
 def _count(tally: _Tally, fact: Observation, outcome: Told) -> None:
     if fact.observed_by is not ObservedBy.POLL:
         tally.pushes += 1
-        tally.pushed += outcome.moved
+        (tally.pushed if outcome.moved else tally.known).append(fact)
         return
     tally.polls += 1
     if outcome.missed:
-        tally.missed = [*(tally.missed or ()), fact]
+        tally.missed.append(fact)
 
 
-_TIMES = dict.fromkeys(("since", "deaf_since", "last_push_at"), Moment)
+_TIMES = dict.fromkeys(("since", "deaf_since", "last_push_at", "push_notice_at"), Moment)
 
 _PUSHED = (
     text("""
@@ -112,38 +133,42 @@ ON CONFLICT (name) DO UPDATE SET
         / (sources.changes_pushed + sources.changes_polled + excluded.changes_pushed)
       ELSE :kept END END,
   missed_in_row = 0,
+  pushed_in_row = sources.pushed_in_row + excluded.changes_pushed,
   refused_in_row = 0,
   last_push_at = excluded.last_push_at
-RETURNING deaf_since
+RETURNING deaf_since, last_missed_at
 """)
     .bindparams(bindparam("now", type_=Moment))
-    .columns(deaf_since=Moment)
+    .columns(deaf_since=Moment, last_missed_at=Moment)
 )
 
 
 def _note_pushes(connection: Connection, source: str, tally: _Tally, now: datetime) -> None:
+    changes = len(tally.pushed)
     values = {
         "name": source,
         "now": now,
         "pushes": tally.pushes,
-        "changes": tally.pushed,
-        "share": 1.0 if tally.pushed else None,
+        "changes": changes,
+        "share": 1.0 if changes else None,
         "window": WINDOW,
-        "kept": (1 - 1 / WINDOW) ** tally.pushed,
+        "kept": (1 - 1 / WINDOW) ** changes,
     }
-    deaf_since = connection.execute(_PUSHED, values).scalar_one()
+    deaf_since, last_missed_at = bulk.run(connection, _PUSHED, values)[0]
+    if tally.known and last_missed_at is not None and last_missed_at > now - LATE_WITHIN:
+        _take_back(connection, source, tally.known, now)
     if deaf_since is not None:
-        _hears_again(connection, source, deaf_since, now)
+        _review(connection, source, now)
 
 
 _POLLED = (
     text("""
 INSERT INTO sources (name, polls, last_poll_at) VALUES (:name, :polls, :now)
 ON CONFLICT (name) DO UPDATE SET polls = sources.polls + excluded.polls, last_poll_at = excluded.last_poll_at
-RETURNING since, deaf_since, last_push_at, changes_pushed, changes_polled, push_share, missed_in_row
+RETURNING since, changes_pushed, changes_polled, push_share, missed_in_row, pushed_in_row
 """)
     .bindparams(bindparam("now", type_=Moment))
-    .columns(**_TIMES)
+    .columns(since=Moment)
 )
 
 
@@ -151,12 +176,11 @@ def _note_polls(connection: Connection, source: str, tally: _Tally, now: datetim
     row = connection.execute(
         _POLLED, {"name": source, "polls": tally.polls, "now": now}
     ).mappings().one()  # fmt: skip
-    missed = [seen for seen in tally.missed or () if _is_after(seen, row["since"])]
+    missed = [seen for seen in tally.missed if _is_after(seen, row["since"])]
     if not missed:
         return
     absence = connection.execute(select(models.relay.c.down_until)).scalar()
     in_row = row["missed_in_row"] + sum(absence is None or _is_after(seen, absence) for seen in missed)
-    goes_deaf = row["deaf_since"] is None and in_row >= DEAF_AFTER
     connection.execute(
         update(models.sources)
         .where(models.sources.c.name == source)
@@ -164,13 +188,12 @@ def _note_polls(connection: Connection, source: str, tally: _Tally, now: datetim
             changes_polled=row["changes_polled"] + len(missed),
             push_share=_less_share(row, len(missed)),
             missed_in_row=in_row,
+            pushed_in_row=0 if in_row >= DEAF_AFTER else row["pushed_in_row"],
             last_missed_at=now,
-            deaf_since=now if goes_deaf else row["deaf_since"],
         )
     )
     _remember(connection, source, missed, now)
-    if goes_deaf:
-        _goes_deaf(connection, source, in_row, row["last_push_at"], now)
+    _review(connection, source, now)
 
 
 def _is_after(seen: Observation, since: datetime | None) -> bool:
@@ -186,11 +209,30 @@ def _less_share(row: Any, missed: int) -> float:
     return (row["push_share"] or 0.0) * (before / (before + missed) if young else (1 - 1 / WINDOW) ** missed)
 
 
+def _more_share(row: Any, late: int) -> float:
+    """The share after so many of the changes that it left out were pushed after all."""
+    weight = 1 / min(row["changes_pushed"] + row["changes_polled"], WINDOW)
+    return float(min((row["push_share"] or 0.0) + late * weight, 1.0))
+
+
 def _remember(connection: Connection, source: str, missed: Sequence[Observation], now: datetime) -> None:
     """Note the repositories: their deliveries are looked at, and their pace is the full one again."""
     names = {seen.repository for seen in missed if seen.repository}
     rows = [{"source": source, "repository": name, "missed_at": now, "seen_at": now} for name in names]
     upsert(connection, models.repositories, rows)
+    upsert(connection, models.missed_changes, [_missed_change(source, seen, now) for seen in missed])
+
+
+def _missed_change(source: str, seen: Observation, now: datetime) -> dict[str, Any]:
+    return {
+        "key": seen.key,
+        "attempt": seen.attempt or 0,
+        "state": seen.state.value if seen.state else State.QUEUED.value,
+        "source": source,
+        "repository": seen.repository,
+        "missed_at": now,
+        "pushed_late": False,
+    }
 
 
 def upsert(connection: Connection, table: Any, rows: Sequence[dict[str, Any]]) -> None:
@@ -204,6 +246,130 @@ def upsert(connection: Connection, table: Any, rows: Sequence[dict[str, Any]]) -
     connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=values), list(rows))
 
 
+# ---- pushes that were only late --------------------------------------------------------------
+
+_m, _h, _s = models.missed_changes.c, models.hooks.c, models.sources.c
+
+
+def _take_back(connection: Connection, source: str, pushes: Sequence[Observation], now: datetime) -> None:
+    """Count misses whose push has come after all as late pushes, and undo what they changed.
+
+    A poll may tell a change first while its push waits for its turn, here or on its way.
+    """
+    late = _were_late(connection, source, pushes, now)
+    if not late:
+        return
+    keys = [(row.key, row.attempt, row.state) for row in late]
+    connection.execute(
+        update(models.missed_changes)
+        .where(tuple_(_m.key, _m.attempt, _m.state).in_(keys))
+        .values(pushed_late=True)
+    )
+    row = connection.execute(select(models.sources).where(_s.name == source)).mappings().one()
+    connection.execute(
+        update(models.sources)
+        .where(_s.name == source)
+        .values(
+            late_pushes=row["late_pushes"] + len(late),
+            pushed_in_row=row["pushed_in_row"] + len(late),
+            push_share=_more_share(row, len(late)),
+        )
+    )
+    for repository in {row.repository for row in late if row.repository}:
+        _forget_miss(connection, source, repository)
+
+
+def _were_late(
+    connection: Connection, source: str, pushes: Sequence[Observation], now: datetime
+) -> list[Any]:
+    """The missed changes that these pushes tell, less those whose push was asked for again."""
+    told = {(seen.key, seen.state.value): seen.attempt for seen in pushes if seen.state is not None}
+    found = connection.execute(
+        select(models.missed_changes).where(
+            _m.key.in_({key for key, _ in told}),
+            _m.missed_at > now - LATE_WITHIN,
+            _m.pushed_late.is_(False),
+        )
+    ).all()
+    mine = [row for row in found if told.get((row.key, row.state), -1) in (None, row.attempt)]
+    return [row for row in mine if not _was_asked_for(connection, source, row, now)]
+
+
+def _was_asked_for(connection: Connection, source: str, missed: Any, now: datetime) -> bool:
+    """May the push be a redelivery?  One that we had to ask for was missed."""
+    asked_at = models.redeliveries.c.asked_at
+    asked = select(asked_at).where(models.redeliveries.c.source == source, asked_at >= missed.missed_at)
+    asking = select(_h.source).where(
+        _h.source == source,
+        _h.repository == missed.repository,
+        _h.next_look_at > now,
+        _h.refused.is_(False),
+    )
+    return any(connection.execute(one.limit(1)).first() is not None for one in (asked, asking))
+
+
+def _forget_miss(connection: Connection, source: str, repository: str) -> None:
+    """Let the repository's last miss be the newest one that still counts as such."""
+    columns = models.repositories.c
+    here = (_m.source == source, _m.repository == repository)
+    late_at = connection.execute(select(func.max(_m.missed_at)).where(*here, _m.pushed_late)).scalar()
+    left_at = connection.execute(
+        select(func.max(_m.missed_at)).where(*here, _m.pushed_late.is_(False))
+    ).scalar()
+    connection.execute(
+        update(models.repositories)
+        .where(
+            columns.source == source,
+            columns.repository == repository,
+            columns.missed_at <= late_at,
+        )
+        .values(missed_at=left_at)
+    )
+
+
+# ---- are pushes gone, or back? ---------------------------------------------------------------
+
+
+def review(connection: Connection, now: datetime) -> None:
+    """Look again at the sources whose state depends on time, and forget old misses.  Run by the writer."""
+    connection.execute(delete(models.missed_changes).where(_m.missed_at < now - MISSES_KEPT))
+    waiting = (_s.missed_in_row >= DEAF_AFTER) | _s.deaf_since.is_not(None)
+    for source in connection.execute(select(_s.name).where(waiting)).scalars().all():
+        _review(connection, source, now)
+
+
+def _review(connection: Connection, source: str, now: datetime) -> None:
+    """Tell admins that pushes of a source do not arrive, or arrive again, if that has changed."""
+    row = connection.execute(select(models.sources).where(_s.name == source)).mappings().one()
+    if _is_gone(row, now):
+        _goes_deaf(connection, row, now)
+    elif _is_back(row, now):
+        _hears_again(connection, row, now)
+
+
+def _is_gone(row: Any, now: datetime) -> bool:
+    """Has so much been missed, for so long, that no push is believed to arrive?"""
+    heard_at, told_at = row["last_push_at"] or row["since"], row["push_notice_at"]
+    return (
+        row["deaf_since"] is None
+        and row["missed_in_row"] >= DEAF_AFTER
+        and heard_at is not None
+        and now - heard_at >= SILENCE
+        and (told_at is None or now - told_at >= NOTICE_PAUSE)
+    )
+
+
+def _is_back(row: Any, now: datetime) -> bool:
+    """Have pushes told enough changes, for long enough after the notice that they are gone?"""
+    since = row["deaf_since"]
+    return since is not None and row["pushed_in_row"] >= RECOVERED_AFTER and now - since >= SILENCE
+
+
+def _note_state(connection: Connection, source: str, deaf_since: datetime | None, now: datetime) -> None:
+    values = {"deaf_since": deaf_since, "push_notice_at": now, "pushed_in_row": 0}
+    connection.execute(update(models.sources).where(_s.name == source).values(values))
+
+
 # ---- what admins are told --------------------------------------------------------------------
 
 
@@ -214,21 +380,21 @@ def tell(connection: Connection, kind: str, subject: str, message: str, now: dat
     loglines.event(log, "notice", kind=kind, subject=subject, text=message)
 
 
-def _goes_deaf(
-    connection: Connection, source: str, missed: int, last_push_at: datetime | None, now: datetime
-) -> None:
-    heard = f"the last push came at {iso(last_push_at)}" if last_push_at else "no push ever came"
+def _goes_deaf(connection: Connection, row: Any, now: datetime) -> None:
+    source, missed, last = row["name"], row["missed_in_row"], row["last_push_at"]
+    heard = f"the last push came at {iso(last)}" if last else "no push ever came"
     message = (
         f"No pushes from {source}: polls were first to tell the last {missed} changes, and {heard}. "
         "Builds are still polled, but later than a push would tell. See `buildrelay doctor`."
     )
+    _note_state(connection, source, now, now)
     tell(connection, "source.deaf", source, message, now)
 
 
-def _hears_again(connection: Connection, source: str, deaf_since: datetime, now: datetime) -> None:
-    columns = models.sources.c
-    connection.execute(update(models.sources).where(columns.name == source).values(deaf_since=None))
-    message = f"Pushes from {source} come again; none was known to come since {iso(deaf_since)}."
+def _hears_again(connection: Connection, row: Any, now: datetime) -> None:
+    source = row["name"]
+    message = f"Pushes from {source} come again; most were missed since {iso(row['deaf_since'])}."
+    _note_state(connection, source, None, now)
     tell(connection, "source.hears", source, message, now)
 
 
@@ -377,6 +543,7 @@ def last_absence(connection: Connection) -> Absence | None:
 def snapshot(connection: Connection) -> dict[str, dict[str, Any]]:
     """Per source, for pages and metrics: the row of `sources`, and `missed_pushes`, `newest_fact_at`.
 
+    `missed_pushes` leaves out the late ones, so it may fall; `changes_polled` counts both and never does.
     Counts are totals; `push_share` is 0 to 1, None while nothing changed; times are aware UTC or None.
     """
     rows = connection.execute(select(models.sources)).mappings()
@@ -385,4 +552,7 @@ def snapshot(connection: Connection) -> dict[str, dict[str, Any]]:
 
 def _derived(row: Any) -> dict[str, Any]:
     heard = [at for at in (row["last_push_at"], row["last_poll_at"]) if at is not None]
-    return {"missed_pushes": row["changes_polled"], "newest_fact_at": max(heard, default=None)}
+    return {
+        "missed_pushes": row["changes_polled"] - row["late_pushes"],
+        "newest_fact_at": max(heard, default=None),
+    }

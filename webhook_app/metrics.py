@@ -49,6 +49,7 @@ METRICS: Mapping[str, About] = {
     "missed_pushes_total": About(
         "Changes of state that a poll was first to tell though a push should have.", _SOURCE
     ),
+    "late_pushes_total": About("Those of them whose push came within a minute after the poll.", _SOURCE),
     "push_share_ratio": About("The share of the last 200 changes that pushes told first.", _SOURCE),
     "newest_fact_age_seconds": About("Since the newest push or poll.", _SOURCE),
     "source_deaf": About("1 while pushes are believed not to come at all.", _SOURCE),
@@ -147,7 +148,8 @@ def _push_health(row: Row, now: datetime) -> dict[str, float | None]:
         "pushes_total": row.get("pushes", 0),
         "polls_total": row.get("polls", 0),
         "changes_pushed_total": row.get("changes_pushed", 0),
-        "missed_pushes_total": row.get("missed_pushes", 0),
+        "missed_pushes_total": row.get("changes_polled", 0),
+        "late_pushes_total": row.get("late_pushes", 0),
         "push_share_ratio": row.get("push_share"),
         "newest_fact_age_seconds": _past(newest, now) if newest else None,
         "source_deaf": row.get("deaf_since") is not None,

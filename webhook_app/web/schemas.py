@@ -694,7 +694,10 @@ class Source(Schema):
     last_poll_at = _out(Moment, null=True)
     pushes = _out(fields.Integer)
     polls = _out(fields.Integer)
-    missed_pushes = _out(fields.Integer)
+    missed_pushes = _out(fields.Integer, about="Changes a poll told first, less those pushed soon after.")
+    late_pushes = _out(
+        fields.Integer, about="Changes whose push came within a minute after a poll told them."
+    )
     push_share = _out(fields.Float, null=True)
     newest_fact_age_seconds = _out(fields.Float, null=True)
     deaf_since = _out(Moment, null=True)

@@ -178,7 +178,8 @@ def delete_token(token_id: str) -> Any:
 def list_sources() -> Any:
     """List the configured sources with their push health: who told what first, and what is left to ask.
 
-    `missed_pushes` counts changes that a poll was first to tell though a push should have; `push_share`
+    `missed_pushes` counts changes that a poll was first to tell though a push should have; one whose push
+    comes within a minute is taken out again, and counted in `late_pushes`; `push_share`
     (0 to 1) weighs the last 200 changes; `deaf_since`: since when pushes are believed not to come at all;
     `behind_seconds`: how long the stalest build has been due for its poll.
     """
@@ -203,7 +204,7 @@ def _budget(row: Row | None, now: datetime) -> dict[str, Any] | None:
     return {**row, "per_hour": int(row["per_hour"]), "forecast_remaining": queries.forecast(row, now)}
 
 
-_UNTOLD = dict.fromkeys(("pushes", "polls", "missed_pushes"), 0) | dict.fromkeys(
+_UNTOLD = dict.fromkeys(("pushes", "polls", "missed_pushes", "late_pushes"), 0) | dict.fromkeys(
     ("push_share", "last_push_at", "last_poll_at", "deaf_since")
 )
 
