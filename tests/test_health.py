@@ -444,8 +444,9 @@ def test_pauses_leave_the_counters_alone(engine):
     assert (source(engine)["pushes"], source(engine)["paused_until"]) == (1, None)
 
 
-def test_a_group_of_pushes_costs_one_more_statement_per_source(engine, monkeypatch):
+def test_a_group_of_pushes_costs_two_more_statements_per_source(engine, monkeypatch):
     statements, fetch = [], bulk.fetch
     monkeypatch.setattr(bulk, "fetch", lambda *asked: statements.append(asked[1]) or fetch(*asked))
     record(engine, 1, *[github(Q, run=n) for n in range(20)], gitlab(P, 1, {1: "in_progress"}))
     assert sum("INSERT INTO sources" in statement for statement in statements) == 2
+    assert sum("INSERT INTO histograms" in statement for statement in statements) == 1, "no time, no delay"

@@ -11,7 +11,7 @@ from sqlalchemy import event, insert, text, update
 from tests.caller import ADMIN, KEY, SECRET, subscribe
 from tests.facts import github
 from tests.test_api import _register_worker
-from webhook_app import VERSION, db, metrics, models, queues
+from webhook_app import VERSION, db, health, metrics, models, queues
 from webhook_app.lifecycle import State
 from webhook_app.times import utc_now
 
@@ -44,23 +44,24 @@ def execute(engine, statement, *values):
 
 def test_names_types_and_labels_are_as_prometheus_wants_them(api):
     """What `promtool check metrics` looks at."""
-    api.record(github(P), now=utc_now())
+    api.record(github(P, platform_at=utc_now()), now=utc_now())
     for family in text_string_to_metric_families(api.client.get("/metrics").text):
         name = family.name.removeprefix("buildrelay_")
         if family.type == "counter":  # the parser takes the suffix off
             name += "_total"
         about = metrics.METRICS[name]
-        assert family.type in ("counter", "gauge"), name
+        assert family.type in ("counter", "gauge", "histogram"), name
         assert (family.type == "counter") == name.endswith("_total")
+        assert (family.type == "histogram") == about.is_histogram
         assert family.documentation == about.meaning
         assert re.fullmatch(r"[a-z]+(_[a-z]+)*", name)
         assert not re.search(
             r"_(count|sum|bucket|gauge|counter|ms|s|minutes|hours|days|percent|kb|mb)(_|$)", name
         ), name
         for sample in family.samples:
-            assert set(sample.labels) == set(about.labels), name
+            assert set(sample.labels) - {"le"} == set(about.labels), name
     told = {label for about in metrics.METRICS.values() for label in about.labels}
-    assert told == {"source", "platform", "state", "bell", "reason", "version", "schema"}
+    assert told == {"source", "platform", "state", "bell", "reason", "version", "schema", "origin"}
 
 
 def test_push_health_of_each_configured_source(api):
@@ -80,6 +81,28 @@ def test_push_health_of_each_configured_source(api):
     assert source(found, "pushes_total", "jenkins") == 0
     assert source(found, "push_share_ratio", "jenkins") is None
     assert source(found, "newest_fact_age_seconds", "jenkins") is None
+
+
+def test_how_long_after_a_change_it_was_recorded_by_who_told_it(api):
+    now = utc_now()
+    times = [now - timedelta(seconds=seconds) for seconds in (0.5, 1, 20, 4000)]
+    listening = now - timedelta(days=1)
+    db.as_writer(api.engine, lambda write: health.listen(write.connection, ["github"], listening))
+    api.record(*[github(P, run=run, platform_at=at) for run, at in enumerate(times)], now=now)
+    api.record(github(P, run=0), github(P, run=9), now=now)  # no change; a change without a time
+    ahead = github(C, run=0, by="poll", platform_at=now + timedelta(seconds=5))
+    history = github(C, run=70, by="poll", platform_at=listening - timedelta(seconds=1))
+    api.record(ahead, history, github(C, run=2, by="poll", platform_at=times[2]), now=now)
+    found = scrape(api)
+    name = "buildrelay_detection_latency_seconds"
+    pushed = {key[1]: value for key, value in found.items() if key[0] == f"{name}_bucket" and "push" in key}
+    assert pushed == {
+        "1.0": 2, "5.0": 2, "15.0": 2, "30.0": 3, "60.0": 3, "300.0": 3, "1800.0": 3, "+Inf": 4,
+    }  # fmt: skip
+    assert found[(f"{name}_sum", "push", "github")] == pytest.approx(4021.5)
+    assert found[(f"{name}_count", "push", "github")] == 4
+    assert found[(f"{name}_bucket", "1.0", "poll", "github")] == 1
+    assert found[(f"{name}_count", "poll", "github")] == 2
 
 
 def test_a_push_that_was_only_late_takes_nothing_from_a_counter(api):
@@ -260,7 +283,7 @@ def test_the_number_of_statements_does_not_grow(api):
     for run in range(1, 20):
         subscribe(api)
         api.record(github(P, run=run), github(P, run=run + 100, by="poll"), now=utc_now())
-    assert len(statements_of(api)) == len(few) <= 10
+    assert len(statements_of(api)) == len(few) <= 11
 
 
 MANY = 100_000

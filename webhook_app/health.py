@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from sqlalchemy import Connection, Engine, bindparam, delete, func, insert, select, text, tuple_, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from webhook_app import bulk, db, loglines, models
+from webhook_app import bulk, db, histograms, loglines, models
 from webhook_app.lifecycle import Observation, ObservedBy, State
 from webhook_app.models import Moment
 from webhook_app.times import iso, utc_now
@@ -74,14 +74,15 @@ class Told(Protocol):
 class _Tally:
     """What a batch of facts says of one source.
 
-    `pushed`: changes of state that pushes told.  `missed`: those of polls that a push should have told.
-    `known`: pushes of a state that was known already.
+    `pushed`, `polled`: changes of state, by who told them.  `missed`: those of polls that a push should have
+    told.  `known`: pushes of a state that was known already.
     """
 
     pushes: int = 0
     polls: int = 0
     pushed: list[Observation] = field(default_factory=list)
     known: list[Observation] = field(default_factory=list)
+    polled: list[Observation] = field(default_factory=list)
     missed: list[Observation] = field(default_factory=list)
 
 
@@ -112,6 +113,8 @@ def _count(tally: _Tally, fact: Observation, outcome: Told) -> None:
         (tally.pushed if outcome.moved else tally.known).append(fact)
         return
     tally.polls += 1
+    if outcome.moved:
+        tally.polled.append(fact)
     if outcome.missed:
         tally.missed.append(fact)
 
@@ -155,10 +158,21 @@ def _note_pushes(connection: Connection, source: str, tally: _Tally, now: dateti
         "kept": (1 - 1 / WINDOW) ** changes,
     }
     deaf_since, last_missed_at = bulk.run(connection, _PUSHED, values)[0]
+    _note_delays(connection, source, ObservedBy.PUSH, tally.pushed, now)
     if tally.known and last_missed_at is not None and last_missed_at > now - LATE_WITHIN:
         _take_back(connection, source, tally.known, now)
     if deaf_since is not None:
         _review(connection, source, now)
+
+
+def _note_delays(
+    connection: Connection, source: str, origin: ObservedBy, changes: Sequence[Observation], now: datetime
+) -> None:
+    """Count how long ago these changes happened, by the platform's own time where it is told."""
+    delays = [(now - seen.platform_at).total_seconds() for seen in changes if seen.platform_at is not None]
+    if delays:
+        measured = histograms.of(histograms.DETECTION, delays)
+        histograms.add(connection, source, origin.value, measured)
 
 
 _POLLED = (
@@ -176,6 +190,8 @@ def _note_polls(connection: Connection, source: str, tally: _Tally, now: datetim
     row = connection.execute(
         _POLLED, {"name": source, "polls": tally.polls, "now": now}
     ).mappings().one()  # fmt: skip
+    news = [seen for seen in tally.polled if row["since"] is None or _is_after(seen, row["since"])]
+    _note_delays(connection, source, ObservedBy.POLL, news, now)
     missed = [seen for seen in tally.missed if _is_after(seen, row["since"])]
     if not missed:
         return

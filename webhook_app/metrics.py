@@ -11,14 +11,21 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from prometheus_client.core import CollectorRegistry, CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CollectorRegistry,
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 from redis import Redis
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Select, column, func, literal_column, select, table
 
-from webhook_app import VERSION, deliveries, health, models, queries, queues
+from webhook_app import VERSION, deliveries, health, histograms, models, queries, queues
+from webhook_app.histograms import Stored
 from webhook_app.lifecycle import State
 from webhook_app.queries import Row
 from webhook_app.settings import SourceSettings
@@ -36,6 +43,7 @@ class About:
 
     meaning: str
     labels: tuple[str, ...] = ()
+    is_histogram: bool = False
 
 
 _SOURCE = ("source",)
@@ -51,6 +59,11 @@ METRICS: Mapping[str, About] = {
     ),
     "late_pushes_total": About("Those of them whose push came within a minute after the poll.", _SOURCE),
     "push_share_ratio": About("The share of the last 200 changes that pushes told first.", _SOURCE),
+    "detection_latency_seconds": About(
+        "From a change, by the platform's own time, to its record here, by who told it first.",
+        ("source", "origin"),
+        is_histogram=True,
+    ),
     "newest_fact_age_seconds": About("Since the newest push or poll.", _SOURCE),
     "source_deaf": About("1 while pushes are believed not to come at all.", _SOURCE),
     "source_paused": About("1 while the source is not polled: a limit, or a refused token.", _SOURCE),
@@ -72,9 +85,10 @@ METRICS: Mapping[str, About] = {
     "scheduler_beat_age_seconds": About("Since the last pass of the scheduler; absent: none is running."),
     "workers": About("Living workers that serve this bell.", ("bell",)),
 }
-"""Every metric less `buildrelay_`, in the order told.  Names in `_total` are counters, others gauges."""
+"""Every metric less `buildrelay_`, in the order told.  Names in `_total` are counters, others gauges, unless
+they are histograms."""
 
-Sample = tuple[str, tuple[str, ...], float | None]
+Sample = tuple[str, tuple[str, ...], float | Stored | None]
 """Name of a metric, the values of its labels, and its value; None: there is none now."""
 
 
@@ -86,6 +100,7 @@ def of_store(connection: Connection, sources: Mapping[str, SourceSettings], now:
     return [
         ("build_info", (VERSION, str(connection.execute(_SCHEMA).scalar())), 1),
         *_of_sources(connection, sources, now),
+        *_of_durations(connection, sources),
         *_of_budgets(connection, sources, now),
         *_of_builds(connection, sources),
         *_of_messages(connection, now),
@@ -155,6 +170,13 @@ def _push_health(row: Row, now: datetime) -> dict[str, float | None]:
         "source_deaf": row.get("deaf_since") is not None,
         "source_paused": paused_until is not None and paused_until > now,
     }
+
+
+def _of_durations(connection: Connection, sources: Mapping[str, SourceSettings]) -> Iterator[Sample]:
+    """What was measured of the configured sources."""
+    for one in histograms.stored(connection):
+        if one.source in sources and one.metric == histograms.DETECTION:
+            yield "detection_latency_seconds", (one.source, one.origin), one
 
 
 def _of_budgets(
@@ -246,12 +268,26 @@ class _Told(Collector):
         self._families = {name: _family(name, about) for name, about in METRICS.items()}
         for name, labels, value in samples:
             if value is not None:
-                self._families[name].add_metric(labels, float(value))
+                _add(self._families[name], labels, value)
 
     def collect(self) -> Iterable[Metric]:
         return self._families.values()
 
 
-def _family(name: str, about: About) -> CounterMetricFamily | GaugeMetricFamily:
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+
+
+def _family(name: str, about: About) -> Family:
+    if about.is_histogram:
+        return HistogramMetricFamily(PREFIX + name, about.meaning, labels=about.labels)
     kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
     return kind(PREFIX + name, about.meaning, labels=about.labels)
+
+
+def _add(family: Family, labels: tuple[str, ...], value: float | Stored) -> None:
+    if isinstance(value, Stored):
+        assert isinstance(family, HistogramMetricFamily)
+        family.add_metric(labels, value.buckets, value.seconds)
+    else:
+        assert not isinstance(family, HistogramMetricFamily)
+        family.add_metric(labels, float(value))
