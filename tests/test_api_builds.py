@@ -11,6 +11,7 @@ from sqlalchemy import select
 from tests.caller import SECRET, bells, pages, script
 from tests.facts import at, github, gitlab
 from webhook_app import (
+    builds,
     db,
     models,
     queues,
@@ -192,6 +193,24 @@ def test_polling_is_asked_for_once_and_stopped(api):
         )
     assert api("GET", "/api/polling")["items"] == []
     assert api("POST", path, 202)["isPolling"]
+
+
+def test_a_build_that_polling_gave_up_on_says_that_nobody_watches_it(api):
+    api.record(github(P), github(P, run=2), now=at(0))
+    fails = [builds.PollFailed("github:1", "unavailable: connect: refused", "unavailable")]
+    for _ in range(3):
+        api.record(*fails, now=at(100))
+    why = "polling stopped after 3 errors: unavailable: connect: refused"
+    assert api("GET", "/api/builds/github:octo:repo:1")["error"] == why
+    assert api("GET", "/api/builds/github:octo:repo:1/status")["error"] == why
+    assert api("GET", "/api/builds/github:octo:repo:1/attempts")["items"][0]["error"] == why
+    assert [build["error"] for build in api("GET", "/api/builds")["items"]] == [None, why]
+    shown = api("GET", "/api/builds/github:octo:repo:1/polling")
+    assert (shown["isPolling"], shown["reason"], shown["consecutiveErrors"]) == (False, "too_many_errors", 3)
+    assert shown["error"] == "unavailable: connect: refused"
+    assert shown["nextPollTime"] == "2026-11-01T13:01:40Z", "an hour later, in case it works then"
+    api.record(github(C), now=at(200))
+    assert api("GET", "/api/builds/github:octo:repo:1")["error"] is None
 
 
 def test_polling_of_a_build_that_is_over_or_reports_itself(api):

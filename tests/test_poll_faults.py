@@ -419,26 +419,33 @@ def test_an_endless_answer_is_cut_and_counts_as_unreadable(one, monkeypatch):
 
 
 def test_too_many_errors_in_a_row_end_the_polling_of_that_build(one):
+    """It is read again ever more slowly, without a word as long as that fails."""
     stand, build = one(speed=0.01, BUILD_MAX_CONSECUTIVE_ERRORS="4", BUILD_BACKOFF_MULTIPLIER="3")
     stand.servers["github"].inject(simulated_github.server_error())
     waits = []
-    while stand.row(build)["next_poll_at"]:
+    while stand.row(build)["polling"] != "error":
         stand.poll()
         waits.append(stand.wait(build))
-        stand.clock.advance(waits[-1] or 0)
-    assert waits == [45, 135, 405, None]
+        stand.clock.advance(waits[-1])
+    assert waits == [45, 135, 405, 3600]
     row = stand.row(build)
     assert (row["polling"], row["state"], row["consecutive_errors"]) == ("error", "in_progress", 4)
     assert stand.types(build)[-1] == "polling_error"
     assert stand.events(build)[-1]["data"]["detail"] == {
         "poll_count": 4, "consecutive_errors": 4, "error": row["poll_error"],
     }  # fmt: skip
-    stand.poll(after=86_400)
     assert stand.requests() == {"github": 7}, "a list, and three times a list and the build"
+    told = stand.types(build)
+    for wait in (7200, 14_400, 28_800, 57_600, 86_400, 86_400):
+        stand.poll()
+        assert stand.wait(build) == wait
+        stand.clock.advance(wait)
+    assert stand.types(build) == told
+    assert stand.row(build)["consecutive_errors"] == 10
     stand.servers["github"].clear_faults()
     stand.push(build)
     stand.poll(after=FRESH)
-    assert stand.row(build)["poll_count"] == 5
+    assert (stand.row(build)["poll_count"], stand.row(build)["consecutive_errors"]) == (11, 0)
 
 
 @ON_SQLITE

@@ -166,8 +166,24 @@ def as_dict(pace):
 @pytest.mark.parametrize(("errors", "gives_up"), [(0, False), (1, False), (2, True), (7, True)])
 def test_one_failure_too_many_ends_the_polling(errors, gives_up):
     changes = polling.after_error(build(consecutive_errors=errors), NOON, PACE, "boom", "unavailable")
-    assert (changes["polling"] == "error", changes["next_poll_at"] is None) == (gives_up, gives_up)
-    assert changes["poll_count"] == 1
+    assert (changes["polling"] == "error", changes["poll_count"]) == (gives_up, 1)
+    assert (changes["next_poll_at"] - NOON >= timedelta(hours=1)) == gives_up
+
+
+@pytest.mark.parametrize(("errors", "hours"), [(2, 1), (3, 2), (6, 16), (7, 24), (5000, 24)])
+def test_a_build_that_polling_gave_up_on_is_read_ever_more_slowly_but_never_forgotten(errors, hours):
+    known = build(consecutive_errors=errors, polling="error")
+    changes = polling.after_error(known, NOON, PACE, "boom", "unavailable")
+    assert (changes["polling"], changes["next_poll_at"]) == ("error", NOON + timedelta(hours=hours))
+
+
+def test_one_that_is_taken_up_again_is_due_at_once_as_if_nothing_had_failed():
+    known = build(consecutive_errors=7, polling="error", poll_error="x", poll_fault="unavailable")
+    assert polling.stopped_because(known) == "polling stopped after 7 errors: x"
+    again = known | polling.taken_up(NOON)
+    assert polling.stopped_because(again) is None
+    assert (again["next_poll_at"], again["consecutive_errors"], again["poll_error"]) == (NOON, 0, None)
+    assert (again["poll_fault"], again["poll_deadline_at"], again["polling"]) == (None, None, "idle")
 
 
 # ---- asked for, stopped, ended

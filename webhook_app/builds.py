@@ -216,8 +216,9 @@ def _apply_silence(draft: _Draft, fact: PollFailed | Unchanged, now: datetime, p
     if polling.was_given_up(draft.row):
         _note_late_silence(draft, fact, now, pace)
     elif draft.row["next_poll_at"] is not None:
-        # else it ended, was stopped by hand or given up while we were reading
-        _begin_polling(draft, now)
+        # else it ended or was stopped by hand while we were reading
+        if not (isinstance(fact, PollFailed) and draft.row["polling"] == "error"):
+            _begin_polling(draft, now)
         if isinstance(fact, PollFailed):
             _note_failed_poll(draft, fact, now, pace)
         else:
@@ -706,8 +707,9 @@ def _begin_polling(draft: _Draft, now: datetime) -> None:
 
 def _note_failed_poll(draft: _Draft, fact: PollFailed, now: datetime, pace: Pace) -> None:
     row = draft.row
+    had_stopped = row["polling"] == "error"
     draft.change(polling.after_error(row, now, pace, fact.message, fact.fault))
-    if row["polling"] == "error":
+    if row["polling"] == "error" and not had_stopped:
         _add_event(draft, "build.polling_error", None, now, row["state"], _poll_detail(row))
 
 

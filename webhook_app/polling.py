@@ -7,7 +7,7 @@ A build is due when `next_poll_at` has come; None means never.  `polling` is one
 * `active`: polled
 * `done`: it has ended
 * `stopped`: by hand
-* `timeout`, `error`: we gave up
+* `timeout`, `error`: we gave up; after errors it is still read now and then, ever more slowly
 
 A push moves the next poll out by the freshness window and starts the clock of
 `max_poll_seconds` anew; so with all pushes present not one poll is made inside that window.
@@ -39,6 +39,9 @@ READ_ON_INTERVALS = 4
 """So many intervals after an end of ours the build is read again, then after twice as many, and so on."""
 
 MOST_READ_ON_SECONDS = 86_400.0
+
+FIRST_RETRY_SECONDS, MOST_RETRY_SECONDS = 3600.0, 86_400.0
+"""A build that polling gave up on after errors is read again after so long, each time twice as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +127,16 @@ def _not_while_fresh(build: Columns, due: datetime, pace: Pace) -> datetime:
 
 
 def after_error(build: Columns, now: datetime, pace: Pace, message: str, fault: str) -> dict[str, Any]:
-    """Changes after a poll that failed; `polling` becomes `error` when it was one too many."""
+    """Changes after a poll that failed; `polling` becomes `error` when it was one too many.
+
+    The clock of `max_seconds` stands still then: nobody has looked whether the build ended.
+    """
     errors = build["consecutive_errors"] + 1
     missing_since = _missing_since(build, now, fault)
     may_be_gone = missing_since is not None and now < missing_since + GONE_AFTER
     gives_up = errors >= pace.max_errors and not may_be_gone
-    due = now + timedelta(seconds=_backoff(build, errors, pace))
+    wait = _retry(errors - pace.max_errors) if gives_up else _backoff(build, errors, pace)
+    due = now + timedelta(seconds=wait)
     if missing_since is not None and may_be_gone:
         due = min(due, missing_since + GONE_AFTER)
     if not build["doubtful"]:
@@ -142,8 +149,8 @@ def after_error(build: Columns, now: datetime, pace: Pace, message: str, fault: 
         "poll_error": message,
         "poll_fault": fault,
         "missing_since": missing_since,
-        "poll_deadline_at": _deadline(build, now, pace),
-        "next_poll_at": None if gives_up else due,
+        "poll_deadline_at": None if gives_up else _deadline(build, now, pace),
+        "next_poll_at": due,
     }
 
 
@@ -168,6 +175,30 @@ def _backoff(build: Columns, errors: int, pace: Pace) -> float:
     except OverflowError:
         wait = MOST_BACKOFF_SECONDS
     return max(usual, min(wait, MOST_BACKOFF_SECONDS))
+
+
+def _retry(retries: int) -> float:
+    """Seconds until the next read of a build that polling gave up on, after so many failed ones since."""
+    return min(FIRST_RETRY_SECONDS * float(1 << min(retries, 10)), MOST_RETRY_SECONDS)
+
+
+def taken_up(now: datetime) -> dict[str, Any]:
+    """Changes when a build that polling gave up on is to be polled again: due at once, as if it never was."""
+    return {
+        "polling": "idle",
+        "consecutive_errors": 0,
+        "poll_error": None,
+        "poll_fault": None,
+        "poll_deadline_at": None,
+        "next_poll_at": now,
+    }
+
+
+def stopped_because(build: Columns) -> str | None:
+    """Why nobody watches a build any more, for people; None unless polling gave up on it after errors."""
+    if build["polling"] != "error":
+        return None
+    return f"polling stopped after {build['consecutive_errors']} errors: {build['poll_error']}"
 
 
 def push_was_due(build: Columns, now: datetime, pace: Pace) -> bool:

@@ -32,7 +32,19 @@ def need_build(connection: Connection, build_id: str) -> Row:
 
 def _shown(row: Row) -> dict[str, Any]:
     """A build, or an attempt, with its duration."""
-    return {**row, "duration_seconds": builds.duration_seconds(row["started_at"], row["ended_at"])}
+    return {
+        **row,
+        "duration_seconds": builds.duration_seconds(row["started_at"], row["ended_at"]),
+        "error": shown_error(row),
+    }
+
+
+def shown_error(row: Row) -> str | None:
+    """The error of a build or an attempt; while polling has given up on one that goes on, that it has."""
+    error: str | None = row["error"]
+    if error is not None or "polling" not in row or State(row["state"]).terminal:
+        return error
+    return polling.stopped_because(row)
 
 
 def with_source(asked: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from webhook_app.queries import Row
 from webhook_app.settings import Settings
 from webhook_app.times import utc_now
 from webhook_app.web import problems, schemas
-from webhook_app.web.api.builds import github_sources
+from webhook_app.web.api.builds import github_sources, shown_error
 from webhook_app.web.api.spec import Blueprint, operation
 from webhook_app.web.state import state
 
@@ -117,7 +117,7 @@ def get_build_status(build_id: str) -> Any:
         "progressBasis": shown.basis,
         "etaSeconds": progress.eta_seconds(build, now),
         "previewUrl": build["preview_url"],
-        "error": build["error"],
+        "error": shown_error(build),
         "eventCount": build["sequence"],
         "lastUpdate": build["updated_at"],
     }
