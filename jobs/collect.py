@@ -119,6 +119,11 @@ def _look(held: Resources, source: SourceSettings, claimed: Claimed, secrets: Se
 def _settle(held: Resources, source: SourceSettings, claimed: Claimed, look: Look) -> None:
     """Store what was found, and the error as a fact about the build, in one transaction."""
     now = utc_now()
+    if look.fault is not None:
+        log.warning(
+            "log not read: source=%s build=%s attempt=%d kind=%s", source.source.name,
+            claimed.target.build_id, claimed.target.attempt, look.fault.fault.value,
+        )  # fmt: skip
 
     def unit(write: db.Write) -> int:
         if look.fault is not None:

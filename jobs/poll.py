@@ -16,15 +16,16 @@ from datetime import datetime, timedelta
 
 from jobs.resources import Resources, resources
 from jobs.schedule import ring_at
-from pollers import adaptive, client, discovery, repository, stale
+from pollers import adaptive, client, discovery, repository, stale, troubles
 from pollers.adaptive import Trust
 from pollers.client import Client, Purse
 from pollers.repository import Findings, Terms
 from pollers.stale import Place
-from webhook_app import budget, builds, credentials, db, loglines, queues
+from webhook_app import api_health, budget, builds, credentials, db, loglines, queues, settings
 from webhook_app.budget import Ledger, Spent
 from webhook_app.credentials import Keyring
-from webhook_app.platforms import Manners, PollError
+from webhook_app.platforms import Manners, PollError, PollFault, Source
+from webhook_app.redaction import redactor
 from webhook_app.settings import SourceSettings
 from webhook_app.times import utc_now
 
@@ -72,7 +73,10 @@ def discover(held: Resources | None = None) -> None:
 
 @dataclass(slots=True)
 class _Lane:
-    """One token, the sources that are read with it, and who we are to others who want it."""
+    """One token, the sources that are read with it, and who we are to others who want it.
+
+    `tokens`: what it is for now, where it is a lent one: never shown.
+    """
 
     held: Resources
     name: str
@@ -81,6 +85,7 @@ class _Lane:
     ready_at: datetime | None = None
     trust: dict[str, Trust] = field(default_factory=dict)
     has_plenty: bool = False
+    tokens: set[str] = field(default_factory=set)
 
     @property
     def budget(self) -> budget.Lane:
@@ -155,12 +160,10 @@ def _round(lane: _Lane) -> bool:
     over_at = time.monotonic() + ROUND_SECONDS
     purse = Purse(budget.allowance(ledger), lambda: time.monotonic() < over_at and not lane.held.desk.closing)
     findings = _read(lane, places, purse) if places else []
-    events = _finish(lane, ledger, findings, purse.spent)
-    if purse.spent.requests:
-        loglines.event(
-            log, "polled", lane=lane.name, places=len(findings), requests=purse.spent.requests,
-            counted=purse.spent.counted, facts=sum(len(one.facts) for one in findings), events=events,
-        )  # fmt: skip
+    findings = _masked(lane, findings)
+    _count_unreadable(purse, findings)
+    events = _finish(lane, ledger, findings, purse)
+    _log_round(lane, findings, purse.spent, events)
     if events:
         queues.Bell(lane.held.redis).ring(queues.DELIVER)
     return bool(purse.spent.requests)
@@ -206,11 +209,11 @@ def _read(lane: _Lane, places: Sequence[Place], purse: Purse) -> list[Findings]:
     keyring = Keyring(lane.held.engine, lane.held.settings.encryption_keys)
     clients: dict[str, Client | PollError] = {}
     for name in {place.source for place in places}:
-        settings = lane.sources[name]
         try:
-            clients[name] = _client(lane, settings, keyring, purse)
+            clients[name] = _client(lane, lane.sources[name], keyring, purse)
         except PollError as fault:
             clients[name] = fault
+            purse.measured.errors[name, fault.fault] += 1
     troubled: set[str] = set()
 
     def one(place: Place) -> Findings:
@@ -230,12 +233,16 @@ def _read(lane: _Lane, places: Sequence[Place], purse: Purse) -> list[Findings]:
         return list(threads.map(one, places))
 
 
-def _client(lane: _Lane, settings: SourceSettings, keyring: Keyring, purse: Purse) -> Client:
-    source = keyring.source(settings, utc_now())
-    return Client(
-        lane.held.engine, lane.name, settings, source, purse,
-        lambda refused: keyring.refreshed(settings, refused, utc_now()),
-    )  # fmt: skip
+def _client(lane: _Lane, of: SourceSettings, keyring: Keyring, purse: Purse) -> Client:
+    source = keyring.source(of, utc_now())
+    lane.tokens.add(source.token)
+
+    def renew(refused: Source) -> Source | None:
+        renewed = keyring.refreshed(of, refused, utc_now())
+        lane.tokens |= {renewed.token} if renewed else set()
+        return renewed
+
+    return Client(lane.held.engine, lane.name, of, source, purse, renew)
 
 
 def _terms(lane: _Lane, source: str) -> Terms:
@@ -247,11 +254,52 @@ def _terms(lane: _Lane, source: str) -> Terms:
     return Terms(now, now, freshness, grace, jobs=lane.has_plenty)
 
 
-def _finish(lane: _Lane, ledger: Ledger, findings: Sequence[Findings], spent: Spent) -> int:
+def _masked(lane: _Lane, findings: list[Findings]) -> list[Findings]:
+    """The findings without secrets: what a platform or the network says of an error is stored and shown."""
+    if not any(troubles.errors(found) or found.hidden for found in findings):
+        return findings
+    mask = redactor([*settings.secret_texts(lane.held.settings), *lane.tokens])
+    return [troubles.masked(found, mask) for found in findings]
+
+
+def _count_unreadable(purse: Purse, findings: Sequence[Findings]) -> None:
+    """Count answers that could not be read where they were read; all other errors show in the answer."""
+    counted = purse.measured.errors
+    for source, kind in list(counted):
+        if kind is PollFault.UNREADABLE:
+            del counted[source, kind]
+    for found in findings:
+        unreadable = sum(error.fault is PollFault.UNREADABLE for error in troubles.errors(found))
+        if unreadable:
+            counted[found.place.source, PollFault.UNREADABLE] += unreadable
+
+
+def _log_round(lane: _Lane, findings: Sequence[Findings], spent: Spent, events: int) -> None:
+    """One line for a round that asked anything: a warning with the gravest error, if there was one."""
+    errors = [(found, error) for found in findings for error in troubles.errors(found)]
+    if not spent.requests and not errors:
+        return
+    fields = {
+        "lane": lane.name, "places": len(findings), "requests": spent.requests, "counted": spent.counted,
+        "facts": sum(len(one.facts) for one in findings), "events": events,
+    }  # fmt: skip
+    worst = troubles.gravest(error for _, error in errors)
+    if worst is None or worst.fault is PollFault.NOT_FOUND:
+        loglines.event(log, "polled", **fields)
+        return
+    place = next(found.place for found, error in errors if error is worst)
+    loglines.warning(
+        log, "polled", **fields, errors=len(errors), source=place.source,
+        repository=place.repositories[0] or None, kind=worst.fault.value, error=str(worst),
+    )  # fmt: skip
+
+
+def _finish(lane: _Lane, ledger: Ledger, findings: Sequence[Findings], purse: Purse) -> int:
     """Record a round in one transaction and give the lane back; how many events it made."""
     facts = [fact for found in findings for fact in found.facts]
     faults = [(found.place.source, found.fault) for found in findings if found.fault]
     worked = {found.place.source for found in findings if found.worked}
+    brought = troubles.rounds(findings)
 
     def unit(write: db.Write) -> int:
         now = utc_now()
@@ -259,10 +307,15 @@ def _finish(lane: _Lane, ledger: Ledger, findings: Sequence[Findings], spent: Sp
         client.keep(write, lane.name, [tag for found in findings for tag in found.tags], now)
         for found in findings:
             _note_place(write, lane, found, now)
+            troubles.note_list(write, found, now, source_works=found.place.source in worked)
+        purse.measured.store(write.connection)
+        for source, one in brought.items():
+            api_health.note_round(write.connection, source, one, now)
         budget.note(write, worked, faults, now, ledger.strikes)
         settled = budget.settle(
-            write, lane.budget, lane.owner, spent, now, [fault for _, fault in faults], worked=bool(worked)
-        )
+            write, lane.budget, lane.owner, purse.spent, now, [fault for _, fault in faults],
+            worked=bool(worked),
+        )  # fmt: skip
         wait_seconds = budget.wait_seconds(settled, now, lane.manners, lane.budget.reserve)
         lane.ready_at = now + timedelta(seconds=wait_seconds)
         return sum(outcome.events for outcome in outcomes)

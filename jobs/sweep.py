@@ -7,7 +7,7 @@ from sqlalchemy import delete, exists, select, true
 
 from jobs.resources import Resources, resources
 from pollers import client
-from webhook_app import builds, collection, db, health, models, queues
+from webhook_app import api_health, builds, collection, db, health, models, queues
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
 from webhook_app.polling import Pace
 from webhook_app.times import utc_now
@@ -43,6 +43,7 @@ def _wake_up(held: Resources, now: datetime) -> None:
     def unit(write: db.Write) -> health.Absence | None:
         health.listen(write.connection, pushing, now)
         health.review(write.connection, now)
+        api_health.review(write.connection, now)
         return health.alive(write.connection, held.started_at, now)
 
     if db.as_writer(held.engine, unit):

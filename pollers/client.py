@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Engine, bindparam, delete, insert, select
 
 from webhook_app import calls, db, models, platforms
+from webhook_app.api_health import Measured
 from webhook_app.budget import Spent
 from webhook_app.db import Write
 from webhook_app.platforms import Answer, Call, Polled, PollError, PollFault, Request, Source
@@ -35,6 +36,7 @@ class Purse:
     def __init__(self, allowance: int, may_go_on: Callable[[], bool] = lambda: True) -> None:
         self.left = allowance
         self.spent = Spent()
+        self.measured = Measured()
         self._may_go_on = may_go_on
         self._mutex = threading.Lock()
 
@@ -57,6 +59,11 @@ class Purse:
         with self._mutex:
             before = self.spent
             self.spent = Spent(before.requests + 1, before.counted + (not free), limits or before.limits)
+
+    def measure(self, source: str, seconds: float, result: Answer | PollError) -> None:
+        """After a request: how long it took, and whether it failed."""
+        with self._mutex:
+            self.measured.note(source, seconds, result)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +167,16 @@ class Client:
     def _send_once(self, request: Request, timeout_seconds: float) -> Answer:
         """One try; raises `PollError` when there is no whole answer."""
         self.purse.pay()
+        name, begun = self.settings.source.name, time.monotonic()
         try:
             call = Call("GET", request.url, request.headers)
             answer = calls.send(call, timeout_seconds, ANSWER_CAP_BYTES)
-        except PollError:
+        except PollError as fault:
             self.purse.note(self.platform, None)
+            self.purse.measure(name, time.monotonic() - begun, fault)
             raise
         self.purse.note(self.platform, answer)
+        self.purse.measure(name, time.monotonic() - begun, answer)
         return answer
 
 

@@ -7,10 +7,8 @@ import time
 import pytest
 
 from tests.caller import ADMIN, address, operations
-from tests.facts import github
-from webhook_app import (
-    queues,
-)
+from tests.facts import at, github
+from webhook_app import db, health, models, queues
 from webhook_app.lifecycle import State
 
 Q, P, C, F = State.QUEUED, State.IN_PROGRESS, State.COMPLETED, State.FAILED
@@ -183,11 +181,14 @@ def test_ready_only_when_everything_is_there(api):
     assert stranger("GET", "/healthz") == {"status": "ok"}
     unready = stranger("GET", "/readyz", 503)
     assert unready["status"] == "unready"
-    assert set(unready["checks"]) == {"database", "migrations", "redis", "scheduler", "workers"}
+    assert set(unready["checks"]) == {
+        "database", "migrations", "redis", "scheduler", "workers", "sources",
+    }  # fmt: skip
     assert {name for name, check in unready["checks"].items() if check["ok"]} == {
         "database",
         "migrations",
         "redis",
+        "sources",
     }
     assert all(set(check) == {"ok", "detail"} for check in unready["checks"].values())
     redis = api.app.extensions["buildrelay"].redis
@@ -200,6 +201,18 @@ def test_ready_only_when_everything_is_there(api):
     ready = stranger("GET", "/readyz")
     assert ready["status"] == "ready"
     assert all(check["ok"] for check in ready["checks"].values())
+    failing = {
+        "name": "github",
+        "api_failing_since": at(5),
+        "api_error_kind": "unavailable",
+        "api_error": "x",
+    }
+    db.in_transaction(api.engine, lambda connection: health.upsert(connection, models.sources, [failing]))
+    ready = stranger("GET", "/readyz")
+    assert ready["status"] == "ready", "a platform that is away is not our fault"
+    assert ready["checks"]["sources"] == {
+        "ok": False, "detail": "github can't be read since 2026-11-01T12:00:05Z (unavailable)",
+    }  # fmt: skip
 
 
 def test_not_ready_on_an_old_schema_or_without_redis(make_api, tmp_path):

@@ -219,6 +219,8 @@ def test_sources_tell_their_push_health(api):
         "name": "github", "platform": "github", "can_poll": True, "paused_until": None, "pause_reason": None,
         "last_push_at": "2026-11-01T12:00:50Z", "last_poll_at": "2026-11-01T12:03:20Z", "pushes": 2,
         "polls": 2, "missed_pushes": 1, "late_pushes": 0, "push_share": pytest.approx(2 / 3), "deaf_since": None, "budget": None,
+        "last_error": None, "last_error_kind": None, "last_error_at": None, "failing_since": None,
+        "errors_in_row": 0, "failing_repositories": [],
     }  # fmt: skip
     assert found["gitlab"]["pause_reason"] == "rate_limited"
     assert found["gitlab"]["paused_until"] is not None

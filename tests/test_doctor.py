@@ -306,6 +306,21 @@ def test_a_source_that_went_quiet_deaf_or_is_paused(clinic):
 
 
 @ON_SQLITE
+def test_a_source_whose_polling_fails(clinic):
+    row = {
+        "name": "github",
+        "api_failing_since": utc_now(),
+        "api_failures": 4,
+        "api_error": "connect: refused",
+    }
+    row |= {"api_error_kind": "unavailable"}
+    db.in_transaction(clinic.engine, lambda connection: health.upsert(connection, models.sources, [row]))
+    (what,) = (what for level, what in clinic() if level == "fail" and "can't be read since" in what)
+    assert what.startswith("github: ")
+    assert what.endswith("4 rounds of polling failed in a row: unavailable: connect: refused")
+
+
+@ON_SQLITE
 def test_a_source_that_is_not_in_use_is_not_asked(clinic):
     found = clinic(GITHUB_TOKEN="", GITHUB_REPOS="")
     assert not any(what.startswith("github") for _, what in found)

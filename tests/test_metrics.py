@@ -11,7 +11,7 @@ from sqlalchemy import event, insert, text, update
 from tests.caller import ADMIN, KEY, SECRET, subscribe
 from tests.facts import github
 from tests.test_api import _register_worker
-from webhook_app import VERSION, db, health, metrics, models, queues
+from webhook_app import VERSION, api_health, builds, db, health, metrics, models, platforms, queues
 from webhook_app.lifecycle import State
 from webhook_app.times import utc_now
 
@@ -61,7 +61,7 @@ def test_names_types_and_labels_are_as_prometheus_wants_them(api):
         for sample in family.samples:
             assert set(sample.labels) - {"le"} == set(about.labels), name
     told = {label for about in metrics.METRICS.values() for label in about.labels}
-    assert told == {"source", "platform", "state", "bell", "reason", "version", "schema", "origin"}
+    assert told == {"source", "platform", "state", "bell", "reason", "version", "schema", "origin", "kind"}
 
 
 def test_push_health_of_each_configured_source(api):
@@ -103,6 +103,43 @@ def test_how_long_after_a_change_it_was_recorded_by_who_told_it(api):
     assert found[(f"{name}_count", "push", "github")] == 4
     assert found[(f"{name}_bucket", "1.0", "poll", "github")] == 1
     assert found[(f"{name}_count", "poll", "github")] == 2
+
+
+def test_errors_and_durations_of_each_api(make_api, store_url):
+    api = make_api(store_url, GITHUB_TOKEN="ghp_secret")
+    measured = api_health.Measured()
+    for seconds in (0.05, 0.3, 60):
+        measured.note("github", seconds, platforms.Answer(200, {}, b""))
+    measured.note("github", 30, platforms.PollError(platforms.PollFault.UNAVAILABLE, "timeout"))
+    measured.note("gone", 1, platforms.Answer(404, {}, b""))
+    fault = platforms.PollError(platforms.PollFault.UNAVAILABLE, "timeout")
+
+    def unit(write):
+        measured.store(write.connection)
+        api_health.note_round(write.connection, "github", api_health.Round(False, fault), utc_now())
+
+    db.as_writer(api.engine, unit)
+    found = scrape(api)
+    assert found[("buildrelay_api_errors_total", "unavailable", "github")] == 1
+    assert found[("buildrelay_api_errors_total", "forbidden", "github")] == 0
+    assert source(found, "api_request_duration_seconds_count") == 4
+    assert source(found, "api_request_duration_seconds_sum") == pytest.approx(90.35)
+    assert found[("buildrelay_api_request_duration_seconds_bucket", "0.5", "github")] == 2
+    assert not any("gone" in key for key in found)
+    assert source(found, "source_failing") == 1
+    (told,) = (item for item in api("GET", "/api/sources")["items"] if item["name"] == "github")
+    assert (told["last_error"], told["last_error_kind"]) == ("timeout", "unavailable")
+    assert told["last_error_at"] == told["failing_since"] is not None
+    assert (told["errors_in_row"], told["failing_repositories"]) == (1, [])
+
+
+def test_builds_that_polling_gave_up_on_are_counted_apart(api):
+    api.record(github(P, run=1), github(P, run=2), now=utc_now())
+    for _ in range(3):
+        api.record(builds.PollFailed("github:1", "unavailable: x", "unavailable"), now=utc_now())
+    found = scrape(api)
+    assert source(found, "builds_unwatched") == 1
+    assert found[("buildrelay_builds_open", "github", "in_progress")] == 1
 
 
 def test_a_push_that_was_only_late_takes_nothing_from_a_counter(api):
@@ -283,7 +320,7 @@ def test_the_number_of_statements_does_not_grow(api):
     for run in range(1, 20):
         subscribe(api)
         api.record(github(P, run=run), github(P, run=run + 100, by="poll"), now=utc_now())
-    assert len(statements_of(api)) == len(few) <= 11
+    assert len(statements_of(api)) == len(few) <= 12
 
 
 MANY = 100_000

@@ -370,4 +370,5 @@ def test_a_token_that_is_refused_again_later_is_told_again(one):
     assert stand.pauses() == {}
     server.tokens = ("another",)
     stand.poll(after=FRESH)
-    assert len(stand.notices()) == 2
+    told = [one["kind"] for one in stand.notices()]
+    assert told == ["source.unauthorized", "source.reachable", "source.unauthorized"]

@@ -14,8 +14,9 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Engine
 
-from webhook_app import budget, db
+from webhook_app import api_health, budget, db
 from webhook_app.budget import Lane, Spent
+from webhook_app.destinations import OutboundError
 from webhook_app.outbound import Sink
 from webhook_app.platforms import Answer, PollError, PollFault, polled
 from webhook_app.platforms._read import poll_error
@@ -59,6 +60,9 @@ class Account:
             turn.wait(most_seconds)
         try:
             yield turn
+        except Exception as error:
+            turn.failure = _failure(error)
+            raise
         finally:
             turn.end()
 
@@ -89,11 +93,12 @@ class Account:
 
 @dataclass(slots=True)
 class Turn:
-    """One request.  Whoever makes it notes the answer; none: there was none."""
+    """One request.  Whoever makes it notes the answer; none: there was none, and `failure` says why."""
 
     account: Account
     owner: str = field(default_factory=budget.turn_owner)
     answer: Answer | None = None
+    failure: PollError | None = None
 
     def wait(self, most_seconds: float) -> None:
         """Own the lane; raises `PollError` if it does not come free in time."""
@@ -126,6 +131,7 @@ class Turn:
         told = polled()[source.platform].limits(answer) if answer else None
         fault = _limit(answer) if answer else None
         worked = answer is not None and answer.status < 400
+        failure = self.failure or (poll_error(answer) if answer and not worked else None)
 
         def unit(write: db.Write) -> None:
             budget.open_lane(write, account.lane, [source.name], now)
@@ -133,10 +139,20 @@ class Turn:
             after = budget.settle(
                 write, account.lane, self.owner, Spent(1, 1, told), now, faults, worked=worked
             )
+            if failure:
+                api_health.note_failed_request(write.connection, source, failure, now)
             if fault:
                 budget.note(write, set(), [(source.name, fault)], now, after.strikes - 1)
 
         account.keep(unit)
+
+
+def _failure(error: Exception) -> PollError | None:
+    """What an exception that ended a request says of the API; None: nothing, it is ours."""
+    cause = error if isinstance(error, PollError) else error.__cause__
+    if isinstance(cause, OutboundError):
+        return PollError(PollFault.UNAVAILABLE, f"{cause.reason}: {cause}")
+    return cause if isinstance(cause, PollError) else None
 
 
 def _limit(answer: Answer) -> PollError | None:

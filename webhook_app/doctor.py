@@ -236,6 +236,12 @@ def _health(name: str, source: SourceSettings, told: dict[str, Any]) -> Iterator
     if told.get("paused_until") and told["paused_until"] > now:
         what = f"not polled until {iso(told['paused_until'])}: {told['pause_reason']}"
         yield Finding(name, WARN, what, "A refused token has to be replaced; a limit ends by itself.")
+    if told.get("api_failing_since"):
+        what = (
+            f"can't be read since {iso(told['api_failing_since'])}, {told['api_failures']} rounds of polling "
+            f"failed in a row: {told['api_error_kind']}: {told['api_error']}"
+        )
+        yield Finding(name, FAIL, what, "Look at the platform, the network between, and its token.")
     if told.get("deaf_since"):
         what = f"deaf since {iso(told['deaf_since'])}: polls are first to tell what changes"
         yield Finding(name, FAIL, what, hooks)

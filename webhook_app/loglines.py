@@ -27,6 +27,11 @@ def event(log: logging.Logger, name: str, **fields: object) -> None:
         log.info(name, extra={"fields": fields})
 
 
+def warning(log: logging.Logger, name: str, **fields: object) -> None:
+    """The same for a unit of work that went wrong."""
+    log.warning(name, extra={"fields": fields})
+
+
 def setup(format_: str, level: str) -> None:
     """Write all records of this process to its standard error in this format, faults that end it included."""
     handler = _StandardError()

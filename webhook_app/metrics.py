@@ -24,9 +24,10 @@ from redis import Redis
 from redis.exceptions import RedisError
 from sqlalchemy import Connection, Select, column, func, literal_column, select, table
 
-from webhook_app import VERSION, deliveries, health, histograms, models, queries, queues
+from webhook_app import VERSION, api_health, deliveries, health, histograms, models, queries, queues
 from webhook_app.histograms import Stored
 from webhook_app.lifecycle import State
+from webhook_app.platforms import PollFault
 from webhook_app.queries import Row
 from webhook_app.settings import SourceSettings
 
@@ -66,6 +67,7 @@ METRICS: Mapping[str, About] = {
     ),
     "newest_fact_age_seconds": About("Since the newest push or poll.", _SOURCE),
     "source_deaf": About("1 while pushes are believed not to come at all.", _SOURCE),
+    "source_failing": About("1 while no round of polling reads anything of it.", _SOURCE),
     "source_paused": About("1 while the source is not polled: a limit, or a refused token.", _SOURCE),
     "budget_limit": About("Requests that the token may make until each reset.", _SOURCE),
     "budget_remaining": About("Requests that are left of them, as the platform told last.", _SOURCE),
@@ -74,8 +76,13 @@ METRICS: Mapping[str, About] = {
     "budget_pace_per_second": About("Requests spent, over the last ten minutes.", _SOURCE),
     "requests_total": About("Requests made with its token, to poll or for people.", _SOURCE),
     "requests_counted_total": About("Those of them that cost budget.", _SOURCE),
+    "api_errors_total": About("Requests to its API that failed.", ("source", "kind")),
+    "api_request_duration_seconds": About(
+        "How long its API took to answer the polling, or to fail.", _SOURCE, is_histogram=True
+    ),
     "polling_behind_seconds": About("How long the stalest build has been due for its poll.", _SOURCE),
     "builds_open": About("Builds that go on and are watched.", ("source", "state")),
+    "builds_unwatched": About("Builds that go on, and that polling gave up on after errors.", _SOURCE),
     "messages_pending": About("Messages that are to be sent, now or later."),
     "messages_overdue_seconds": About("How long the oldest message that may be sent has been due."),
     "messages_dead": About("Messages that were given up.", ("reason",)),
@@ -101,6 +108,7 @@ def of_store(connection: Connection, sources: Mapping[str, SourceSettings], now:
         ("build_info", (VERSION, str(connection.execute(_SCHEMA).scalar())), 1),
         *_of_sources(connection, sources, now),
         *_of_durations(connection, sources),
+        *_of_errors(connection, sources),
         *_of_budgets(connection, sources, now),
         *_of_builds(connection, sources),
         *_of_messages(connection, now),
@@ -123,7 +131,7 @@ def _some(statement: Select[Any]) -> Any:
 
 
 _WATCHED = _some(
-    select(_b.source, _b.state)
+    select(_b.source, _b.state, (_b.polling == literal_column("'error'")).label("stopped"))
     .where(_b.next_poll_at.is_not(None))
     .order_by(_b.next_poll_at, _b.source, _b.repository)
 )
@@ -138,9 +146,9 @@ _DEAD = _some(
 _UNREADABLE = _some(select(_i.id).where(_i.status == literal_column("'unreadable'")).order_by(_i.id))
 
 OPEN = (
-    select(_WATCHED.c.source, _WATCHED.c.state, func.count().label("count"))
+    select(_WATCHED.c.source, _WATCHED.c.state, _WATCHED.c.stopped, func.count().label("count"))
     .where(_WATCHED.c.state.in_(_OPEN))
-    .group_by(_WATCHED.c.source, _WATCHED.c.state)
+    .group_by(_WATCHED.c.source, _WATCHED.c.state, _WATCHED.c.stopped)
 )
 PENDING = select(func.count()).select_from(_PENDING)
 DEAD = select(_DEAD.c.reason, func.count().label("count")).group_by(_DEAD.c.reason)
@@ -168,6 +176,7 @@ def _push_health(row: Row, now: datetime) -> dict[str, float | None]:
         "push_share_ratio": row.get("push_share"),
         "newest_fact_age_seconds": _past(newest, now) if newest else None,
         "source_deaf": row.get("deaf_since") is not None,
+        "source_failing": row.get("api_failing_since") is not None,
         "source_paused": paused_until is not None and paused_until > now,
     }
 
@@ -177,6 +186,18 @@ def _of_durations(connection: Connection, sources: Mapping[str, SourceSettings])
     for one in histograms.stored(connection):
         if one.source in sources and one.metric == histograms.DETECTION:
             yield "detection_latency_seconds", (one.source, one.origin), one
+        if one.source in sources and one.metric == histograms.API:
+            yield "api_request_duration_seconds", (one.source,), one
+
+
+def _of_errors(connection: Connection, sources: Mapping[str, SourceSettings]) -> Iterator[Sample]:
+    """Errors of each polled source by kind; those that never were are told as well, so that rates begin."""
+    counts = {
+        (name, kind.value): 0 for name, one in sources.items() if one.can_poll for kind in PollFault
+    } | dict(api_health.errors(connection))
+    for (source, kind), count in counts.items():
+        if source in sources:
+            yield "api_errors_total", (source, kind), count
 
 
 def _of_budgets(
@@ -207,9 +228,16 @@ def _budget(row: Row, now: datetime) -> dict[str, float | None]:
 
 def _of_builds(connection: Connection, sources: Mapping[str, SourceSettings]) -> Iterator[Sample]:
     counts = dict.fromkeys(((source, state) for source in sources for state in _OPEN), 0)
-    counts |= {(source, state): count for source, state, count in connection.execute(OPEN)}
+    stopped = dict.fromkeys(sources, 0)
+    for row in connection.execute(OPEN).mappings():
+        if row["stopped"]:
+            stopped[row["source"]] = stopped.get(row["source"], 0) + row["count"]
+        else:
+            counts[row["source"], row["state"]] = row["count"]
     for labels, count in counts.items():
         yield "builds_open", labels, count
+    for source, count in stopped.items():
+        yield "builds_unwatched", (source,), count
 
 
 def _of_messages(connection: Connection, now: datetime) -> Iterator[Sample]:

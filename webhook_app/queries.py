@@ -428,6 +428,23 @@ def forecast(budget: Row, now: datetime) -> int | None:
     return max(int(remaining - budget["per_hour"] * (reset_at - now).total_seconds() / 3600), 0)
 
 
+MOST_FAILING = 50
+
+
+def failing_repositories(connection: Connection) -> Mapping[str, Sequence[Row]]:
+    """By source the repositories whose lists fail, those that do so for the longest first."""
+    p = models.places.c
+    statement = (
+        select(p.source, p.repository, p.error, p.failing_since, p.failures.label("errors_in_row"))
+        .where(p.failing_since.is_not(None))
+        .order_by(p.failing_since, p.repository)
+    )
+    found: dict[str, list[Row]] = {}
+    for row in connection.execute(statement).mappings():
+        found.setdefault(row["source"], []).append(row)
+    return {source: rows[:MOST_FAILING] for source, rows in found.items()}
+
+
 def behind(connection: Connection, names: Collection[str]) -> dict[str, datetime]:
     """Since when the stalest build of each of these sources is due; a time to come: none is."""
     rows = connection.execute(

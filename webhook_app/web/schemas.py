@@ -14,6 +14,7 @@ from marshmallow.validate import Length, OneOf, Range
 
 from webhook_app import formats, results, subscribers, tokens
 from webhook_app.lifecycle import Conclusion, ObservedBy, State
+from webhook_app.platforms import PollFault
 from webhook_app.queries import LARGEST_ID
 from webhook_app.times import iso
 
@@ -27,6 +28,7 @@ _LATEST = datetime(9000, 1, 1, tzinfo=UTC)
 
 STATES = tuple(state.value for state in State)
 CONCLUSIONS = tuple(conclusion.value for conclusion in Conclusion)
+FAULTS = tuple(fault.value for fault in PollFault)
 ORIGINS = tuple(origin.value for origin in ObservedBy)
 
 
@@ -385,7 +387,7 @@ class Build(Schema):
     is_fork = _out(fields.Boolean, about="It builds a fork's commit: its branch is none of the repository.")
     last_push_at = _out(Moment, null=True)
     last_poll_at = _out(Moment, null=True)
-    error = _out(Text, null=True)
+    error = _out(Text, null=True, about="Of its end; while it goes on, that polling it stopped after errors.")
 
 
 class Attempt(Schema):
@@ -682,8 +684,17 @@ class Budget(Schema):
     counted = _out(fields.Integer)
 
 
+class FailingRepository(Schema):
+    """A repository whose builds can't be listed, while the source may answer otherwise."""
+
+    repository = _out(Text)
+    error = _out(Text)
+    failing_since = _out(Moment)
+    errors_in_row = _out(fields.Integer)
+
+
 class Source(Schema):
-    """A configured CI instance and its push health."""
+    """A configured CI instance, its push health, and how its API answers."""
 
     name = _out(Text)
     platform = _out(Text)
@@ -702,6 +713,12 @@ class Source(Schema):
     newest_fact_age_seconds = _out(fields.Float, null=True)
     deaf_since = _out(Moment, null=True)
     behind_seconds = _out(fields.Float)
+    last_error = _out(Text, null=True, about="Of its API; kept when it answers again.")
+    last_error_kind = _word(FAULTS, null=True)
+    last_error_at = _out(Moment, null=True)
+    failing_since = _out(Moment, null=True, about="Since when no round of polling read anything; null: fine.")
+    errors_in_row = _out(fields.Integer, about="Rounds of polling in a row that read nothing.")
+    failing_repositories = _out(fields.List, fields.Nested(FailingRepository), about="The first 50.")
     budget = _out(fields.Nested, Budget, null=True)
 
 

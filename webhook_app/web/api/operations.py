@@ -176,21 +176,24 @@ def delete_token(token_id: str) -> Any:
 
 @operation(blueprint, "GET", "/sources", schemas.SourcePage)
 def list_sources() -> Any:
-    """List the configured sources with their push health: who told what first, and what is left to ask.
+    """List the configured sources with the health of their pushes and of their API, and what is left to ask.
 
     `missed_pushes` counts changes that a poll was first to tell though a push should have; one whose push
     comes within a minute is taken out again, and counted in `late_pushes`; `push_share`
     (0 to 1) weighs the last 200 changes; `deaf_since`: since when pushes are believed not to come at all;
-    `behind_seconds`: how long the stalest build has been due for its poll.
+    `behind_seconds`: how long the stalest build has been due for its poll; `failing_since`: since when no
+    round of polling has read anything, after `errors_in_row` of them.
     """
     sources, now = state().settings.sources, utc_now()
     with db.reading(state().engine) as connection:
         told = health.snapshot(connection)
         budgets = queries.budgets(connection)
         behind = queries.behind(connection, [name for name in sources if sources[name].can_poll])
+        failing = queries.failing_repositories(connection)
     items = [
         _source(name, one, told.get(name, {}), now)
         | {"budget": _budget(budgets.get(name), now)}
+        | {"failing_repositories": failing.get(name, [])}
         | {"behind_seconds": max((now - behind.get(name, now)).total_seconds(), 0.0)}
         for name, one in sources.items()
     ]
@@ -219,6 +222,11 @@ def _source(name: str, settings: SourceSettings, told: Row, now: datetime) -> di
         "paused_until": until if paused else None,
         "pause_reason": told["pause_reason"] if paused else None,
         **{field: told.get(field, untold) for field, untold in _UNTOLD.items()},
+        "last_error": told.get("api_error"),
+        "last_error_kind": told.get("api_error_kind"),
+        "last_error_at": told.get("api_error_at"),
+        "failing_since": told.get("api_failing_since"),
+        "errors_in_row": told.get("api_failures", 0),
         "newest_fact_age_seconds": (now - newest).total_seconds() if newest else None,
     }
 
