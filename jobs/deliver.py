@@ -19,7 +19,18 @@ from sqlalchemy import Connection
 
 from jobs.resources import Desk, Resources, resources
 from jobs.schedule import ring_at
-from webhook_app import VERSION, db, deliveries, endpoints, loglines, outbound, queues, subscribers
+from webhook_app import (
+    VERSION,
+    answers,
+    db,
+    deliveries,
+    endpoints,
+    loglines,
+    outbound,
+    queues,
+    settings,
+    subscribers,
+)
 from webhook_app.deliveries import Claim, Claimed, Tried
 from webhook_app.destinations import OutboundError
 from webhook_app.endpoints import Sentence
@@ -184,7 +195,7 @@ def _log_attempt(tried: Tried) -> None:
         log, "delivery_attempt", message_id=message.message_id, subscriber_id=message.subscriber,
         type=message.type, event_id=message.data.get("event_id"), build_id=message.data.get("build_id"),
         attempt=message.number, status=tried.status_code, reason=tried.reason,
-        duration_ms=round(tried.duration_seconds * 1000),
+        duration_ms=round(tried.duration_seconds * 1000), note=tried.note,
     )  # fmt: skip
 
 
@@ -194,19 +205,20 @@ def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) ->
     keys = held.settings.encryption_keys
     content_type, content = deliveries.body(message, subscriber["format"])
     secrets = subscribers.live_secrets(subscriber, keys, now)
-    sent = subscribers.custom_headers(subscriber, keys) | deliveries.headers(
-        message, content_type, content, secrets, int(now.timestamp()), USER_AGENT
-    )
+    own = subscribers.custom_headers(subscriber, keys)
+    sent = own | deliveries.headers(message, content_type, content, secrets, int(now.timestamp()), USER_AGENT)
     sent |= deliveries.provider_headers(message, subscriber["format"], content, secrets)
+    url = deliveries.target(subscriber["url"], message, subscriber["format"])
     try:
         reply = outbound.send(
             "POST",
-            deliveries.target(subscriber["url"], message, subscriber["format"]),
+            url,
             sent,
             content,
             timeout_seconds=held.settings.delivery_timeout_seconds,
             byte_cap=deliveries.RESPONSE_CAP_BYTES,
             guard=not held.settings.allow_private_callbacks and subscriber["origin"] != "settings",
+            rest_seconds=deliveries.REST_SECONDS,
         )
     except OutboundError as error:
         return Tried(message, now, time.monotonic() - started, reason=error.reason, response=str(error))
@@ -218,4 +230,16 @@ def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) ->
         None if 200 <= reply.status < 300 else f"http_{reply.status}",
         reply.body.decode("utf-8", "replace").replace("\0", ""),
         reply.headers.get("retry-after"),
+        _note(held, url, reply, own),
     )
+
+
+def _note(held: Resources, url: str, reply: outbound.Reply, own: Mapping[str, str]) -> str | None:
+    """What the log says of an answer beside its status: where it redirects to, and what was odd."""
+    location = reply.headers.get("location") if 300 <= reply.status < 400 else None
+    if location is None:
+        return reply.note
+    secrets = [word for value in own.values() for word in value.split()]
+    secrets += settings.secret_texts(held.settings)
+    target = f"redirects to {answers.redirect_target(url, location, secrets)}"
+    return f"{target}; {reply.note}" if reply.note else target

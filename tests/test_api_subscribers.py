@@ -239,7 +239,8 @@ def test_a_delivery_with_its_attempts_and_its_retry(api):
     shown = api("GET", f"/api/deliveries/{item['id']}")
     assert set(shown) == DELIVERY_FIELDS | {"attempts"}
     (tried,) = shown["attempts"]
-    assert set(tried) == {"number", "started_at", "duration_seconds", "status_code", "reason", "response"}
+    shown_fields = {"number", "started_at", "duration_seconds", "status_code", "reason", "response", "note"}
+    assert set(tried) == shown_fields
     assert (tried["number"], tried["status_code"], tried["duration_seconds"]) == (1, 500, 0.25)
     assert tried["response"] == "the answer"
     assert attempt(api, 500, "http_500", utc_now() + timedelta(seconds=120)) == 1

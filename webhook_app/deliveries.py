@@ -45,6 +45,8 @@ Row = dict[str, Any]
 
 LEASE_MARGIN_SECONDS = 15.0
 RESPONSE_CAP_BYTES = 16 * 1024
+REST_SECONDS = 2.0
+"""So long the rest of an answer is read for the log: its status line has decided, others want the slot."""
 NO_KEY = "no_key"
 """The reason of a try that was none: no key opens the subscriber's secrets."""
 KEY_WAIT = timedelta(seconds=60)
@@ -145,7 +147,10 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """How one try went.  `reason` None: a 2xx.  Times aware UTC; `response` is the capped body as text."""
+    """How one try went.  `reason` None: a 2xx.  Times aware UTC; `response` is the capped body as text.
+
+    `note`: what was odd about the answer, or where a redirect leads.
+    """
 
     message: Claimed
     started_at: datetime
@@ -154,6 +159,7 @@ class Tried:
     reason: str | None = None
     response: str | None = None
     retry_after: str | None = None
+    note: str | None = None
 
 
 def body(message: Claimed, format_: str = "standard") -> tuple[str, bytes]:
@@ -514,6 +520,7 @@ def _attempt_row(tried: Tried) -> Row:
         "status_code": tried.status_code,
         "reason": tried.reason,
         "response": tried.response,
+        "note": tried.note,
     }
 
 

@@ -7,7 +7,8 @@
 * the address is judged after the name was resolved, and the connection goes to the judged address,
   while TLS still proves the name.  A name with one refused address is refused whole;
 * TLS certificates are always verified;
-* a redirect is an answer, unless `follow_redirects` is asked for.
+* a redirect is an answer, unless `follow_redirects` is asked for;
+* an answer that does not come whole is an error, unless `rest_seconds` says that its status line decides.
 
 Connections are kept for reuse.  One was judged when it was opened, so it is used for at most
 `LIFETIME_SECONDS`, and dropped after `IDLE_SECONDS` without use: then the name is resolved and
@@ -44,6 +45,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import requests.utils
 
+from webhook_app import answers
 from webhook_app.destinations import (
     FRAMING_HEADERS,
     OutboundError,
@@ -66,6 +68,7 @@ IDLE_IN_ALL = 512
 ADDRESSES_TRIED = 4
 """A name may resolve to many addresses that swallow packets; each one tried gets its share of the time."""
 PIECE_BYTES = 64 * 1024
+ANSWER_PIECE_BYTES = 8 * 1024
 HEAD_BYTES = 64 * 1024
 MOST_REDIRECTS = 5
 Resolver = Callable[..., Sequence[tuple[Any, ...]]]
@@ -80,7 +83,7 @@ class Reply:
     """An HTTP answer.
 
     `headers` has lower-case names, repeated ones joined by a comma.  `body` holds at most `byte_cap`
-    bytes; `truncated`: there was more.
+    bytes; `truncated`: there was more.  `note`: what was odd after a status line that decided alone.
     """
 
     status: int
@@ -88,6 +91,7 @@ class Reply:
     body: bytes
     truncated: bool
     duration_seconds: float
+    note: str | None = None
 
 
 class Sink(Protocol):
@@ -121,6 +125,7 @@ class _Call:
     guard: bool
     into: Sink | None
     resolver: Resolver
+    rest_seconds: float | None = None
 
 
 def send(
@@ -135,6 +140,7 @@ def send(
     follow_redirects: bool = False,
     into: Sink | None = None,
     resolver: Resolver = socket.getaddrinfo,
+    rest_seconds: float | None = None,
 ) -> Reply:
     """Make one HTTP request; any status is a `Reply`, anything but an answer raises `OutboundError`.
 
@@ -144,6 +150,8 @@ def send(
     `into`: the body of a 2xx is written there piece by piece, and `Reply.body` stays empty; an `OSError`
     of its `write` comes out as it is.
     `resolver`: what to ask instead of `socket.getaddrinfo`.
+    `rest_seconds`: the status line makes the `Reply`, and what follows may take so long, within the
+    deadline; what is odd about it is its `note`.  For deliveries; it takes no `into`.
     `ValueError` means a mistake of the caller: no HTTP method, or redirects asked for with another than GET.
 
     Thread-safe; connections are shared by the threads of a process and not with its forks.
@@ -151,7 +159,8 @@ def send(
     if follow_redirects and method != "GET":
         raise ValueError("only a GET can follow redirects")
     now = monotonic()
-    call = _Call(method, url, headers, body, now, now + timeout_seconds, byte_cap, guard, into, resolver)
+    until = now + timeout_seconds
+    call = _Call(method, url, headers, body, now, until, byte_cap, guard, into, resolver, rest_seconds)
     reply = _attempt(call)
     redirects = 0
     while follow_redirects and _is_redirect(reply):
@@ -603,7 +612,8 @@ def _exchange(link: _Link, call: _Call, head: bytes, reused: bool) -> Reply:
     budget = link.sock.budget = _Budget(call.deadline, HEAD_BYTES + 8 * call.byte_cap)
     try:
         sent = _transmit(link.sock, head, call.body)
-        reply, keep = _receive(link.sock, call, budget)
+        receive = _receive if call.rest_seconds is None else _receive_status
+        reply, keep = receive(link.sock, call, budget)
     except BaseException as error:
         link.sock.close()
         if isinstance(error, _CannotWrite):
@@ -647,7 +657,7 @@ def _transmit(sock: socket.socket, head: bytes, body: bytes) -> bool:
     return True
 
 
-def _receive(sock: socket.socket, call: _Call, budget: _Budget) -> tuple[Reply, bool]:
+def _receive(sock: _TimedSocket | _TimedTLSSocket, call: _Call, budget: _Budget) -> tuple[Reply, bool]:
     """Read one answer; also: can the connection be used again?"""
     response = HTTPResponse(sock, method=call.method)
     try:
@@ -666,6 +676,26 @@ def _receive(sock: socket.socket, call: _Call, budget: _Budget) -> tuple[Reply, 
         return Reply(response.status, headers, body, truncated, monotonic() - call.started), keep
     finally:
         response.close()
+
+
+def _receive_status(sock: _TimedSocket | _TimedTLSSocket, call: _Call, budget: _Budget) -> tuple[Reply, bool]:
+    """Read one answer of which the status line decides; also: can the connection be used again?"""
+    buffer = bytearray(ANSWER_PIECE_BYTES)
+
+    def receive() -> bytes:
+        return bytes(buffer[: sock.recv_into(buffer)])
+
+    def shorten() -> None:
+        budget.deadline = min(call.deadline, monotonic() + (call.rest_seconds or 0.0))
+
+    try:
+        answer = answers.read(receive, shorten, call.byte_cap)
+    except answers.NoStatusLine as error:
+        host = parse(call.url).host
+        raise OutboundError("protocol", f"{host} did not answer in HTTP/1.1: {error}") from None
+    took = monotonic() - call.started
+    body = bytes(answer.body)
+    return Reply(answer.status, answer.headers, body, answer.truncated, took, answer.note), answer.keep
 
 
 def _lowered(response: HTTPResponse) -> dict[str, str]:

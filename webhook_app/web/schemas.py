@@ -592,6 +592,7 @@ class DeliveryAttempt(Schema):
     status_code = _out(fields.Integer, null=True)
     reason = _out(Text, null=True, about="Null: a 2xx.")
     response = _out(Text, null=True, about="The beginning of what came back.")
+    note = _out(Text, null=True, about="What was odd about the answer, or where a redirect leads.")
 
 
 class DeliveryWithAttempts(Delivery):
