@@ -355,3 +355,14 @@ def test_an_attempt_shows_where_a_redirect_leads(deliver_to, location, note):
 def test_a_redirect_is_shown_for_3xx_alone(deliver_to):
     _, _, (tried,) = deliver_to(redirecting("https://example.com/made", 201))
     assert (tried["status_code"], tried["note"]) == (201, None)
+
+
+# What is sent
+
+
+@pytest.mark.parametrize(("own", "sent"), [({}, "*/*"), ({"Accept": "application/json"}, "application/json")])
+def test_any_kind_of_answer_is_accepted_unless_the_subscriber_says_otherwise(deliver_to, own, sent):
+    server, _, _ = deliver_to(answering(OK), headers=own)
+    (asked,) = server.asked
+    assert asked.headers["accept"] == sent
+    assert asked.raw_head.lower().count(b"\r\naccept:") == 1
