@@ -63,6 +63,7 @@ def test_pollers_import_only_the_core_and_jobs_never_the_web():
             ("http.client", "ssl", "socket"),
             {
                 "webhook_app.outbound",
+                "webhook_app.dialing",
                 "webhook_app.embedded",
                 "webhook_app.supervisor",
                 "webhook_app.web.arrivals",

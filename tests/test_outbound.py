@@ -192,20 +192,6 @@ def test_a_request_that_timed_out_on_a_kept_connection_is_not_sent_again(serve):
     assert (len(server.asked), server.connections) == (2, 1)
 
 
-def test_each_address_of_a_name_gets_its_share_of_the_time(monkeypatch):
-    shares: list[float] = []
-
-    class Swallowing(outbound._TimedSocket):
-        def connect(self, _address):
-            shares.append(self.gettimeout())
-            raise TimeoutError
-
-    monkeypatch.setattr(outbound, "_TimedSocket", Swallowing)
-    many = resolving(hook_test=[f"8.8.8.{last}" for last in range(1, 9)])
-    assert failing(lambda: post("https://hook.test/", timeout_seconds=8, resolver=many)).reason == "timeout"
-    assert [round(8 / share) for share in shares] == [4, 3, 2, 1]
-
-
 def test_a_name_that_is_never_resolved_is_cut_at_the_deadline():
     released = threading.Event()
 

@@ -114,7 +114,8 @@ class Listener:
 
     def _serve(self, sock: socket.socket, index: int) -> None:
         try:
-            with suppress(OSError), ExitStack() as stack:
+            # A ValueError is a socket that `stop` has closed meanwhile.
+            with suppress(OSError, ValueError), ExitStack() as stack:
                 sock.settimeout(60)
                 if self._context is not None:
                     sock = stack.enter_context(self._context.wrap_socket(sock, server_side=True))

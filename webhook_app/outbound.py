@@ -5,7 +5,8 @@
 * one deadline over everything: name look-up, connecting, TLS, sending, each byte of the answer;
 * no more of an answer is read than `byte_cap`; it is asked for uncompressed and never decompressed;
 * the address is judged after the name was resolved, and the connection goes to the judged address,
-  while TLS still proves the name.  A name with one refused address is refused whole;
+  while TLS still proves the name.  A name with one refused address is refused whole.  Of the judged
+  addresses the first that answers is taken (`dialing`);
 * TLS certificates are always verified;
 * a redirect is an answer, unless `follow_redirects` is asked for;
 * an answer that does not come whole is an error, unless `rest_seconds` says that its status line decides.
@@ -45,7 +46,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import requests.utils
 
-from webhook_app import answers
+from webhook_app import answers, dialing
 from webhook_app.destinations import (
     FRAMING_HEADERS,
     OutboundError,
@@ -58,6 +59,7 @@ from webhook_app.destinations import (
     refusal,
     written_address,
 )
+from webhook_app.dialing import Address
 
 IDLE_SECONDS = 60.0
 LIFETIME_SECONDS = 300.0
@@ -65,8 +67,6 @@ SWEEP_SECONDS = 10.0
 IDLE_PER_ORIGIN = 128
 """As many as one subscriber may have under way (`room.MOST_IN_FLIGHT`): each closed one costs a handshake."""
 IDLE_IN_ALL = 512
-ADDRESSES_TRIED = 4
-"""A name may resolve to many addresses that swallow packets; each one tried gets its share of the time."""
 PIECE_BYTES = 64 * 1024
 ANSWER_PIECE_BYTES = 8 * 1024
 HEAD_BYTES = 64 * 1024
@@ -182,12 +182,7 @@ def close_idle() -> None:
 # Addresses
 
 
-class _Address(NamedTuple):
-    family: int
-    sockaddr: tuple[Any, ...]
-
-
-def _judged_addresses(host: str, port: int, call: _Call) -> list[_Address]:
+def _judged_addresses(host: str, port: int, call: _Call) -> list[Address]:
     """Every address of a host, in the resolver's order; one refused address refuses the host."""
     found = _addresses(host, port, call)
     for address in found:
@@ -198,14 +193,14 @@ def _judged_addresses(host: str, port: int, call: _Call) -> list[_Address]:
     return found
 
 
-def _addresses(host: str, port: int, call: _Call) -> list[_Address]:
+def _addresses(host: str, port: int, call: _Call) -> list[Address]:
     written = written_address(host)
     if isinstance(written, IPv6Address):
-        return [_Address(socket.AF_INET6, (host, port, 0, 0))]
+        return [Address(socket.AF_INET6, (host, port, 0, 0))]
     if written is not None:
-        return [_Address(socket.AF_INET, (host, port))]
+        return [Address(socket.AF_INET, (host, port))]
     answers = _resolve(host, port, call)
-    found = [_Address(family, sockaddr) for family, _, _, _, sockaddr in answers]
+    found = [Address(family, sockaddr) for family, _, _, _, sockaddr in answers]
     if not found:
         raise OutboundError("dns", f"{host} has no address")
     return list(dict.fromkeys(found))
@@ -431,23 +426,14 @@ def _connect(route: _Route, call: _Call, budget: _Budget) -> _TimedSocket:
     return sock
 
 
-def _dial(addresses: Sequence[_Address], budget: _Budget) -> _TimedSocket:
-    """Connect to the first address that answers; each one gets its share of the time left."""
-    tried = addresses[:ADDRESSES_TRIED]
-    failure: OSError | None = None
-    for index, address in enumerate(tried):
-        sock = _TimedSocket(address.family, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(budget.remaining_seconds() / (len(tried) - index))
-            sock.connect(address.sockaddr)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError as error:
-            sock.close()
-            failure = error
-        else:
-            sock.budget = budget
-            return sock
-    raise failure or OSError("no address")
+def _dial(addresses: Sequence[Address], budget: _Budget) -> _TimedSocket:
+    """Connect to the first address that answers."""
+    sock = dialing.connect(
+        addresses, lambda family: _TimedSocket(family, socket.SOCK_STREAM), budget.remaining_seconds
+    )
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.budget = budget
+    return sock
 
 
 def _over_tls(sock: socket.socket, route: _Route, budget: _Budget) -> _TimedTLSSocket:
