@@ -135,6 +135,12 @@ def test_the_event_types_are_those_that_the_program_makes():
     assert made == {type_ for type_ in subscribers.EVENT_TYPES if not type_.startswith("release.")}
 
 
+@pytest.mark.parametrize("host", ["hook.example.", "b\xfccher.example", "i\u2764.ws", "xn--i-7iq.ws"])
+def test_a_name_is_taken_and_shown_as_it_was_given(local, host):
+    made = subscribe(local, url=f"https://{host}/x")
+    assert made["url"] == local("GET", f"/api/subscribers/{made['id']}")["url"] == f"https://{host}/x"
+
+
 def test_private_addresses_where_they_are_allowed(make_api, migrated_sqlite, tmp_path):
     path = tmp_path / "private.db"
     path.write_bytes(migrated_sqlite.read_bytes())

@@ -140,6 +140,9 @@ def test_the_next_address_is_tried_when_one_does_not_answer(serve):
         "https://b\xfccher.example/\xfc",
         "https://xn--bcher-kva.example/",
         "https://EXAMPLE.com./x",
+        "https://b\xfccher.example./x",
+        "https://i\u2764.ws/",
+        "https://i\u2764\ufe0f.ws/",
         "https://my_service.example.com/x",
         "https://1.example.com/",
         "https://example.com/@user/it's[1]",
@@ -201,6 +204,19 @@ def test_good_callback_urls(url):
         ("https://\u2460\u2461\u2466.0.0.1/", "address_refused"),
         ("https://\uff11\uff12\uff17\u30020\u30020\u30021/", "address_refused"),
         ("https://\u24c1ocalhost/", "address_refused"),
+        ("https://\uff11\uff12\uff17.0.0.1/", "address_refused"),
+        ("https://127\u30020\u30020\u30021/", "address_refused"),
+        ("https://127\uff0e0\uff0e0\uff0e1\u3002/", "address_refused"),
+        ("https://\U0001d7cf\U0001d7d0\U0001d7d5.0.0.1/", "address_refused"),
+        ("https://\uff10x7f000001/", "address_refused"),
+        ("https://l\xadocalhost\u3002/", "address_refused"),
+        ("https://a\u200db.example/", "bad_url"),
+        ("https://\u0301a.example/", "bad_url"),
+        ("https://\u05d0a.example/", "bad_url"),
+        ("https://xn--\xfc.example/", "bad_url"),
+        ("https://\xfc*.example/", "bad_url"),
+        ("https://\xfc..example/", "bad_url"),
+        ("https://" + "\u2764" * 80 + ".ws/", "bad_url"),
         ("https://[0:0:0:0:0:ffff:7f00:1]/", "address_refused"),
     ],
 )
@@ -211,6 +227,27 @@ def test_bad_callback_urls(url, reason):
     # Refused at the registration, refused at the sending: but for the rules of registrations alone.
     if not url.startswith("http://") and "#" not in url and len(url) <= 2048:
         assert failing(lambda: post(url, guard=True, resolver=resolving())).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("example.com.", "example.com"),
+        ("B\xdcCHER.example", "xn--bcher-kva.example"),
+        ("b\xfccher\u3002example\u3002", "xn--bcher-kva.example"),
+        ("stra\xdfe.de", "xn--strae-oqa.de"),  # not "strasse": since 2008 that is another name
+        ("i\u2764.ws", "xn--i-7iq.ws"),
+        ("i\u2764\ufe0f.ws", "xn--i-7iq.ws"),
+        ("xn--i-7iq.ws", "xn--i-7iq.ws"),
+        ("\U0001fae0.ws", "xn--129h.ws"),
+        ("\u2603.net", "xn--n3h.net"),
+        ("a_\xfc.example", "xn--a_-yka.example"),
+        ("\u05d0\u05d1\u05d2.example", "xn--4dbcd.example"),
+        ("\uff45xample.com", "example.com"),
+    ],
+)
+def test_a_host_is_read_as_browsers_read_it(written, read):
+    assert parse(f"https://{written}/").host == read
 
 
 def test_where_private_callbacks_are_allowed():

@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from cryptography.fernet import Fernet
@@ -18,8 +19,8 @@ from sqlalchemy import select
 from jobs import deliver as job
 from jobs.resources import Desk, Resources
 from tests.facts import PACE, github
-from tests.wire import CHUNKED, OK, Connection, answering, failing, once, post
-from webhook_app import answers, builds, db, deliveries, models, subscribers
+from tests.wire import CHUNKED, OK, Connection, answering, failing, once, post, resolving
+from webhook_app import answers, builds, db, deliveries, models, outbound, subscribers
 from webhook_app import settings as settings_
 from webhook_app.lifecycle import State
 from webhook_app.room import Room
@@ -146,9 +147,9 @@ def held(local, redis_client):
 def deliver_to(held, serve):
     """`deliver_to(handler)`: a message of a build goes to it; the server, the message's row, its tries."""
 
-    def deliver(handler, path="/hook", **more):
+    def deliver(handler, path="/hook", host="127.0.0.1", **more):
         server = serve(handler)
-        url = f"http://127.0.0.1:{server.port}{path}"
+        url = f"http://{host}:{server.port}{path}"
         wanted = {"url": url, "signing": "hmac", **more}
         db.as_writer(held.engine, lambda write: subscribers.create(write, wanted, (KEY,), utc_now()))
         db.as_writer(held.engine, lambda write: builds.record(write, [github(State.QUEUED)], utc_now(), PACE))
@@ -358,6 +359,25 @@ def test_a_redirect_is_shown_for_3xx_alone(deliver_to):
 
 
 # What is sent
+
+
+@pytest.mark.parametrize(
+    ("written", "host"),
+    [
+        ("hook.test.", "hook.test"),
+        ("b\xfccher.test", "xn--bcher-kva.test"),
+        ("i\u2764.test", "xn--i-7iq.test"),
+    ],
+)
+def test_a_name_is_kept_as_it_was_given_and_delivered_to(deliver_to, held, monkeypatch, written, host):
+    resolver = resolving(**{host.replace(".", "_"): "127.0.0.1"})
+    monkeypatch.setattr(outbound, "send", partial(outbound.send, resolver=resolver))
+    server, message, _ = deliver_to(answering(OK), host=written)
+    assert message["state"] == "delivered"
+    assert [asked.headers["host"] for asked in server.asked] == [f"{host}:{server.port}"]
+    with db.reading(held.engine) as connection:
+        url = connection.execute(select(models.subscribers.c.url)).scalar_one()
+    assert url == f"http://{written}:{server.port}/hook"
 
 
 @pytest.mark.parametrize(("own", "sent"), [({}, "*/*"), ({"Accept": "application/json"}, "application/json")])

@@ -30,6 +30,7 @@ from tests.wire import (
     post,
     redirecting,
     resolving,
+    row,
     timed_out,
 )
 from webhook_app import outbound
@@ -236,6 +237,31 @@ def test_tls_proves_the_name_although_the_connection_goes_to_an_address(serve, t
     assert named == ["hook.test"]
     assert server.connections == 1
     assert server.asked[0].headers["host"] == f"hook.test:{server.port}"
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("hook.test.", "hook.test"),
+        ("b\xfccher.test", "xn--bcher-kva.test"),
+        ("b\xfccher.test\u3002", "xn--bcher-kva.test"),
+        ("i\u2764.test", "xn--i-7iq.test"),
+    ],
+)
+def test_tls_proves_a_name_without_its_last_dot_and_in_ascii(serve, trusted, written, name):
+    context = trusted.context(name)
+    named: list[str | None] = []
+    context.sni_callback = lambda _sock, given, _context: named.append(given)
+    server = serve(answering(OK), context)
+    asked: list[str] = []
+
+    def resolve(host, port, *_rest):
+        asked.append(host)
+        return [row("127.0.0.1", port)]
+
+    assert post(f"https://{written}:{server.port}/x", resolver=resolve).body == b"ok"
+    assert named == asked == [name]
+    assert server.asked[0].headers["host"] == f"{name}:{server.port}"
 
 
 @pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"])

@@ -120,6 +120,7 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")  # RFC 9110 section 5.
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110 section 5.5, as latin-1
 _NEVER_IN_A_URL = re.compile(r"[\x00-\x20\x7f-\xa0\\\ud800-\udfff\u2028\u2029]")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+_JOINERS = "\u200c\u200d"
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 _KEPT_IN_TARGET = "/?%:@!$&'()*+,;=~[]"
 
@@ -171,12 +172,7 @@ def _plain_host(host: str) -> str:
     """The host in lower-case ASCII, as the resolver and the certificate know it; no disguised numbers."""
     if ":" in host:
         return _plain_ipv6(host)
-    if not host.isascii():
-        try:
-            host = idna.encode(host, uts46=True).decode("ascii")
-        except (UnicodeError, ValueError):
-            raise bad_url("the host is no valid internationalised name") from None
-    host = host.lower().removesuffix(".")
+    host = (host.lower() if host.isascii() else _in_ascii(host)).removesuffix(".")
     labels = host.split(".")
     if len(host) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
         raise bad_url("the host is no valid name")
@@ -184,6 +180,28 @@ def _plain_host(host: str) -> str:
         # 2130706433, 0x7f.1 and 0177.0.0.1 are all 127.0.0.1 to the C library.
         raise _refused(f"{host} is an address in disguise; four decimal numbers are needed")
     return host
+
+
+def _in_ascii(host: str) -> str:
+    """An internationalised name as browsers read it (UTS 46 as https://url.spec.whatwg.org/ has it).
+
+    IDNA 2008 alone refuses names that exist, such as those with emoji.
+    """
+    try:
+        return ".".join(map(_label_in_ascii, idna.uts46_remap(host, std3_rules=False).split(".")))
+    except (UnicodeError, ValueError):
+        raise bad_url("the host is no valid internationalised name") from None
+
+
+def _label_in_ascii(label: str) -> str:
+    if label.isascii():
+        return label
+    joiners = [at for at, character in enumerate(label) if character in _JOINERS]
+    if label.startswith("xn--") or not all(idna.core.valid_contextj(label, at) for at in joiners):
+        raise ValueError("not a label")
+    idna.core.check_initial_combiner(label)
+    idna.core.check_bidi(label)
+    return "xn--" + label.encode("punycode").decode("ascii")
 
 
 def _plain_ipv6(host: str) -> str:
