@@ -60,7 +60,8 @@ def deliver(held: Resources | None = None) -> None:
         count = _Drain(held).run()
     if count:
         log.info("delivered tries=%d", count)
-    _come_back(held)
+    if not held.desk.closing:  # else Redis may be about to end too, and there is no time to wait for it
+        _come_back(held)
 
 
 def _come_back(held: Resources) -> None:
@@ -77,6 +78,7 @@ class _Drain:
     held: Resources
     desk: Desk = field(init=False)
     policy: RetryPolicy = field(init=False)
+    unfinished: bool = False
 
     def __post_init__(self) -> None:
         self.desk = self.held.desk
@@ -92,6 +94,8 @@ class _Drain:
             with self.desk.lock:
                 self.desk.attended = False
                 self._turn(self._take(), claims=False)
+            if self.unfinished:
+                self._ring()
 
     def _drain(self, until: float) -> int:
         count = 0
@@ -105,7 +109,7 @@ class _Drain:
             tried = self._collect()
             count += len(tried)
         self._turn(tried, claims=False)
-        queues.Bell(self.held.redis).ring(queues.DELIVER)
+        self.unfinished = True
         return count
 
     def _turn(self, tried: Sequence[Tried], claims: bool = True) -> Claim:
@@ -181,7 +185,12 @@ class _Drain:
                 self._turn([tried], claims=False)
             except db.StoreUnavailable as error:
                 log.warning("a try is not noted, its message will be sent again: %s", error)
-        queues.Bell(self.held.redis).ring(queues.DELIVER)
+        self._ring()
+
+    def _ring(self) -> None:
+        """Call the next job; when we are to end, a tick does that, since Redis may be ending as well."""
+        if not self.desk.closing:
+            queues.Bell(self.held.redis).ring(queues.DELIVER)
 
     def _carry_out(self, sentence: Sentence) -> None:
         db.as_writer(self.held.engine, lambda write: endpoints.carry_out(write, sentence, utc_now()))

@@ -2,10 +2,15 @@
 
 Non-forking, so that connections to subscribers and the database stay open between jobs and no
 interpreter or import is paid per message.  A worker that dies is started again by its supervisor.
+
+SIGTERM and SIGINT: nothing new begins, and what is under way has `STOP_GRACE_SECONDS` to end and to be
+noted.  A second signal changes nothing: on a platform that signals every process one comes from there
+and one from the supervisor.
 """
 
 import argparse
 import logging
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -14,11 +19,13 @@ from types import FrameType
 from typing import Any
 
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.client import Pipeline
 from redis.exceptions import RedisError
+from redis.retry import Retry
 from rq import SimpleWorker, worker_registration
 from rq.exceptions import StopRequested
-from rq.worker import DequeueStrategy
+from rq.worker import DequeueStrategy, WorkerStatus
 
 from jobs import (  # noqa: F401  imported before the first job needs them
     collect,
@@ -28,8 +35,9 @@ from jobs import (  # noqa: F401  imported before the first job needs them
     replay,
     sweep,
 )
-from jobs.resources import resources
+from jobs.resources import Resources, resources
 from webhook_app import loglines, queues
+from webhook_app.supervisor import end_process
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +50,10 @@ LIFE_SECONDS = 15
 """A killed worker is counted for so long; one that works shows by its beats that it lives."""
 
 
+_asked_to_end = threading.Event()
+"""Set by the first stop signal."""
+
+
 class PatientWorker(SimpleWorker):
     """RQ's worker, made for a Redis that comes and goes.
 
@@ -49,12 +61,12 @@ class PatientWorker(SimpleWorker):
     * RQ counts a killed worker for 80 s, and with a job for minutes: here a thread says that we live
     * RQ signs a worker on once, so a flushed Redis never hears of it again: here a heartbeat does it
     * RQ forgets a stop signal when Redis is away at its end: here it is remembered
+    * RQ kills its job at a second stop signal: here it changes nothing
     * RQ takes the first queue that has a job, so a busy one starves those behind it: here they take turns
     * RQ listens for remote commands in a thread that holds up each end by a second: nobody gives any here
     """
 
     exponential_backoff_factor = 1.0
-    asked_to_end = False
 
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
         """Show that we are alive; sign on again if Redis does not know us."""
@@ -81,10 +93,33 @@ class PatientWorker(SimpleWorker):
         """Listen for no commands."""
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """End after the job under way, which begins nothing new; what it began is noted yet."""
-        self.asked_to_end = True
+        """End after the job under way, which begins nothing new; what it began is noted yet.
+
+        RQ speaks to Redis here; but a signal may come in the middle of a transaction, and Redis may be gone.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        logging.getLogger("rq").setLevel(logging.CRITICAL)  # Redis may be told to end too: that is no news
         resources().desk.closing = True
-        super().request_stop(signum, frame)  # type: ignore[no-untyped-call]
+        _asked_to_end.set()
+        if self.get_state() != WorkerStatus.BUSY:
+            raise StopRequested
+        self._stop_requested = True
+
+
+def _end_in_time(held: Resources) -> None:
+    """End this process when the grace after a stop signal is over, whatever is still under way.
+
+    A delivery that is cut is not noted: when its lease has run out it is sent again, and no failure counts.
+    """
+    _asked_to_end.wait()
+    with suppress(RuntimeError):  # another thread takes a connection just now
+        held.redis.set_retry(Retry(NoBackoff(), 0))
+    time.sleep(held.settings.stop_grace_seconds)
+    cut = held.desk.room.subscribers.total()
+    if cut:
+        log.warning("the time to end is over: %d deliveries were cut and will be sent again", cut)
+    end_process(0)
 
 
 def main() -> None:
@@ -94,14 +129,16 @@ def main() -> None:
     names = parser.parse_args().queues
     held = resources()
     loglines.setup(held.settings.log_format, held.settings.log_level)
+    threading.Thread(target=_end_in_time, args=(held,), name="end", daemon=True).start()
     with suppress(StopRequested):  # RQ's signal handler raises it, also while we wait
         _work(names, held.redis)
+    held.threads.shutdown()  # deliveries under way, each of which notes how it went
+    end_process(0)
 
 
 def _work(names: Sequence[str], redis: Redis) -> None:
-    worker: PatientWorker | None = None
     told = -queues.NEWS_SECONDS
-    while worker is None or not worker.asked_to_end:
+    while not _asked_to_end.is_set():
         try:
             worker = PatientWorker(names, connection=redis, worker_ttl=TTL_SECONDS)
             worker.log_job_description = False
@@ -110,6 +147,8 @@ def _work(names: Sequence[str], redis: Redis) -> None:
             )
             return
         except RedisError as error:
+            if _asked_to_end.is_set():
+                return
             if time.monotonic() - told > queues.NEWS_SECONDS:
                 log.warning("redis does not answer, the worker waits: %s", error)
                 told = time.monotonic()

@@ -2,10 +2,13 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from cryptography.fernet import Fernet
@@ -14,6 +17,7 @@ from sqlalchemy import select, update
 from jobs import deliver as job
 from jobs.resources import Desk, Resources
 from tests.facts import PACE, github
+from tests.wire import OK
 from webhook_app import builds, db, models, queues, settings, subscribers
 from webhook_app.lifecycle import State
 from webhook_app.room import Room
@@ -182,20 +186,35 @@ def test_a_host_gets_no_more_at_once_than_its_bound_whoever_its_subscribers_are(
     assert tries(held) == [None] * 40
 
 
+@pytest.fixture
+def start_worker(store_url, redis_url, tmp_path):
+    """`with start_worker(**environment)`: the process that delivers; killed at the end if it still runs."""
+
+    @contextmanager
+    def start(**more):
+        env = os.environ | {
+            "DATABASE_URL": store_url, "REDIS_URL": redis_url, "BUILDRELAY_DATA_DIR": str(tmp_path),
+            "ENCRYPTION_KEYS": KEY, "ALLOW_PRIVATE_CALLBACKS": "true", **more,
+        }  # fmt: skip
+        with subprocess.Popen([sys.executable, "-m", "jobs.worker", "deliver"], env=env) as worker:
+            try:
+                yield worker
+            finally:
+                worker.kill()
+
+    return start
+
+
 def test_a_worker_told_to_stop_begins_nothing_new_and_notes_what_it_began(
-    make_held, store_url, redis_url, tmp_path, wait_until
+    make_held, start_worker, wait_until
 ):
     held = make_held()
-    env = os.environ | {
-        "DATABASE_URL": store_url, "REDIS_URL": redis_url, "BUILDRELAY_DATA_DIR": str(tmp_path),
-        "ENCRYPTION_KEYS": KEY, "ALLOW_PRIVATE_CALLBACKS": "true",
-    }  # fmt: skip
     with Subscriber() as slow:
         slow.behave(delay_seconds=1)
         one = subscribe(held, slow, ordered=False)
         record(held, *(github(State.QUEUED, run=run) for run in range(400)))
         queues.enqueue_once(held.redis, queues.DELIVER)
-        with subprocess.Popen([sys.executable, "-m", "jobs.worker", "deliver"], env=env) as worker:
+        with start_worker(STOP_GRACE_SECONDS="60") as worker:
             wait_until(lambda: slow.report()["received"] > 20)
             worker.terminate()
             assert worker.wait(60) == 0
@@ -203,6 +222,58 @@ def test_a_worker_told_to_stop_begins_nothing_new_and_notes_what_it_began(
     assert 20 < received < 400
     assert tries(held) == [None] * received
     assert sorted(set(states(held, one))) == [("delivered", 1, None), ("pending", 0, None)]
+
+
+def test_a_second_stop_signal_changes_nothing(make_held, start_worker, serve, wait_until):
+    """RQ would take one that comes a second after the first as the wish to kill the job."""
+    released = threading.Event()
+
+    def answer_later(connection):
+        connection.read_request()
+        released.wait(60)
+        connection.say(OK)
+
+    held, server = make_held(), serve(answer_later)
+    wanted = {"url": server.url, "signing": "hmac"}
+    row, _ = db.as_writer(held.engine, lambda write: subscribers.create(write, wanted, (KEY,), utc_now()))
+    record(held, github(State.QUEUED))
+    queues.enqueue_once(held.redis, queues.DELIVER)
+    with start_worker(STOP_GRACE_SECONDS="120", DELIVERY_TIMEOUT="60") as worker:
+        wait_until(lambda: server.asked)
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            worker.send_signal(number)
+            sent = time.monotonic()
+            wait_until(lambda sent=sent: time.monotonic() - sent > 1.1)
+        released.set()
+        assert worker.wait(60) == 0
+    assert len(server.asked) == 1
+    assert states(held, row["id"]) == [("delivered", 1, None)]
+    assert tries(held) == [None]
+
+
+def test_what_is_cut_at_the_end_of_the_grace_is_sent_again_and_counts_as_no_failure(
+    make_held, start_worker, pair, wait_until
+):
+    held = make_held()
+    hanging, _ = pair
+    hanging.behave(hang=True)
+    stuck = subscribe(held, hanging)
+    record(held, github(State.QUEUED))
+    queues.enqueue_once(held.redis, queues.DELIVER)
+    with start_worker(STOP_GRACE_SECONDS="1", DELIVERY_TIMEOUT="60") as worker:
+        wait_until(lambda: [row[1] for row in states(held, stuck)] == [1])
+        worker.terminate()
+        assert worker.wait(30) == 0  # long before the deadline of the try
+    assert tries(held) == []
+    assert [(state, claim is None) for state, _, claim in states(held, stuck)] == [("pending", False)]
+    with db.reading(held.engine) as connection:
+        row = subscribers.get(connection, stuck)
+    assert (row["failing_since"], row["failures"]) == (None, 0)
+    hanging.behave(hang=False)
+    with held.engine.begin() as connection:  # the lease has run out
+        connection.execute(update(models.messages).values(due_at=utc_now()))
+    job.deliver(held)
+    assert [state for state, _, _ in states(held, stuck)] == ["delivered"]
 
 
 def test_a_subscriber_that_is_removed_meanwhile_costs_the_others_nothing(make_held, pair, wait_until):

@@ -5,7 +5,9 @@ import os
 import re
 import shlex
 import signal
+import sqlite3
 import sys
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +28,7 @@ from tests.hub import (
     subscribed,
     until,
 )
+from tests.wire import OK
 from webhook_app import VERSION, supervisor
 from webhook_app.up import read_secrets
 
@@ -501,12 +504,52 @@ def test_without_its_store_it_accepts_nothing(platforms):
 
 
 def test_a_stop_signal_ends_everything_in_time_even_with_a_delivery_under_way(platforms):
-    with running(platforms.environment()) as hub, Callback() as callback:
+    grace = {"STOP_GRACE_SECONDS": "3"}
+    with running(platforms.environment() | grace) as hub, Callback() as callback:
         hub.subscribe(callback.url)
         callback.hang = True
         platforms.push(hub, platforms.pushes(platforms.begin("github"))[0])
         until(lambda: callback.open_requests, PATIENCE_SECONDS, "a delivery under way")
         hubs.stop(hub.process, signal.SIGTERM)
+
+
+def test_a_restart_repeats_nothing_though_every_process_gets_term_twice(platforms, serve):
+    """As on a platform that signals every process: what is under way ends and is noted, Redis gone or not."""
+    released = threading.Event()
+
+    def answer_later(connection):
+        connection.read_request()
+        released.wait(PATIENCE_SECONDS)
+        connection.say(OK)
+
+    server = serve(answer_later)
+    patient = {"STOP_GRACE_SECONDS": "120", "DELIVERY_TIMEOUT": "60"}
+    with running(platforms.environment() | patient) as hub:
+        hub.subscribe(server.url)
+        platforms.push(hub, platforms.pushes(platforms.begin("github"))[0])
+        until(lambda: server.asked, PATIENCE_SECONDS, "a delivery under way")
+        everyone = {each.name: each.pid for each in hubs.family(hub.process.pid) if each.name}
+        others = [(pid, supervisor.identity(pid)) for name, pid in everyone.items() if name != "deliver"]
+        _to_all([hub.process.pid, *everyone.values()], signal.SIGTERM)
+        until(lambda: not hubs.living(others), PATIENCE_SECONDS, "the end of all that has nothing to do")
+        _to_all([hub.process.pid, everyone["deliver"]], signal.SIGTERM)
+        released.set()
+        assert hub.process.wait(PATIENCE_SECONDS) == 0
+        with contextlib.closing(sqlite3.connect(hub.data_dir / "buildrelay.db")) as store:
+            told = store.execute(
+                "SELECT state, attempts FROM messages WHERE message_id = ?",
+                (server.asked[0].headers["webhook-id"],),
+            ).fetchall()
+            tries = store.execute("SELECT number, status_code, reason FROM delivery_attempts").fetchall()
+    assert told == [("delivered", 1)]
+    assert tries == [(1, 200, None)]
+    assert len(server.asked) == 1
+
+
+def _to_all(pids, number):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def test_ctrl_c_ends_everything_and_the_next_start_goes_on(platforms):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from webhook_app import supervisor
+from webhook_app import settings, supervisor
 from webhook_app.supervisor import Child, Timing, due_for_term, next_wait, split_lines
 
 SCRIPT = """
@@ -24,8 +24,9 @@ from webhook_app.supervisor import Child, Timing, supervise
 spec = json.loads(sys.argv[1])
 for number in (signal.SIGHUP, signal.SIGINT):  # ignored where the tests run under nohup or in the background
     signal.signal(number, signal.SIG_DFL)
-def child(name, command, ready):
-    return Child(name, ("/bin/sh", "-c", command), ready=Path(ready).exists if ready else None)
+def child(name, command, ready, ends_last=False):
+    ready = Path(ready).exists if ready else None
+    return Child(name, ("/bin/sh", "-c", command), ready=ready, ends_last=ends_last)
 def on_ready():
     print("all ready", flush=True)
 sys.exit(supervise([child(*entry) for entry in spec["children"]], on_ready=on_ready,
@@ -36,7 +37,7 @@ QUICK = {"first_wait_seconds": 0.05, "longest_wait_seconds": 0.2}
 
 @pytest.fixture
 def start(tmp_path):
-    """`with start((name, shell command, ready file or None), …)`: a supervisor in `tmp_path`."""
+    """`with start((name, shell command, ready file or None, ends last?), …)`: a supervisor in `tmp_path`."""
 
     @contextmanager
     def run(*children, **timing):
@@ -97,18 +98,14 @@ def test_the_wait_doubles_up_to_its_limit_and_begins_anew_after_a_steady_life():
     assert next_wait(timing, 5.0, lived_seconds=30) == 0.2
 
 
-def test_term_goes_from_the_last_to_the_first_as_each_one_ends():
-    assert due_for_term([True, True, True], 0, 8) == [2]
-    assert due_for_term([True, True, False], 0, 8) == [1]
-    assert due_for_term([True, False, False], 0, 8) == [0]
-    assert due_for_term([False, False, False], 0, 8) == []
-    assert due_for_term([], 0, 8) == []
-
-
-def test_a_child_that_hangs_does_not_cost_the_others_their_tidy_end():
-    assert due_for_term([True, True, True, True], 1.9, 8) == [3]
-    assert due_for_term([True, True, True, True], 2.0, 8) == [3, 2]
-    assert due_for_term([True, True, True, True], 6.0, 8) == [3, 2, 1, 0]
+def test_term_goes_to_all_at_once_but_for_what_the_others_need():
+    last = [True, False, False]
+    assert due_for_term([True, True, True], last, in_time=True) == [1, 2]
+    assert due_for_term([True, True, False], last, in_time=True) == [1]
+    assert due_for_term([True, False, False], last, in_time=True) == [0]
+    assert due_for_term([True, True, True], last, in_time=False) == [0, 1, 2]
+    assert due_for_term([False, False, False], last, in_time=True) == []
+    assert due_for_term([], [], in_time=True) == []
 
 
 @given(st.lists(st.binary(max_size=20)))
@@ -135,7 +132,9 @@ def test_labels_are_equally_wide_and_coloured_only_on_a_terminal():
 
 
 def test_all_is_over_within_ten_seconds_at_the_default_timing():
-    assert supervisor.TIMING.stop_seconds + supervisor.LAST_WORDS_SECONDS < 10
+    most = supervisor.TIMING.stop_seconds + supervisor.KILL_SECONDS + supervisor.LAST_WORDS_SECONDS
+    assert most < 10
+    assert supervisor.TIMING.stop_seconds == settings.load({}).stop_grace_seconds
 
 
 def test_children_print_line_by_line_with_their_name(start, pid_of):
@@ -203,31 +202,73 @@ def test_children_lead_their_own_sessions_so_ctrl_c_does_not_reach_them(start, p
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_stop_signal_ends_every_child_the_last_started_first(start, pid_of, number, tmp_path):
-    def polite(name):
-        return f"trap 'echo {name} >> order; exit' TERM; echo $$ > {name}.pid; while :; do sleep 0.02; done"
+def test_a_stop_signal_ends_every_child_what_the_others_need_last(start, pid_of, number, tmp_path):
+    def polite(name, after=""):
+        return f"trap '{after} echo {name} >> order; exit' TERM; echo $$ > {name}.pid; while :; do sleep 0.02; done"
 
-    with start(("one", polite("one"), None), ("two", polite("two"), None)) as process:
-        pids = [pid_of("one"), pid_of("two")]
+    together = "touch {0}.asked; while [ ! -e {1}.asked ]; do sleep 0.02; done;"
+    needed = ("needed", polite("needed"), None, True)
+    one, two = (
+        (name, polite(name, together.format(name, other)), None) for name, other in ("ab", "ba")
+    )  # each ends only when the other was asked to as well
+    with start(needed, one, two, stop_seconds=60) as process:
+        pids = [pid_of("needed"), pid_of("a"), pid_of("b")]
         read_until(process, "all ready")
         process.send_signal(number)
         assert process.wait(timeout=60) == 0
-    assert (tmp_path / "order").read_text().split() == ["two", "one"]
+    assert (tmp_path / "order").read_text().split()[-1] == "needed"
+    assert sorted((tmp_path / "order").read_text().split()) == ["a", "b", "needed"]
     assert all(map(gone, pids))
     assert not list((tmp_path / "run").iterdir())
 
 
+def test_a_second_stop_signal_changes_nothing_and_no_child_gets_term_twice(
+    start, pid_of, tmp_path, wait_until
+):
+    slow = "trap 'echo term >> terms' TERM; echo $$ > slow.pid; while [ ! -e go ]; do sleep 0.02; done; echo end > end"
+    quick = "trap 'touch asked; exit' TERM; echo $$ > quick.pid; while :; do sleep 0.02; done"
+    with start(("slow", slow, None), ("quick", quick, None), stop_seconds=60) as process:
+        slow_pid, quick_pid = pid_of("slow"), pid_of("quick")
+        read_until(process, "all ready")
+        process.terminate()
+        wait_until(lambda: gone(quick_pid))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            process.send_signal(number)
+        (tmp_path / "go").touch()
+        assert process.wait(timeout=60) == 0
+    assert (tmp_path / "terms").read_text().split() == ["term"]
+    assert (tmp_path / "end").exists()
+    assert gone(slow_pid)
+
+
+def test_children_that_got_term_from_elsewhere_are_not_started_again(start, pid_of):
+    """As on a platform that signals every process at once."""
+    with start(("one", lasting("one"), None), ("two", lasting("two"), None)) as process:
+        pids = [pid_of("one"), pid_of("two")]
+        read_until(process, "all ready")
+        os.kill(process.pid, signal.SIGSTOP)  # so that it learns of all of it at once
+        for pid in (*pids, process.pid):
+            os.kill(pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGCONT)
+        output = process.stdout.read()
+        assert process.wait(timeout=60) == 0
+    assert "next start" not in output
+
+
 def test_a_child_that_ignores_term_is_killed_in_time_and_the_others_end_tidily(start, pid_of, tmp_path):
-    tidy = "trap 'echo tidy > end; exit' TERM; echo $$ > tidy.pid; while :; do sleep 0.02; done"
+    def tidy(name):
+        return f"trap 'echo tidy > {name}.end; exit' TERM; echo $$ > {name}.pid; while :; do sleep 0.02; done"
+
     deaf = lasting("deaf", "trap '' TERM")
-    with start(("tidy", tidy, None), ("deaf", deaf, None), stop_seconds=4) as process:
-        pids = [pid_of("tidy"), pid_of("deaf")]
+    needed = ("needed", tidy("needed"), None, True)
+    with start(needed, ("tidy", tidy("tidy"), None), ("deaf", deaf, None), stop_seconds=2) as process:
+        pids = [pid_of("needed"), pid_of("tidy"), pid_of("deaf")]
         read_until(process, "all ready")
         process.terminate()
         output = process.stdout.read()
         assert process.wait() == 0
-    assert "deaf did not end within 4 s: killed" in output
-    assert (tmp_path / "end").read_text() == "tidy\n"
+    assert "deaf did not end within 2 s: killed" in output
+    assert (tmp_path / "tidy.end").read_text() == "tidy\n"
     assert all(map(gone, pids))
 
 

@@ -84,6 +84,21 @@ def test_the_data_directory_may_be_named_by_the_yaml_file(tmp_path):
     assert settings.data_dir(environ | {"BUILDRELAY_DATA_DIR": "/here"}) == Path("/here")
 
 
+def test_all_processes_have_the_grace_of_the_settings():
+    env = hubs.clean_environment({"STOP_GRACE_SECONDS": "25"})
+    assert up.timing(settings.load(env)).stop_seconds == 25
+    told = "from webhook_app import gunicorn_conf; print(gunicorn_conf.graceful_timeout)"
+    made = subprocess.run(
+        [sys.executable, "-c", told], env=env, capture_output=True, text=True, cwd=hubs.ROOT
+    )
+    assert (made.stdout, made.stderr) == ("25\n", "")
+
+
+def test_redis_ends_after_those_that_need_it(data_dir):
+    children = up.children({}, data_dir, "http://127.0.0.1:1", own_redis=True)
+    assert [child.name for child in children if child.ends_last] == ["redis"]
+
+
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n# that was it\n"])
 def test_what_a_person_wrote_there_stays_whole(data_dir, end):
     (data_dir / "secrets.env").write_bytes(f"# ours\nGITHUB_TOKEN=ghp_1\nADMIN_TOKEN=abc{end}".encode())

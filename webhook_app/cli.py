@@ -135,7 +135,7 @@ def _up(chosen: argparse.Namespace) -> int:
     supervisor.tie_to_starter()
     data_dir = chosen.data_dir or settings.data_dir(os.environ)
     _warn_of_misspelt(data_dir)
-    return up.up(chosen.host, chosen.port, data_dir)
+    supervisor.end_process(up.up(chosen.host, chosen.port, data_dir))
 
 
 def _demo(chosen: argparse.Namespace) -> int:
@@ -156,7 +156,9 @@ def _migrate(_chosen: argparse.Namespace) -> int:
 
 def _worker(_chosen: argparse.Namespace) -> int:
     _warn_of_misspelt()
-    return supervisor.supervise(up.workers(_environment()), **up.log_lines(_settings()))
+    values = _settings()
+    how = up.log_lines(values)
+    supervisor.end_process(supervisor.supervise(up.workers(_environment()), timing=up.timing(values), **how))
 
 
 def _scheduler(_chosen: argparse.Namespace) -> int:

@@ -91,6 +91,7 @@ class Settings:
     delivery_retry_schedule: tuple[float, ...] = ()
     delivery_timeout_seconds: float = 15.0
     delivery_host_concurrency: int = 128
+    stop_grace_seconds: float = 9.0
     retention_days: int = 90
     sqlite_synchronous: str = "FULL"
     log_level: str = "INFO"
@@ -416,6 +417,10 @@ VARIABLES: tuple[Variable, ...] = (
         "DELIVERY_HOST_CONCURRENCY", "128", _whole(1, 256),
         "requests that one worker has under way at one host, whoever's",
     ),
+    Variable(
+        "STOP_GRACE_SECONDS", "9", _number(1, 600, "seconds"),
+        "seconds that what is under way may still take after SIGTERM",
+    ),
     Variable("RETENTION_DAYS", "90", _whole(1, 3650, "days"), "days that events, bodies, attempts and logs are kept"),
     Variable("LOG_LEVEL", "info", _log_level, "debug, info, warning or error; `up` says warning"),
     Variable("LOG_FORMAT", "logfmt", _log_format, "or `json`: one line per record, each with `time` and `level`"),
@@ -485,6 +490,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         delivery_retry_schedule=values["DELIVERY_RETRY_SCHEDULE"],
         delivery_timeout_seconds=values["DELIVERY_TIMEOUT"],
         delivery_host_concurrency=values["DELIVERY_HOST_CONCURRENCY"],
+        stop_grace_seconds=values["STOP_GRACE_SECONDS"],
         retention_days=values["RETENTION_DAYS"],
         sqlite_synchronous=values["SQLITE_SYNCHRONOUS"],
         log_level=values["LOG_LEVEL"],

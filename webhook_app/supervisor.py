@@ -1,8 +1,10 @@
 """Starts, watches and stops the processes of `buildrelay up`, in one terminal.
 
 Children start in order, each when the one before is ready.  A child that dies is started again
-with a growing wait, while the others go on.  SIGTERM, SIGINT and SIGHUP end them all, last started
-first: TERM, then KILL for what is left after `Timing.stop_seconds`.
+with a growing wait, while the others go on.  SIGTERM, SIGINT and SIGHUP end them all; a second one changes
+nothing.  Each child gets TERM once, all at the same time, so that each has the whole of
+`Timing.stop_seconds` for what it has under way; only what the others need (`Child.ends_last`) goes on
+until they are gone.  A moment later KILL ends what is left.
 
 Each child leads a session of its own, so Ctrl-C in the terminal reaches only the supervisor.
 No child survives a supervisor that is killed: on Linux the kernel ends them (PR_SET_PDEATHSIG);
@@ -27,12 +29,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, NoReturn
 
 DIES_WITH = "BUILDRELAY_DIES_WITH"
 LONGEST_LINE = 65_536  # bytes kept while waiting for the end of a line
 READY_CHECK_SECONDS = 0.05
-LAST_WORDS_SECONDS = 1.0
+KILL_SECONDS = 0.3
+"""Between the end of the time that the children have, and KILL for those that did not keep it."""
+LAST_WORDS_SECONDS = 0.4
 _COLOURS = (36, 33, 32, 35, 34, 31)
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
@@ -43,23 +47,25 @@ class Child:
     """One process to keep running.  `env` is its whole environment (None: ours).
 
     `ready` is asked again and again while starting and must answer quickly; None: ready once started.
+    `ends_last`: the others need it, so it ends after them.
     """
 
     name: str
     argv: tuple[str, ...]
     env: Mapping[str, str] | None = field(default=None, repr=False)
     ready: Callable[[], bool] | None = None
+    ends_last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Waits in seconds: between restarts (doubling), until a start has failed, until KILL."""
+    """Waits in seconds: between restarts (doubling), until a start has failed, from TERM until the end."""
 
     first_wait_seconds: float = 0.2
     longest_wait_seconds: float = 5.0
     steady_seconds: float = 30.0
     start_seconds: float = 60.0
-    stop_seconds: float = 8.0
+    stop_seconds: float = 9.0
 
 
 TIMING = Timing()
@@ -84,19 +90,13 @@ def next_wait(timing: Timing, previous_seconds: float, lived_seconds: float) -> 
     return min(previous_seconds * 2, timing.longest_wait_seconds)
 
 
-def due_for_term(alive: Sequence[bool], elapsed_seconds: float, stop_seconds: float) -> list[int]:
+def due_for_term(alive: Sequence[bool], last: Sequence[bool], in_time: bool) -> list[int]:
     """The indexes of living children that should have got TERM by now.
 
-    The last started goes first; the one before follows when all later ones are gone, or after its
-    share of `stop_seconds`, so that a child which hangs doesn't cost the others their tidy end.
+    Those that end `last` follow when the others are gone, or no longer `in_time`.
     """
-    share = stop_seconds / max(len(alive), 1)
-    last = len(alive) - 1
-    return [
-        index
-        for index in range(last, -1, -1)
-        if alive[index] and (not any(alive[index + 1 :]) or elapsed_seconds >= share * (last - index))
-    ]
+    wait = in_time and any(lives and not late for lives, late in zip(alive, last, strict=True))
+    return [index for index, lives in enumerate(alive) if lives and not (wait and last[index])]
 
 
 def split_lines(pending: bytes, chunk: bytes) -> tuple[list[bytes], bytes]:
@@ -114,6 +114,17 @@ def labels(names: Sequence[str], colour: bool) -> list[bytes]:
     if colour:
         plain = [f"\x1b[{_COLOURS[index % len(_COLOURS)]}m{text}\x1b[0m" for index, text in enumerate(plain)]
     return [text.encode() for text in plain]
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process at once.
+
+    The interpreter's own tidying takes a second and more on a busy machine, when seconds are counted.
+    """
+    with suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def tie_to_starter() -> None:
@@ -290,13 +301,19 @@ def _turn_for(house: _House, seconds: float, enough: Callable[[], bool]) -> None
 
 def _turn(house: _House, timeout_seconds: float | None) -> None:
     """Wait for output, a signal or the timeout; then see who died and who is to start again."""
-    for key, _ in house.selector.select(timeout_seconds):
-        key.data()
+    _listen(house, timeout_seconds)
+    if any(seat.process is not None and seat.process.poll() is not None for seat in house.seats):
+        _listen(house, 0)  # a stop signal that came meanwhile explains an end
     for seat in house.seats:
-        if seat.process is not None and seat.process.poll() is not None:
+        if seat.process is not None and seat.process.returncode is not None:
             _note_end(house, seat, seat.process)
         if seat.restart is not None and time.monotonic() >= seat.restart and not house.stopping:
             _spawn(house, seat)
+
+
+def _listen(house: _House, timeout_seconds: float | None) -> None:
+    for key, _ in house.selector.select(timeout_seconds):
+        key.data()
 
 
 def _until_next_restart(house: _House) -> float | None:
@@ -396,21 +413,32 @@ def _signal_group(group: int, number: signal.Signals) -> None:
 
 
 def _stop(house: _House) -> None:
-    """End all children: TERM from the last to the first, KILL when the time is over."""
+    """End all children: TERM, and KILL for what is left when the time is over."""
     house.stopping = True
-    stop_seconds, began = house.timing.stop_seconds, time.monotonic()
-    share = stop_seconds / max(len(house.seats), 1)
-    while (left := began + stop_seconds - time.monotonic()) > 0 and _alive(house):
-        alive = [seat.process is not None for seat in house.seats]
-        for index in due_for_term(alive, stop_seconds - left, stop_seconds):
-            _ask_to_end(house.seats[index])
-        _turn(house, min(left, share))
+    over = time.monotonic() + house.timing.stop_seconds
+    _turn_until(house, over, lambda: _ask_all_to_end(house, in_time=True))
+    _ask_all_to_end(house, in_time=False)
+    _turn_until(house, over + KILL_SECONDS, lambda: None)
     for seat in _alive(house):
-        _say(house, f"{seat.child.name} did not end within {stop_seconds:g} s: killed")
+        _say(house, f"{seat.child.name} did not end within {house.timing.stop_seconds:g} s: killed")
         seat.asked_to_end = True
         if seat.process is not None:
             _signal_group(seat.process.pid, signal.SIGKILL)
     _hear_last_words(house)
+
+
+def _turn_until(house: _House, until: float, before: Callable[[], None]) -> None:
+    """Keep things going until a time, or until no child is left; `before` each turn do this."""
+    while (left := until - time.monotonic()) > 0 and _alive(house):
+        before()
+        _turn(house, left)
+
+
+def _ask_all_to_end(house: _House, in_time: bool) -> None:
+    alive = [seat.process is not None for seat in house.seats]
+    last = [seat.child.ends_last for seat in house.seats]
+    for index in due_for_term(alive, last, in_time):
+        _ask_to_end(house.seats[index])
 
 
 def _alive(house: _House) -> list[_Seat]:

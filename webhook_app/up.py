@@ -21,7 +21,7 @@ from cryptography.fernet import Fernet
 
 from webhook_app import db, embedded, loglines, migrations, settings, subscribers, supervisor
 from webhook_app.settings import Settings, SourceSettings
-from webhook_app.supervisor import Child
+from webhook_app.supervisor import Child, Timing
 from webhook_app.times import utc_now
 
 SECRETS_FILE = "secrets.env"
@@ -184,8 +184,14 @@ def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] |
         children(env, data_dir, url, own_redis="REDIS_URL" not in given),
         on_ready=lambda: print(banner(url, values, first=first, private=private), flush=True),
         pid_dir=data_dir / RUN_DIRECTORY,
+        timing=timing(values),
         **log_lines(values),
     )
+
+
+def timing(values: Settings) -> Timing:
+    """The waits of the supervisor."""
+    return Timing(stop_seconds=values.stop_grace_seconds)
 
 
 class LogLines(TypedDict):
@@ -256,7 +262,9 @@ def _bracketed(host: str) -> str:
 def children(env: Mapping[str, str], data_dir: Path, url: str, *, own_redis: bool) -> list[Child]:
     """The processes, in the order of their start."""
     python = sys.executable
-    redis = Child("redis", embedded.command(data_dir), env, lambda: embedded.answers(data_dir))
+    redis = Child(
+        "redis", embedded.command(data_dir), env, lambda: embedded.answers(data_dir), ends_last=True
+    )
     web = (python, "-m", "gunicorn", "--config", "python:webhook_app.gunicorn_conf", "wsgi:app")
     return [
         *([redis] if own_redis else []),

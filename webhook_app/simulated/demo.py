@@ -5,6 +5,7 @@ build is not in its true state or the subscriber missed, doubled or disordered a
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -107,8 +108,10 @@ def _running(port: int, directory: Path, env: Mapping[str, str]) -> Iterator[str
             _wait_until_ready(base, process)
             yield base
         finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)  # one was enough
             process.terminate()
-            process.wait(15)
+            process.wait()
 
 
 def _wait_until_ready(base: str, process: "subprocess.Popen[bytes]") -> None:
