@@ -319,6 +319,21 @@ def test_a_drip_through_tls_is_cut_at_the_deadline(serve, trusted, prefix):
     timed_out(lambda: post(f"https://hook.test:{server.port}/", timeout_seconds=0.25, resolver=HOOK))
 
 
+@pytest.mark.parametrize(
+    ("answer", "note"),
+    [
+        (b"HTTP/1.1 200 OK\r\n", "the connection was closed within the header"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nfour", "closed 5 bytes before the end of the body"),
+        (OK, None),
+    ],
+)
+def test_a_status_line_decides_through_tls_too(serve, trusted, answer, note):
+    server = serve(once(answer), trusted.context("hook.test"))
+    reply = post(f"https://hook.test:{server.port}/", resolver=HOOK, rest_seconds=60)
+    assert reply.status == 200
+    assert note in reply.note if note else reply.note is None
+
+
 def test_a_large_body_goes_through_tls_whole(serve, trusted):
     server = serve(answering(OK), trusted.context("hook.test"))
     body = os.urandom(3_000_000)

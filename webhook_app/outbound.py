@@ -23,6 +23,7 @@ name the certificates to trust; without them it is the system's and those `reque
 
 The wire is `http.client` over our own sockets, because only there can the deadline hold while
 header lines drip in; it also takes a fifth of the processor time that `requests.Session` takes.
+Answers to deliveries are read by `answers`.
 """
 
 import atexit
