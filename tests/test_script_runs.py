@@ -35,15 +35,17 @@ def attempts(api, build_id="script:r"):
 
 
 def types(api, build_id="script:r"):
+    """The events of a build: their types, and their attempts."""
+    events = models.events.c
+    rows_of = (
+        select(events.type, events.data)
+        .join(models.builds, models.builds.c.id == events.build)
+        .where(models.builds.c.build_id == build_id)
+        .order_by(events.id)
+    )
     with db.reading(api.engine) as connection:
-        rows = connection.execute(
-            select(models.events.c.type, models.events.c.data).order_by(models.events.c.id)
-        ).all()
-    return [
-        (row.type.removeprefix("build."), row.data["attempt"])
-        for row in rows
-        if row.data["build_id"] == build_id
-    ]
+        rows = connection.execute(rows_of).all()
+    return [(row.type.removeprefix("build."), row.data["attempt"]) for row in rows]
 
 
 def fall_silent(api, run="r"):
@@ -244,6 +246,29 @@ def test_a_start_that_is_repeated_while_the_run_goes_on_opens_nothing(api):
     assert attempts(api) == [(1, "completed")]
 
 
+def test_a_start_that_came_later_by_its_own_time_shows_that_an_end_was_lost(api):
+    for minute in ("00", "00", "07"):
+        assert report(api, START, timestamp=f"2026-11-01T10:{minute}:00Z")["status"] == "accepted"
+    assert attempts(api) == [(1, "in_progress"), (2, "in_progress")]
+    late = report(api, FAILURE, timestamp="2026-11-01T10:05:00Z")
+    assert (late["status"], build(api)["state"]) == ("ignored", "in_progress")
+    report(api, END, timestamp="2026-11-01T10:09:00Z")
+    assert (build(api)["state"], build(api)["duration_seconds"]) == ("completed", 120)
+
+
+def test_an_end_whose_clock_is_wrong_ends_the_run_all_the_same(api):
+    report(api, START, timestamp="2026-11-01T12:00:00Z")
+    assert report(api, END, timestamp="2026-11-01T10:00:00Z")["status"] == "accepted"
+    assert (build(api)["state"], build(api)["duration_seconds"]) == ("completed", 0)
+
+
+def test_a_deployment_that_builds_twice_is_one_attempt(api):
+    for minute, event in enumerate(("deploy_started", START, START, "deploy_progress", "deploy_completed")):
+        assert report(api, event, timestamp=f"2026-11-01T10:0{minute}:00Z")["status"] == "accepted"
+    assert attempts(api) == [(1, "completed")]
+    assert build(api)["duration_seconds"] == 240
+
+
 def test_a_deployment_is_one_attempt(api):
     for event in (
         "plan_started",
@@ -365,3 +390,51 @@ def test_a_report_that_was_once_unreadable_is_as_old_as_its_arrival(api, days, s
     db.in_transaction(api.engine, restore)
     assert reprocess_all(api)[0] == status
     assert (build(api)["state"], build(api)["attempt"]) == (state, 2)
+
+
+# ---- any order -------------------------------------------------------------------------------
+
+RUN, DETAILS = 10, (MIDDLE, "heartbeat", "task_completed")
+
+
+@st.composite
+def histories(draw):
+    """How often one id runs, how it ends the last time, and what arrives, each with a time of its own.
+
+    Ends come at any later place, also behind the next runs; starts behind the end of their run; details
+    anywhere or not at all; any of these once more.  But starts keep their order, and the last run's end comes
+    behind its start: nothing shows of an end alone that it is not that of the run before.
+    """
+    runs, arrives, end = draw(st.integers(1, 4)), [], ""
+
+    def after(place):
+        return draw(st.integers(place + 1, place + 30))
+
+    for run in range(runs):
+        begin, hour, end = run * RUN, f"2026-11-01T{10 + run}", draw(st.sampled_from(script.ENDS))
+        start, over = (START, f"{hour}:00:00Z"), (end, f"{hour}:50:00Z")
+        started = begin + draw(st.sampled_from([0, RUN - 1]))
+        told = [(started, start), (after(started if run == runs - 1 else begin), over)]
+        for minute, event in enumerate(draw(st.lists(st.sampled_from(DETAILS), max_size=3))):
+            told.append((after(begin), (event, f"{hour}:1{minute}:00Z")))
+        told += [(after(place), report_) for place, report_ in told if draw(st.booleans())]
+        arrives += told
+    return runs, end, [report_ for _, report_ in sorted(arrives, key=lambda one: one[0])]
+
+
+@SHARED
+@given(history=histories())
+def test_whatever_comes_late_or_twice_a_run_is_in_its_last_state(local, history):
+    runs, end, arrives = history
+    run = f"run-{db.as_writer(local.engine, lambda write: write.new_id('inbound'))}"
+    build_id = f"script:{run}"
+    for event, time in arrives:
+        before = len(types(local, build_id))
+        answer = report(local, event, run, timestamp=time)
+        made = len(types(local, build_id)) - before
+        assert made == 0 if answer["status"] == "ignored" else made == 1 or event == "heartbeat"
+    shown = build(local, build_id)
+    assert shown["state"] == ("completed" if end.endswith("completed") else "failed")
+    assert shown["attempt"] <= runs
+    numbers = [attempt for _, attempt in types(local, build_id)]
+    assert numbers == sorted(numbers)

@@ -560,6 +560,7 @@ def _of_script(row: Row) -> Row:
         "begun": report.get(_BEGUN, False),
         "script_start": _parsed(report.get(_START)),
         "script_end": _parsed(report.get(_END)),
+        "deploying": bool(report.get("planned")) or report.get("phase") in ("planning", "deploying"),
         "started_at": row["started_at"],
     }
 

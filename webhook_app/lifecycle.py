@@ -184,7 +184,8 @@ class Recorded:
     `ended_at`: the platform's time of the end, None if it is not known; a script's may be ours.
     `queue_id`, `created_at`: as in `Observation`.
     Of a build script's attempt: `begun`: the script has said that it began; `script_start`, `script_end`:
-    when it began and ended by the script's own clock; `started_at`: by that or by ours.
+    when it began and ended by the script's own clock; `started_at`: by that or by ours; `deploying`: it plans
+    and deploys, so that its start lies in the middle.
     """
 
     attempt: int
@@ -202,6 +203,7 @@ class Recorded:
     begun: bool = False
     script_start: datetime | None = None
     script_end: datetime | None = None
+    deploying: bool = False
     started_at: datetime | None = None
 
     @property
@@ -486,7 +488,7 @@ def _is_later(recorded: Recorded, seen: Observation, margin: timedelta = timedel
 # ---- reports of build scripts ----------------------------------------------------------------
 
 ENDED = "the run has ended already; build_started opens its next attempt"
-BEFORE_THIS_ATTEMPT = "its timestamp is before the start of the present attempt"
+OF_AN_EARLIER_RUN = "its timestamp is before the start of the present attempt"
 BEFORE_THE_END = "its timestamp is before the end of the run: a late report"
 KNOWN_START = "this start of the run was reported before"
 
@@ -502,15 +504,23 @@ def _reported(recorded: Recorded, seen: Observation) -> Verdict:
     """
     if seen.state is None:
         return _stay(recorded, seen)
-    if _is_before_this_attempt(recorded, seen):
-        return _ignored(recorded, BEFORE_THIS_ATTEMPT)
+    if _is_of_an_earlier_run(recorded, seen):
+        return _ignored(recorded, OF_AN_EARLIER_RUN)
     if not recorded.state.terminal:
-        return _move(recorded, seen, seen.state) if seen.state.terminal else _stay(recorded, seen)
+        return _while_it_runs(recorded, seen, seen.state)
     if seen.begins:
         return _begun_after_the_end(recorded, seen, seen.state)
     if not recorded.told_state.terminal:
         return _move(recorded, seen, seen.state)
     return _stay(recorded, seen) if seen.state is recorded.state else _ignored(recorded, ENDED)
+
+
+def _while_it_runs(recorded: Recorded, seen: Observation, state: State) -> Verdict:
+    """A repeated start is the same one, unless the script says that it came later: then an end was lost."""
+    started_anew = _is_before(recorded.script_start, seen.reported_at) and not recorded.deploying
+    if seen.begins and started_anew:
+        return _reopen(seen, recorded.attempt + 1)
+    return _move(recorded, seen, state) if state.terminal else _stay(recorded, seen)
 
 
 def _begun_after_the_end(recorded: Recorded, seen: Observation, state: State) -> Verdict:
@@ -530,8 +540,11 @@ def _begun_after_the_end(recorded: Recorded, seen: Observation, state: State) ->
     return _reopen(seen, recorded.attempt + 1)
 
 
-def _is_before_this_attempt(recorded: Recorded, seen: Observation) -> bool:
-    """Does its time show that a report belongs to an earlier attempt?"""
+def _is_of_an_earlier_run(recorded: Recorded, seen: Observation) -> bool:
+    """Does its time show that a report belongs to a run before the present attempt?
+
+    Not in a first attempt, before which none is known: a clock that is wrong must not cost a build its end.
+    """
     began = recorded.script_start
     if began is None and recorded.started_at is not None:
         began = recorded.started_at - CLOCKS_DIFFER
