@@ -298,7 +298,7 @@ def test_a_source_that_went_quiet_deaf_or_is_paused(clinic):
     found = clinic()
     assert has(found, "fail", "github: deaf since")
     assert not has(found, "warn", "a wrong time")
-    db.in_transaction(clinic.engine, lambda held: health.tell_clock_off(held, "gitlab", 400.0, now))
+    db.in_transaction(clinic.engine, lambda held: health.note_clock_off(held, "gitlab", 400.0, now))
     assert has(clinic(), "warn", "gitlab: a push with a right signature and a wrong time was refused at")
     assert has(found, "warn", "github: not polled until")
     assert has(found, "warn", "gitlab: its last 2 pushes were refused")

@@ -420,7 +420,7 @@ def test_a_push_that_is_taken_ends_the_row_of_refusals(engine):
 
 def test_a_wrong_clock_is_told_once_an_hour_and_source(engine):
     def tell(now, age_seconds, of="gitlab"):
-        db.in_transaction(engine, lambda held: health.tell_clock_off(held, of, age_seconds, at(now)))
+        db.in_transaction(engine, lambda held: health.note_clock_off(held, of, age_seconds, at(now)))
 
     tell(0, 400)
     tell(1, -7200)

@@ -170,7 +170,7 @@ def _scheduler(_chosen: argparse.Namespace) -> int:
 
 
 def _warn_of_misspelt(data_dir: Path | None = None) -> None:
-    """A misspelt setting would otherwise change nothing, and nobody would be the wiser."""
+    """Print a warning for each variable that looks like a misspelt setting: it has no effect."""
     kept = up.read_secrets(data_dir or settings.data_dir(os.environ))
     for name, meant in settings.misspelt(os.environ, kept).items():
         print(f"buildrelay: warning: {name} is no setting: did you mean {meant}?", file=sys.stderr)
@@ -197,7 +197,7 @@ def _add_subscribers(commands: Any) -> None:
     add.add_argument("--signing", choices=["hmac", "ed25519"], default="hmac")
     show = _command(group, "show", _show_subscriber, "Show a subscriber, and how its endpoint does.")
     show.add_argument("id")
-    show.add_argument("--json", action="store_true", help="as the API tells it")
+    show.add_argument("--json", action="store_true", help="print the JSON of the API")
     change = _command(group, "change", _change_subscriber, "Change what is named of a subscriber.")
     change.add_argument("id")
     cli_subscribers.add_options(change, changing=True)
@@ -418,7 +418,7 @@ def _add_deliveries(commands: Any) -> None:
     list_.add_argument("--most", type=_count, default=50, help="how many (default: %(default)s)")
     show = _command(group, "show", _show_delivery, "Show one delivery with each of its attempts.")
     show.add_argument("id")
-    show.add_argument("--json", action="store_true", help="as the API tells it")
+    show.add_argument("--json", action="store_true", help="print the JSON of the API")
     retry = _command(group, "retry", _retry_delivery, "Send one delivery again, under its id.")
     retry.add_argument("id")
     redrive = _command(group, "redrive", _redrive, "Send the dead deliveries of active subscribers again.")

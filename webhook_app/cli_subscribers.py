@@ -179,7 +179,7 @@ def delivery(row: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) -> d
 
 
 def as_json(shown: Mapping[str, Any]) -> str:
-    """The same as the API tells it."""
+    """The same as the JSON of the API."""
     return json.dumps(shown, indent=2, default=_plain)
 
 

@@ -204,12 +204,12 @@ def provider_headers(
     """What receivers of a platform's webhooks look at, beside the Standard Webhooks headers."""
     if format_ != formats.PROVIDER:
         return {}
-    told = {**provider_shapes.shape(message.type, message.data).headers}
-    if "x-github-event" in told:
-        told["x-github-delivery"] = message.message_id
-    if "x-gitlab-event" not in told and secrets and secrets[0].startswith(signing.HMAC_PREFIX):
-        told["x-hub-signature-256"] = signing.github_signature(secrets[0], content)
-    return told
+    extra = {**provider_shapes.shape(message.type, message.data).headers}
+    if "x-github-event" in extra:
+        extra["x-github-delivery"] = message.message_id
+    if "x-gitlab-event" not in extra and secrets and secrets[0].startswith(signing.HMAC_PREFIX):
+        extra["x-hub-signature-256"] = signing.github_signature(secrets[0], content)
+    return extra
 
 
 # ---- claiming --------------------------------------------------------------------------------

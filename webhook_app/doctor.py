@@ -224,8 +224,8 @@ def _told(values: Settings, name: str) -> dict[str, Any]:
     """The row of the source; empty while the store is away or old."""
     try:
         with _store(values) as engine, db.reading(engine) as connection:
-            told = health.snapshot(connection).get(name, {})
-            return {**told, "clock_off_at": health.clock_off_at(connection, name)}
+            row = health.snapshot(connection).get(name, {})
+            return {**row, "clock_off_at": health.clock_off_at(connection, name)}
     except db.StoreUnavailable:
         return {}
 

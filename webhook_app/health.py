@@ -436,17 +436,17 @@ RETURNING refused_in_row
 """).bindparams(bindparam("now", type_=Moment))
 
 
-CLOCK_OFF, CLOCK_TOLD_AGAIN = "source.clock_off", timedelta(hours=1)
+CLOCK_OFF, CLOCK_OFF_INTERVAL = "source.clock_off", timedelta(hours=1)
 
 
-def tell_clock_off(connection: Connection, source: str, age_seconds: float, now: datetime) -> None:
-    """Tell admins, once an hour, of a webhook that was refused for its time alone.
+def note_clock_off(connection: Connection, source: str, age_seconds: float, now: datetime) -> None:
+    """Add a notice, once an hour, about a webhook that was refused for its time alone.
 
-    Its signature is right, so two clocks differ; or somebody sends an old webhook again, who can make no
-    more of it than this notice.
+    Its signature is right, so two clocks differ; or somebody sends an old webhook again, and gets no further
+    than this notice.
     """
     before = clock_off_at(connection, source)
-    if before is not None and before > now - CLOCK_TOLD_AGAIN:
+    if before is not None and before > now - CLOCK_OFF_INTERVAL:
         return
     order = "behind" if age_seconds > 0 else "ahead of"
     message = (
@@ -458,7 +458,7 @@ def tell_clock_off(connection: Connection, source: str, age_seconds: float, now:
 
 
 def clock_off_at(connection: Connection, source: str) -> datetime | None:
-    """When admins were last told that the clock of a source differs from ours."""
+    """When the last notice about the clock of a source was written."""
     columns = models.notices.c
     of_source = select(func.max(columns.created_at)).where(
         columns.kind == CLOCK_OFF, columns.subject == source
@@ -483,10 +483,10 @@ class Refusals:
         self._noted[source] = clock
         age_seconds = self._clock_off.pop(source, None)
 
-        def unit(held: Connection) -> None:
-            refused(held, source, status, utc_now())
+        def unit(connection: Connection) -> None:
+            refused(connection, source, status, utc_now())
             if age_seconds is not None:
-                tell_clock_off(held, source, age_seconds, utc_now())
+                note_clock_off(connection, source, age_seconds, utc_now())
 
         with suppress(db.StoreUnavailable):
             db.in_transaction(self._engine, unit)

@@ -302,8 +302,8 @@ def _hook(url: str, source: SourceSettings) -> tuple[str, str, str]:
     where = f"{url}/webhooks/{name}"
     if name in _BUILT_IN:
         return f"{name} webhooks", where, f"secret: {name.upper()}_WEBHOOK_SECRET"
-    told = "its webhook_secret" if source.webhook_secrets else "none: every push is refused"
-    return f"{name} webhooks ({source.source.platform})", where, f"secret: {told}"
+    secret = "its webhook_secret" if source.webhook_secrets else "none: every push is refused"
+    return f"{name} webhooks ({source.source.platform})", where, f"secret: {secret}"
 
 
 def banner(url: str, values: Settings, *, first: bool, private: bool) -> str:

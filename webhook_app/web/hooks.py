@@ -73,11 +73,11 @@ def in_front_of(flask: WSGI, held: State) -> WSGI:
 def _log_push(source: str, answer: Response | Answer, seconds: float) -> None:
     """One line per push, after its transaction: whether it was accepted or refused, with its ids."""
     if log.isEnabledFor(logging.INFO):
-        told = {"source": source[:MOST_NAME]} | _told(answer)
-        loglines.event(log, "push", **told, duration_ms=round(seconds * 1000, 1))
+        fields = {"source": source[:MOST_NAME]} | _log_fields(answer)
+        loglines.event(log, "push", **fields, duration_ms=round(seconds * 1000, 1))
 
 
-def _told(answer: Response | Answer) -> dict[str, object]:
+def _log_fields(answer: Response | Answer) -> dict[str, object]:
     """What an answer says, for the log."""
     if isinstance(answer, Response):
         reason = orjson.loads(answer.get_data()).get("detail")

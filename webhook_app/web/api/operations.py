@@ -31,7 +31,7 @@ def list_events(asked: dict[str, Any]) -> Any:
 
     `next_cursor` is the id to go on from, as text, and is never null: whoever polls hands it in as
     `after` (or `cursor`) each time, and an empty page means that there is nothing new yet.  What is older
-    than `RETENTION_DAYS` is gone: `oldest_id` tells how far back the list goes.  With `strict=true` a page
+    than `RETENTION_DAYS` is gone: `oldest_id` is how far back the list goes.  With `strict=true` a page
     ends before a gap, and where the event after `after` is gone the answer is 410: its `next_cursor` skips
     the gap.
     """
