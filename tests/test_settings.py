@@ -1,6 +1,7 @@
 """Every setting: its default, a good value, a bad value; files, aliases, YAML, further sources."""
 
 import base64
+import json
 import re
 import subprocess
 import sys
@@ -922,12 +923,14 @@ def test_the_nearest_key_of_the_file_is_named(with_file, text, near):
 def test_the_start_of_a_process_warns_of_misspelt_names(tmp_path):
     """Without the value, which may be a secret."""
     (tmp_path / "secrets.env").write_text("ADMIN_TOKN=hush\n")
-    env = hub.clean_environment({"BUILDRELAY_DATA_DIR": str(tmp_path), "GITHUB_WEBHOOK_SECRETS": "hush"})
+    env = {"BUILDRELAY_DATA_DIR": str(tmp_path), "GITHUB_WEBHOOK_SECRETS": "hush", "LOG_FORMAT": "json"}
+    env = hub.clean_environment(env)
     command = [sys.executable, "-m", "webhook_app", "migrate"]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert result.stderr.splitlines() == [
-        "buildrelay: warning: ADMIN_TOKN is no setting: did you mean ADMIN_TOKEN?",
-        "buildrelay: warning: GITHUB_WEBHOOK_SECRETS is no setting: did you mean GITHUB_WEBHOOK_SECRET?",
+    lines = [json.loads(line) for line in result.stderr.splitlines()]
+    assert [(line["level"], line["msg"]) for line in lines] == [
+        ("warning", "ADMIN_TOKN is no setting: did you mean ADMIN_TOKEN?"),
+        ("warning", "GITHUB_WEBHOOK_SECRETS is no setting: did you mean GITHUB_WEBHOOK_SECRET?"),
     ]
 
 

@@ -170,10 +170,11 @@ def _scheduler(_chosen: argparse.Namespace) -> int:
 
 
 def _warn_of_misspelt(data_dir: Path | None = None) -> None:
-    """Print a warning for each variable that looks like a misspelt setting: it has no effect."""
+    """Log a warning for each variable that looks like a misspelt setting: it has no effect."""
     kept = up.read_secrets(data_dir or settings.data_dir(os.environ))
+    format_ = settings.log_format(os.environ)
     for name, meant in settings.misspelt(os.environ, kept).items():
-        print(f"buildrelay: warning: {name} is no setting: did you mean {meant}?", file=sys.stderr)
+        print(loglines.line(format_, f"{name} is no setting: did you mean {meant}?"), file=sys.stderr)
 
 
 def _environment() -> dict[str, str]:

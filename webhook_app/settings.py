@@ -500,9 +500,19 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
 
 def data_dir(environ: Mapping[str, str]) -> Path:
     """The data directory, for what is read there before all is known.  Raises `SettingsError`."""
-    (variable,) = (one for one in VARIABLES if one.name == "BUILDRELAY_DATA_DIR")
-    path: Path = _value(variable, environ, _read_yaml(environ.get("BUILDRELAY_CONFIG", "")))
+    path: Path = _one("BUILDRELAY_DATA_DIR", environ)
     return path
+
+
+def log_format(environ: Mapping[str, str]) -> str:
+    """The format of log lines, for those written before all is known.  Raises `SettingsError`."""
+    format_: str = _one("LOG_FORMAT", environ)
+    return format_
+
+
+def _one(name: str, environ: Mapping[str, str]) -> Any:
+    (variable,) = (one for one in VARIABLES if one.name == name)
+    return _value(variable, environ, _read_yaml(environ.get("BUILDRELAY_CONFIG", "")))
 
 
 def given(environ: Mapping[str, str]) -> set[str]:
