@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
-from sqlalchemy import Connection, Engine, bindparam, delete, func, insert, select, text, tuple_, update
+from sqlalchemy import Connection, Engine, bindparam, delete, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from webhook_app import bulk, db, histograms, loglines, models
@@ -139,7 +139,7 @@ ON CONFLICT (name) DO UPDATE SET
   pushed_in_row = sources.pushed_in_row + excluded.changes_pushed,
   refused_in_row = 0,
   last_push_at = excluded.last_push_at
-RETURNING deaf_since, last_missed_at
+RETURNING deaf_since, last_missed_at, pushed_in_row
 """)
     .bindparams(bindparam("now", type_=Moment))
     .columns(deaf_since=Moment, last_missed_at=Moment)
@@ -157,11 +157,11 @@ def _note_pushes(connection: Connection, source: str, tally: _Tally, now: dateti
         "window": WINDOW,
         "kept": (1 - 1 / WINDOW) ** changes,
     }
-    deaf_since, last_missed_at = bulk.run(connection, _PUSHED, values)[0]
+    deaf_since, last_missed_at, in_row = bulk.run(connection, _PUSHED, values)[0]
     _note_delays(connection, source, ObservedBy.PUSH, tally.pushed, now)
-    if tally.known and last_missed_at is not None and last_missed_at > now - LATE_WITHIN:
-        _take_back(connection, source, tally.known, now)
-    if deaf_since is not None:
+    may_be_late = bool(tally.known) and last_missed_at is not None and last_missed_at > now - LATE_WITHIN
+    were_late = may_be_late and _take_back(connection, source, tally.known, now)
+    if deaf_since is not None and (were_late or in_row >= RECOVERED_AFTER):
         _review(connection, source, now)
 
 
@@ -225,12 +225,6 @@ def _less_share(row: Any, missed: int) -> float:
     return (row["push_share"] or 0.0) * (before / (before + missed) if young else (1 - 1 / WINDOW) ** missed)
 
 
-def _more_share(row: Any, late: int) -> float:
-    """The share after so many of the changes that it left out were pushed after all."""
-    weight = 1 / min(row["changes_pushed"] + row["changes_polled"], WINDOW)
-    return float(min((row["push_share"] or 0.0) + late * weight, 1.0))
-
-
 def _remember(connection: Connection, source: str, missed: Sequence[Observation], now: datetime) -> None:
     """Note the repositories: their deliveries are looked at, and their pace is the full one again."""
     names = {seen.repository for seen in missed if seen.repository}
@@ -267,32 +261,60 @@ def upsert(connection: Connection, table: Any, rows: Sequence[dict[str, Any]]) -
 _m, _h, _s = models.missed_changes.c, models.hooks.c, models.sources.c
 
 
-def _take_back(connection: Connection, source: str, pushes: Sequence[Observation], now: datetime) -> None:
-    """Count misses whose push has come after all as late pushes, and undo what they changed.
+def _take_back(connection: Connection, source: str, pushes: Sequence[Observation], now: datetime) -> bool:
+    """Count misses whose push has come after all as late pushes, and undo what they changed; were there any?
 
     A poll may tell a change first while its push waits for its turn, here or on its way.
     """
     late = _were_late(connection, source, pushes, now)
     if not late:
-        return
-    keys = [(row.key, row.attempt, row.state) for row in late]
+        return False
     connection.execute(
-        update(models.missed_changes)
-        .where(tuple_(_m.key, _m.attempt, _m.state).in_(keys))
-        .values(pushed_late=True)
+        _PUSHED_LATE,
+        [{"the_key": row.key, "the_attempt": row.attempt, "the_state": row.state} for row in late],
     )
-    row = connection.execute(select(models.sources).where(_s.name == source)).mappings().one()
-    connection.execute(
-        update(models.sources)
-        .where(_s.name == source)
-        .values(
-            late_pushes=row["late_pushes"] + len(late),
-            pushed_in_row=row["pushed_in_row"] + len(late),
-            push_share=_more_share(row, len(late)),
-        )
+    connection.execute(_LATE, {"source": source, "late": len(late), "window": WINDOW})
+    repositories = {row.repository for row in late if row.repository}
+    connection.execute(_FORGET_MISSES, {"the_source": source, "names": sorted(repositories)})
+    return True
+
+
+_PUSHED_LATE = (
+    update(models.missed_changes)
+    .where(
+        _m.key == bindparam("the_key"),
+        _m.attempt == bindparam("the_attempt"),
+        _m.state == bindparam("the_state"),
     )
-    for repository in {row.repository for row in late if row.repository}:
-        _forget_miss(connection, source, repository)
+    .values(pushed_late=True)
+)
+_LATE = text("""
+UPDATE sources SET
+  late_pushes = late_pushes + :late,
+  pushed_in_row = pushed_in_row + :late,
+  push_share = CASE WHEN changes_pushed + changes_polled < :window
+    THEN (push_share * (changes_pushed + changes_polled) + :late) / (changes_pushed + changes_polled)
+    WHEN push_share + :late * 1.0 / :window > 1 THEN 1.0 ELSE push_share + :late * 1.0 / :window END
+WHERE name = :source
+""")
+_r = models.repositories.c
+_FORGET_MISSES = (
+    update(models.repositories)
+    .where(_r.source == bindparam("the_source"), _r.repository.in_(bindparam("names", expanding=True)))
+    .values(
+        missed_at=select(func.max(_m.missed_at))
+        .where(_m.source == _r.source, _m.repository == _r.repository, _m.pushed_late.is_(False))
+        .scalar_subquery()
+    )
+)
+"""The last miss of a repository is the newest one that still counts as such."""
+
+
+_MISSED = select(models.missed_changes).where(
+    _m.key.in_(bindparam("keys", expanding=True)),
+    _m.missed_at > bindparam("since"),
+    _m.pushed_late.is_(False),
+)
 
 
 def _were_late(
@@ -300,47 +322,34 @@ def _were_late(
 ) -> list[Any]:
     """The missed changes that these pushes tell, less those whose push was asked for again."""
     told = {(seen.key, seen.state.value): seen.attempt for seen in pushes if seen.state is not None}
-    found = connection.execute(
-        select(models.missed_changes).where(
-            _m.key.in_({key for key, _ in told}),
-            _m.missed_at > now - LATE_WITHIN,
-            _m.pushed_late.is_(False),
-        )
-    ).all()
+    asked = {"keys": list({key for key, _ in told}), "since": now - LATE_WITHIN}
+    found = connection.execute(_MISSED, asked).all() if told else []
     mine = [row for row in found if told.get((row.key, row.state), -1) in (None, row.attempt)]
-    return [row for row in mine if not _was_asked_for(connection, source, row, now)]
+    if not mine:
+        return []
+    asked_at, looked_at = _asked_for(connection, source, now)
+    return [
+        row
+        for row in mine
+        if row.repository not in looked_at and (asked_at is None or row.missed_at > asked_at)
+    ]
 
 
-def _was_asked_for(connection: Connection, source: str, missed: Any, now: datetime) -> bool:
-    """May the push be a redelivery?  One that we had to ask for was missed."""
-    asked_at = models.redeliveries.c.asked_at
-    asked = select(asked_at).where(models.redeliveries.c.source == source, asked_at >= missed.missed_at)
-    asking = select(_h.source).where(
-        _h.source == source,
-        _h.repository == missed.repository,
-        _h.next_look_at > now,
-        _h.refused.is_(False),
-    )
-    return any(connection.execute(one.limit(1)).first() is not None for one in (asked, asking))
+_ASKED = select(func.max(models.redeliveries.c.asked_at)).where(
+    models.redeliveries.c.source == bindparam("of")
+)
+_LOOKED_AT = select(_h.repository).where(
+    _h.source == bindparam("of"), _h.next_look_at > bindparam("now"), _h.refused.is_(False)
+)
 
 
-def _forget_miss(connection: Connection, source: str, repository: str) -> None:
-    """Let the repository's last miss be the newest one that still counts as such."""
-    columns = models.repositories.c
-    here = (_m.source == source, _m.repository == repository)
-    late_at = connection.execute(select(func.max(_m.missed_at)).where(*here, _m.pushed_late)).scalar()
-    left_at = connection.execute(
-        select(func.max(_m.missed_at)).where(*here, _m.pushed_late.is_(False))
-    ).scalar()
-    connection.execute(
-        update(models.repositories)
-        .where(
-            columns.source == source,
-            columns.repository == repository,
-            columns.missed_at <= late_at,
-        )
-        .values(missed_at=left_at)
-    )
+def _asked_for(connection: Connection, source: str, now: datetime) -> tuple[datetime | None, set[str]]:
+    """When a redelivery was asked for last, and the repositories whose deliveries are being looked at.
+
+    A push that came after that may be one we had to ask for, and that was missed.
+    """
+    asked_at = connection.execute(_ASKED, {"of": source}).scalar()
+    return asked_at, set(connection.execute(_LOOKED_AT, {"of": source, "now": now}).scalars())
 
 
 # ---- are pushes gone, or back? ---------------------------------------------------------------
