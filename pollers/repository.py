@@ -191,7 +191,6 @@ def _list_failed(found: Findings, fault: PollError) -> list[Due]:
     """A list that failed: the source's trouble, everybody's trouble there, or only that of lists."""
     if fault.fault in SOURCE_FAULTS:
         raise fault
-    log.info("list failed: %s %s: %s", found.place.source, found.place.repositories, fault)
     if fault.fault is not PollFault.UNAVAILABLE:
         found.refused = _told(fault)
         return found.place.due

@@ -520,7 +520,8 @@ def _list_sources(_chosen: argparse.Namespace) -> int:
         secret = "secret" if source.webhook_secrets else "no secret"
         token = "token" if source.has_token else "no token"
         counts = f"{row.get('pushes', 0)} pushes, {row.get('missed_pushes', 0)} missed"
-        print(f"{name:<10} {source.source.platform:<8} {secret}, {token}  {counts}")
+        failing = f"  can't be read: {row['api_error']}" if row.get("api_failing_since") else ""
+        print(f"{name:<10} {source.source.platform:<8} {secret}, {token}  {counts}{failing}")
         for repository in source.repositories:
             print(f"           {repository}")
     return 0
