@@ -57,6 +57,8 @@ def add_options(parser: argparse.ArgumentParser, *, changing: bool) -> None:
         )
     for option, words, help_ in _WORDS.values():
         parser.add_argument(f"--{option}", action="append", choices=words, help=f"{help_}; may be repeated")
+    parser.add_argument("--forks", action=argparse.BooleanOptionalAction, default=None,
+                        help="branches and changes look at builds of forks as well")  # fmt: skip
     parser.add_argument("--format", choices=formats.FORMATS, help="the shape of the body")
     parser.add_argument("--description", type=_text(LONGEST_DESCRIPTION))
     parser.add_argument(
@@ -77,7 +79,7 @@ def add_options(parser: argparse.ArgumentParser, *, changing: bool) -> None:
 
 def fields(chosen: argparse.Namespace) -> dict[str, Any]:
     """The API's fields that were chosen.  Raises `WrongUse`."""
-    given = {name: getattr(chosen, name) for name in (*_LISTS, "format", "description", "ordered")}
+    given = {name: getattr(chosen, name) for name in (*_LISTS, "forks", "format", "description", "ordered")}
     given |= {name: getattr(chosen, option) for name, (option, *_) in _WORDS.items()}
     given |= {"rate_limit_per_second": chosen.rate_limit, "headers": _headers(chosen.header)}
     given |= {"url": chosen.url}
@@ -148,7 +150,7 @@ def _per_second(text: str) -> int:
 # ---- rows ------------------------------------------------------------------------------------
 
 _SHOWN = (
-    "id", "url", *_LISTS, *_WORDS, "format", "description", "rate_limit_per_second", "ordered", "headers",
+    "id", "url", *_LISTS, *_WORDS, "forks", "format", "description", "rate_limit_per_second", "ordered", "headers",
     "signing", "public_key", "origin", "state", "disabled_reason", "failing_since", "failures",
     "warned_percent", "on_probation", "slow_until", "created_at", "updated_at",
 )  # fmt: skip
