@@ -105,6 +105,33 @@ def test_an_upgrade_keeps_every_row_of_every_table(empty, older):
     assert after == before
 
 
+@pytest.mark.parametrize(
+    ("found", "is_read"),
+    [
+        ({"polling": "error", "state": "in_progress"}, True),
+        ({"polling": "timeout", "state": "timeout"}, True),
+        ({"polling": "done", "state": "failed"}, True),
+        ({"polling": "done", "state": "failed", "told_state": "failed"}, False),
+        ({"polling": "done", "state": "failed", "platform": "script"}, False),
+        ({"polling": "stopped", "state": "timeout"}, False),
+        ({"polling": "stopped", "state": "in_progress"}, False),
+    ],
+)
+def test_builds_that_an_older_program_read_no_more_are_read_again(empty, found, is_read):
+    migrations.upgrade(empty, "0011")
+    tables = MetaData()
+    tables.reflect(empty, only=["builds"])
+    builds_then = tables.tables["builds"]
+    row = {column.name: some(column) for column in builds_then.columns}
+    row |= {"told_state": "in_progress", "platform": "github", "next_poll_at": None, **found}
+    with empty.connect().execution_options(writing=True) as connection, connection.begin():
+        connection.execute(builds_then.insert(), [row])
+    migrations.upgrade(empty)
+    with empty.connect() as connection:
+        due = connection.execute(select(models.builds.c.next_poll_at)).scalar()
+    assert due == (NOON if is_read else None)
+
+
 def some(column):
     """A value that the column can hold; equal for what refers to a row and for the row."""
     kinds = (

@@ -150,8 +150,8 @@ def _per_second(text: str) -> int:
 # ---- rows ------------------------------------------------------------------------------------
 
 _SHOWN = (
-    "id", "url", *_LISTS, *_WORDS, "forks", "format", "description", "rate_limit_per_second", "ordered", "headers",
-    "signing", "public_key", "origin", "state", "disabled_reason", "failing_since", "failures",
+    "id", "url", *_LISTS, *_WORDS, "forks", "format", "description", "rate_limit_per_second", "ordered",
+    "headers", "signing", "public_key", "origin", "state", "disabled_reason", "failing_since", "failures",
     "warned_percent", "on_probation", "slow_until", "created_at", "updated_at",
 )  # fmt: skip
 _DELIVERY = (

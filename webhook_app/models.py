@@ -502,6 +502,7 @@ notices = Table(
     Column("text", Text, nullable=False),
     Column("created_at", Moment, nullable=False),
     Column("read_at", Moment),
+    Index("ix_notices_kind", "kind", "subject", "created_at"),
     comment="What admins are told.",
 )
 

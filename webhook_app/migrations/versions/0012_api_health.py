@@ -58,6 +58,7 @@ def upgrade() -> None:
         *(sa.Column(f"n{place}", COUNT, nullable=False) for place in range(BUCKETS)),
         comment="Durations counted by bucket (not cumulative), and their sum.",
     )
+    op.create_index("ix_notices_kind", "notices", ["kind", "subject", "created_at"])
     _read_again()
 
 
@@ -66,19 +67,26 @@ def _count(name: str, kind: sa.types.TypeEngine[int]) -> sa.Column[int]:
 
 
 def _read_again() -> None:
-    """Builds that polling gave up on had no next poll: they have one now."""
-    builds = sa.table(
-        "builds", sa.column("polling"), sa.column("state"), sa.column("next_poll_at"), sa.column("updated_at")
+    """Builds that polling gave up on, or that we ended ourselves, had no next poll: they have one now."""
+    names = ("polling", "state", "told_state", "platform", "next_poll_at", "updated_at")
+    builds = sa.table("builds", *map(sa.column, names))
+    goes_on = ("queued", "in_progress")
+    stopped = sa.and_(builds.c.polling == "error", builds.c.state.in_(goes_on))
+    ended_by_us = sa.and_(
+        builds.c.state.not_in(goes_on),
+        builds.c.told_state.in_(goes_on),
+        builds.c.platform != "script",
+        builds.c.polling != "stopped",
     )
-    stopped = sa.and_(
-        builds.c.polling == "error",
-        builds.c.next_poll_at.is_(None),
-        builds.c.state.in_(("queued", "in_progress")),
+    op.execute(
+        sa.update(builds)
+        .where(builds.c.next_poll_at.is_(None), sa.or_(stopped, ended_by_us))
+        .values(next_poll_at=builds.c.updated_at)
     )
-    op.execute(sa.update(builds).where(stopped).values(next_poll_at=builds.c.updated_at))
 
 
 def downgrade() -> None:
+    op.drop_index("ix_notices_kind", "notices")
     for table in ("histograms", "api_errors", "missed_changes"):
         op.drop_table(table)
     for name in ("told_at", "failing_since", "failures"):
