@@ -322,3 +322,9 @@ def test_a_missing_build_is_not_given_up_before_it_may_be_gone_and_read_when_it_
     changes = polling.after_error(known | {"missing_since": at(-600)}, NOON, PACE, "HTTP 404", "not_found")
     assert changes["polling"] == "error"
     assert polling.after_poll(known | {"started_at": None}, NOON, PACE, ask=False)["missing_since"] is None
+
+
+def test_a_build_that_polling_gave_up_on_stays_so_while_it_is_missing():
+    known = build(consecutive_errors=7, polling="error")
+    changes = polling.after_error(known, NOON, PACE, "HTTP 404", "not_found")
+    assert (changes["polling"], changes["next_poll_at"]) == ("error", NOON + polling.GONE_AFTER)

@@ -134,7 +134,8 @@ def after_error(build: Columns, now: datetime, pace: Pace, message: str, fault: 
     errors = build["consecutive_errors"] + 1
     missing_since = _missing_since(build, now, fault)
     may_be_gone = missing_since is not None and now < missing_since + GONE_AFTER
-    gives_up = errors >= pace.max_errors and not may_be_gone
+    had_stopped = build["polling"] == "error"
+    gives_up = errors >= pace.max_errors and (had_stopped or not may_be_gone)
     wait = _retry(errors - pace.max_errors) if gives_up else _backoff(build, errors, pace)
     due = now + timedelta(seconds=wait)
     if missing_since is not None and may_be_gone:
