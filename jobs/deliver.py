@@ -64,6 +64,14 @@ def deliver(held: Resources | None = None) -> None:
         _come_back(held)
 
 
+def leave_desk(held: Resources) -> None:
+    """Have tries under way noted whatever the job waits for, such as a Redis that hangs."""
+    try:
+        _Drain(held).leave()
+    except db.StoreUnavailable as error:
+        log.warning("tries are not noted, their messages will be sent again: %s", error)
+
+
 def _come_back(held: Resources) -> None:
     with db.reading(held.engine) as connection:
         due = deliveries.next_due(connection)
@@ -91,11 +99,15 @@ class _Drain:
         try:
             return self._drain(time.monotonic() + LONGEST_DRAIN_SECONDS)
         finally:
-            with self.desk.lock:
-                self.desk.attended = False
-                self._turn(self._take(), claims=False)
+            self.leave()
             if self.unfinished:
                 self._ring()
+
+    def leave(self) -> None:
+        """Settle what lies on the desk; from now on each sending thread settles its own try."""
+        with self.desk.lock:
+            self.desk.attended = False
+            self._turn(self._take(), claims=False)
 
     def _drain(self, until: float) -> int:
         count = 0

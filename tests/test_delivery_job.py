@@ -12,11 +12,13 @@ from contextlib import contextmanager
 
 import pytest
 from cryptography.fernet import Fernet
+from redis import Redis
 from sqlalchemy import select, update
 
 from jobs import deliver as job
 from jobs.resources import Desk, Resources
 from tests.facts import PACE, github
+from tests.hub import own_redis
 from tests.wire import OK
 from webhook_app import builds, db, models, queues, settings, subscribers
 from webhook_app.lifecycle import State
@@ -249,6 +251,36 @@ def test_a_second_stop_signal_changes_nothing(make_held, start_worker, serve, wa
     assert len(server.asked) == 1
     assert states(held, row["id"]) == [("delivered", 1, None)]
     assert tries(held) == [None]
+
+
+def test_a_redis_that_hangs_keeps_no_try_from_being_noted_at_the_end(
+    make_held, start_worker, serve, wait_until
+):
+    released = threading.Event()
+
+    def answer_later(connection):
+        connection.read_request()
+        released.wait(60)
+        connection.say(OK)
+
+    held, server = make_held(), serve(answer_later)
+    wanted = {"url": server.url, "signing": "hmac"}
+    db.as_writer(held.engine, lambda write: subscribers.create(write, wanted, (KEY,), utc_now()))
+    record(held, github(State.QUEUED))
+    with own_redis() as (url, redis_server), Redis.from_url(url) as redis:
+        queues.enqueue_once(redis, queues.DELIVER)
+        patient = f"{url}?socket_timeout=600"
+        with start_worker(REDIS_URL=patient, STOP_GRACE_SECONDS="300", DELIVERY_TIMEOUT="60") as worker:
+            wait_until(lambda: server.asked)
+            redis_server.signal(signal.SIGSTOP)
+            stopped = time.monotonic()
+            wait_until(
+                lambda: time.monotonic() - stopped > 50 * job.LISTEN_SECONDS
+            )  # now the job waits for it
+            worker.terminate()
+            released.set()
+            wait_until(lambda: tries(held) == [None])
+    assert len(server.asked) == 1
 
 
 def test_what_is_cut_at_the_end_of_the_grace_is_sent_again_and_counts_as_no_failure(
