@@ -115,9 +115,8 @@ def _end_in_time(held: Resources) -> None:
     _asked_to_end.wait()
     with suppress(RuntimeError):  # another thread takes a connection just now
         held.redis.set_retry(Retry(NoBackoff(), 0))
-    over = time.monotonic() + held.settings.stop_grace_seconds
-    deliver.leave_desk(held)
-    time.sleep(max(0.0, over - time.monotonic()))
+    threading.Thread(target=deliver.leave_desk, args=(held,), name="leave", daemon=True).start()
+    time.sleep(held.settings.stop_grace_seconds)
     cut = held.desk.room.subscribers.total()
     if cut:
         log.warning("the time to end is over: %d deliveries were cut and will be sent again", cut)

@@ -177,6 +177,19 @@ def test_lines_without_labels_and_our_own_in_another_form(tmp_path):
     assert lines == {"hello", "<web ended (exit code 3)>", "<web did not start>"}
 
 
+def test_children_that_die_at_the_same_moment_all_come_back(start, pid_of):
+    with start(("one", lasting("one"), None), ("two", lasting("two"), None)) as process:
+        read_until(process, "all ready")
+        one, two = pid_of("one"), pid_of("two")
+        os.kill(process.pid, signal.SIGSTOP)
+        for pid in (one, two):
+            os.kill(pid, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGCONT)
+        assert pid_of("one", but=one) != one
+        assert pid_of("two", but=two) != two
+        process.terminate()
+
+
 def test_a_child_that_keeps_dying_is_started_again_with_growing_waits(start):
     with start(("web", "exit 3", None)) as process:
         seen = [read_until(process, "ended")[-1] for _ in range(4)]
@@ -242,8 +255,8 @@ def test_a_second_stop_signal_changes_nothing_and_no_child_gets_term_twice(
 
 
 def test_children_that_got_term_from_elsewhere_are_not_started_again(start, pid_of):
-    """As on a platform that signals every process at once."""
-    with start(("one", lasting("one"), None), ("two", lasting("two"), None)) as process:
+    """As on a platform that signals every process at once; their ends are all seen, at once too."""
+    with start(("one", lasting("one"), None), ("two", lasting("two"), None), stop_seconds=600) as process:
         pids = [pid_of("one"), pid_of("two")]
         read_until(process, "all ready")
         os.kill(process.pid, signal.SIGSTOP)  # so that it learns of all of it at once

@@ -302,13 +302,17 @@ def _turn_for(house: _House, seconds: float, enough: Callable[[], bool]) -> None
 def _turn(house: _House, timeout_seconds: float | None) -> None:
     """Wait for output, a signal or the timeout; then see who died and who is to start again."""
     _listen(house, timeout_seconds)
-    if any(seat.process is not None and seat.process.poll() is not None for seat in house.seats):
+    if any(map(_has_ended, house.seats)):
         _listen(house, 0)  # a stop signal that came meanwhile explains an end
     for seat in house.seats:
-        if seat.process is not None and seat.process.returncode is not None:
+        if _has_ended(seat) and seat.process is not None:
             _note_end(house, seat, seat.process)
         if seat.restart is not None and time.monotonic() >= seat.restart and not house.stopping:
             _spawn(house, seat)
+
+
+def _has_ended(seat: _Seat) -> bool:
+    return seat.process is not None and seat.process.poll() is not None
 
 
 def _listen(house: _House, timeout_seconds: float | None) -> None:
