@@ -1,6 +1,7 @@
 """Deliveries that we missed are asked for again: a real reception, the simulated platforms, one stepped clock."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -37,7 +38,7 @@ class Relay:
     def start(self, stand):
         now = lambda: datetime.fromtimestamp(stand.clock(), UTC)  # noqa: E731
         self.monkeypatch.setattr(web, "utc_now", now)
-        self.monkeypatch.setattr(hooks, "time", SimpleNamespace(time=stand.clock))
+        self.monkeypatch.setattr(hooks, "time", SimpleNamespace(time=stand.clock, monotonic=time.monotonic))
         app = web.create_app(stand.held.settings)
         self.stack.callback(app.extensions["buildrelay"].engine.dispose)
         self.stack.callback(app.extensions["buildrelay"].redis.close)

@@ -37,6 +37,8 @@ def setup(format_: str, level: str) -> None:
     handler = _StandardError()
     handler.setFormatter(Formatter(format_))
     logging.basicConfig(level=level, handlers=[handler], force=True)
+    # No line shows them, and each push would pay for them.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.getLogger("rq").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     sys.excepthook = _log_fault
