@@ -47,9 +47,13 @@ class Look:
 
 
 def look(account: Account, source: Source, claimed: Claimed, redact: Redactor) -> Look:
-    """Read what is still wanted of one attempt; one that was claimed too often has killed its readers."""
-    if claimed.tries > MOST_TRIES:
-        never = Found(never=PollFault.UNAVAILABLE.value)
+    """Read what is still wanted of one attempt.
+
+    One that was claimed too often has killed its readers; one that was replaced has left nothing.
+    """
+    if claimed.tries > MOST_TRIES or claimed.is_replaced:
+        why = PollFault.NOT_FOUND if claimed.is_replaced else PollFault.UNAVAILABLE
+        never = Found(never=why.value)
         return Look(Brought(never if claimed.wants_log else None, never if claimed.wants_artifacts else None))
     return _Reader(account, source, claimed, redact).look()
 

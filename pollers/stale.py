@@ -183,7 +183,7 @@ def _due(row: Row) -> Due:
             url=row["url"],
             attempt_base=row["attempt_base"],
         ),
-        named_only=bool(row["requested"]) and row["raw_status"] is None and row["last_push_at"] is None,
+        named_only=polling.is_only_named(row),
         doubtful=bool(row["doubtful"]),
         read_before=row["last_poll_at"] is not None and row["poll_fault"] is None,
         missing=row["poll_fault"] == PollFault.NOT_FOUND,

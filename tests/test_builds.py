@@ -374,6 +374,36 @@ def test_a_build_that_a_request_named_is_created_by_the_first_word_about_it(engi
     assert types(engine) == ["build.polling_started", "build.queued"]
 
 
+def test_pushes_about_a_build_that_we_ended_do_not_put_its_next_read_off(engine):
+    record(engine, github(P, started_at=at(0)), now=at(0))
+    record(engine, github(T, by="poll", ours=True), now=at(100))
+    for second in range(101, 115):
+        record(engine, github(None), now=at(second))
+    build = row(engine)
+    assert (build["next_poll_at"], build["reads_after_end"]) == (at(160), 1)
+    assert (build["state"], build["polling"], build["last_push_at"]) == ("timeout", "done", at(114))
+
+
+def test_taking_back_an_end_of_ours_is_no_missed_push(engine):
+    record(engine, github(P), now=at(0))
+    record(engine, github(T, by="poll", ours=True), now=at(4000))
+    (outcome,) = record(engine, github(P, by="poll"), now=at(5000))
+    assert (outcome.act, outcome.moved, outcome.missed) == (Act.MOVE, False, False)
+    (outcome,) = record(engine, github(C, by="poll"), now=at(9000))
+    assert (outcome.moved, outcome.missed) == (True, True)
+
+
+def test_a_build_that_was_not_found_says_so_once(engine):
+    source = Source("github", "github", "https://api.example.com")
+    db.as_writer(engine, lambda write: builds.named(write, "github:Octo:Repo:1", source, at(0)))
+    missing = github(F, by="poll", ours=True, error="not found", raw_status=None)
+    for second in range(4):
+        record(engine, missing, now=at(second))
+        with engine.begin() as connection:
+            connection.execute(models.builds.update().values(polling.request(at(second))))
+    assert types(engine) == ["build.failed"]
+
+
 def test_an_end_of_ours_is_no_poll(engine):
     record(engine, github(P))
     record(engine, github(F, by="poll", ours=True, error="no heartbeat"))

@@ -761,6 +761,18 @@ def test_a_build_that_kills_every_worker_is_given_up(make_stand):
     assert stand.requests() == before
 
 
+@pytest.mark.parametrize("platform", ["jenkins", "github"])
+def test_a_build_that_another_has_replaced_has_left_nothing(make_stand, platform):
+    """What its platform would give under that identity is the other one's."""
+    stand, build = ended(make_stand, platform)
+    stand.push(build, State.IN_PROGRESS, created_at=stand.now() + timedelta(hours=1))
+    assert (stand.row(build)["attempt"], stand.row(build)["attempt_base"]) == (2, 1)
+    before = stand.requests()
+    collect(stand)
+    assert states(stand, build) == ("unavailable", "not_found", "unavailable", "not_found")
+    assert stand.requests() == before
+
+
 # ---- retention -------------------------------------------------------------------------------
 
 

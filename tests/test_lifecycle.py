@@ -241,6 +241,13 @@ def test_a_run_id_that_a_restored_server_gives_again_counts_on_from_the_attempts
     assert verdict(new, late_job).act is Act.DROP
 
 
+def test_a_build_of_an_older_store_has_no_queue_id_and_no_time_of_creation():
+    old = recorded(C, ended_at=at(60))
+    assert verdict(old, jenkins(P, queue_id="900", created_at=at(5000))).anew
+    assert not verdict(old, jenkins(C, queue_id="55", created_at=at(0), ended_at=at(60))).anew
+    assert not verdict(recorded(C), jenkins(P, queue_id="900", created_at=at(5000))).anew, "no time is known"
+
+
 def test_a_higher_attempt_is_a_rerun_whatever_its_time_of_creation():
     old = recorded(C, platform_at=at(900), ended_at=at(900), created_at=at(0))
     got = verdict(old, github(P, attempt=2, created_at=at(5000), platform_at=at(5000)))

@@ -289,13 +289,38 @@ def test_what_was_stopped_by_hand_is_not_read_on():
 @pytest.mark.parametrize(
     ("missing_for", "fault", "goes_on"),
     [(None, "not_found", True), (86_399, "not_found", True), (86_400, "not_found", False),
-     (86_400, "unavailable", False), (None, "unavailable", True)],
+     (86_400, "unavailable", True), (None, "unavailable", True)],
 )  # fmt: skip
 def test_what_is_not_found_for_a_day_is_not_read_any_more(missing_for, fault, goes_on):
     known = build(**OVER, missing_since=None if missing_for is None else at(-missing_for))
     changes = polling.after_late_error(known, NOON, PACE, "HTTP 404", fault)
     assert (changes["next_poll_at"] is not None) is goes_on
     assert (changes["poll_error"], changes["poll_fault"]) == ("HTTP 404", fault)
+
+
+@pytest.mark.parametrize(("due", "soon"), [(at(30), at(30)), (at(5000), at(60)), (None, at(60))])
+def test_a_push_about_what_we_ended_never_puts_its_next_read_off(due, soon):
+    known = build(**OVER, next_poll_at=due, reads_after_end=9, missing_since=at(-5))
+    changes = polling.after_late_push(known, NOON, PACE)
+    assert (changes["next_poll_at"], changes["last_push_at"], changes["missing_since"]) == (soon, NOON, None)
+    for more in ({"platform": "script"}, {"polling": "stopped"}):
+        assert polling.after_late_push(known | more, NOON, PACE)["next_poll_at"] == due
+
+
+def test_a_push_ends_what_was_missing():
+    known = build(missing_since=at(-4000), poll_fault="not_found")
+    assert polling.after_push(known, NOON, PACE, ask=False)["missing_since"] is None
+    assert polling.taken_up(NOON)["missing_since"] is None
+
+
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [({}, True), ({"raw_status": "queued"}, False), ({"last_push_at": NOON}, False), ({"requested": False}, False),
+     ({"state": "failed"}, False)],
+)  # fmt: skip
+def test_a_build_is_only_named_until_anybody_speaks_of_it_or_it_is_over(found, named):
+    known = {"requested": True, "raw_status": None, "last_push_at": None, "state": "queued"}
+    assert polling.is_only_named(build(**known | found)) is named
 
 
 def test_a_build_that_was_given_up_gets_as_long_again_as_it_has_taken():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select
 
 from tests.facts import PACE, at, github, gitlab
 from webhook_app import builds, bulk, db, models, results
@@ -116,19 +116,20 @@ def test_an_older_build_that_ends_later_is_compared_with_older_ones(told):
 
 
 def test_a_build_of_a_fork_is_none_of_a_branch(engine, told):
+    fork = {"branch": "stranger:main", "is_fork": True}
     assert told(github(F, run=1)) == ["broke"]
     assert told(github(C, run=2)) == ["fixed"]
-    assert told(github(F, run=3)) == ["broke"]
-    of_fork = update(models.builds).where(models.builds.c.key == "github:3").values(is_fork=True)
-    db.in_transaction(engine, lambda connection: connection.execute(of_fork))
-    assert told(github(C, run=4)) == [None], "what a fork broke is not ours"
-    event = {
-        "build": 9, "sequence": 2, "type": "build.failed",
-        "data": {"state": "failed", "source": "github", "is_fork": True} | dict.fromkeys(results._LINE),
-    }  # fmt: skip
-    with db.reading(engine) as connection:
-        results.note_changes(connection, [event])
-    assert "change" not in event
+    assert told(github(F, run=3, **fork)) == ["broke"], "on a line of its own"
+    assert told(github(C, run=4)) == [None], "what a fork broke is not broken here"
+    assert told(github(C, run=5, **fork)) == ["fixed"]
+
+
+def test_merge_requests_whose_branch_nobody_tells_are_no_line(told):
+    nameless = {"branch": None, "trigger": "pull_request"}
+    assert told(github(C, run=1, **nameless)) == [None]
+    assert told(github(F, run=2, **nameless)) == [None]
+    assert told(github(C, run=3, branch=None)) == [None], "a build without a branch is none of them"
+    assert told(github(F, run=4, branch=None)) == ["broke"]
 
 
 def test_many_lines_with_and_without_names_in_one_batch(told):

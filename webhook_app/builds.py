@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import bindparam, func, insert, or_, update
+from sqlalchemy import bindparam, case, func, insert, or_, update
 
 from webhook_app import (
     bulk,
@@ -79,7 +79,8 @@ class Outcome:
     """What became of one fact: the build it went to (None: no such build), and what it changed.
 
     `missed`: a change that a poll was first to tell, though a push should have.  `unchanged`: a poll said
-    that nothing changed.  `reason`: why a build script's report changed nothing.
+    that nothing changed.  `known`: it only took back an end of ours.  `reason`: why a build script's report
+    changed nothing.
     """
 
     build: int | None
@@ -89,12 +90,13 @@ class Outcome:
     events: int = 0
     missed: bool = False
     unchanged: bool = False
+    known: bool = False
     reason: str | None = None
 
     @property
     def moved(self) -> bool:
-        """Did the build's state change?"""
-        return self.act in _MOVES
+        """Did the build's state change on its platform?"""
+        return self.act in _MOVES and not self.known
 
 
 _MOVES = (Act.CREATE, Act.MOVE, Act.REOPEN)
@@ -178,11 +180,12 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
         if isinstance(fact, ErrorFound):
             return _note_error(draft, fact, now)
         return _apply_silence(draft, fact, now, pace)
-    told = draft is not None and not _is_only_named(draft.row)
+    told = draft is not None and not polling.is_only_named(draft.row)
     polled = fact.observed_by is ObservedBy.POLL and not fact.ours
     overtook = polled and (draft is None or polling.push_was_due(draft.row, now, pace))
     decided = verdict(_recorded(draft.row) if draft and told else None, fact)
     decided = _unless_known(draft, fact, decided)
+    known = draft is not None and _is_known(draft.row, fact, decided)
     if draft is None:
         draft = _Draft(_blank(write, fact, now), new=True)
     before = len(draft.events)
@@ -199,9 +202,16 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
         decided.act,
         decided.ask,
         len(draft.events) - before,
-        missed=overtook and decided.act in _MOVES,
+        missed=overtook and decided.act in _MOVES and not known,
+        known=known,
         reason=decided.reason,
     )
+
+
+def _is_known(row: Row, seen: Observation, decided: Verdict) -> bool:
+    """Does it only take back an end of ours, so that nothing has changed on the platform?"""
+    told_before = seen.state is not None and seen.state.value == row["told_state"]
+    return decided.act is Act.MOVE and polling.was_given_up(row) and told_before
 
 
 def _note_unlisted(draft: _Draft, seen: Observation) -> None:
@@ -236,11 +246,6 @@ def _note_late_silence(draft: _Draft, fact: PollFailed | Unchanged, now: datetim
         draft.change(polling.after_late_error(draft.row, now, pace, fact.message, fact.fault))
     else:
         draft.change(polling.read_on(draft.row, now, pace))
-
-
-def _is_only_named(row: Row) -> bool:
-    """Has nobody but a request for polling ever spoken of it?  Then the first word still creates it."""
-    return bool(row["requested"]) and row["raw_status"] is None and row["last_push_at"] is None
 
 
 def _recorded(row: Row) -> Recorded:
@@ -377,6 +382,7 @@ def _begin_anew(draft: _Draft, seen: Observation) -> None:
     names = ("workflow", "branch", "commit", "number", "url", "trigger", "head_repository", "queue_id")
     draft.change(dict.fromkeys(names) | {"is_fork": False, "unlisted": False})
     draft.change({"attempt_base": draft.row["attempt"], "platform_created_at": seen.created_at})
+    draft.change({"group_key": None})
 
 
 def _correct_attempt(draft: _Draft, seen: Observation, decided: Verdict) -> None:
@@ -672,6 +678,9 @@ def _schedule(draft: _Draft, seen: Observation, decided: Verdict, now: datetime,
         return
     if seen.observed_by is ObservedBy.POLL:
         _note_poll(draft, decided, now, pace)
+    elif polling.was_given_up(draft.row):
+        draft.change(polling.after_late_push(draft.row, now, pace))
+        return
     else:
         draft.change(polling.after_push(draft.row, now, pace, ask=decided.ask))
     row = draft.row
@@ -784,7 +793,9 @@ _CORRECT = (
         state=bindparam("the_state"),
         conclusion=bindparam("the_conclusion"),
         error=None,
-        started_at=func.coalesce(bindparam("the_start", type_=models.Moment), _a.started_at),
+        started_at=func.coalesce(
+            bindparam("the_start", type_=models.Moment), case((~_a.started_synthetic, _a.started_at))
+        ),
         ended_at=func.coalesce(bindparam("the_end", type_=models.Moment), _a.ended_at),
         started_synthetic=False,
         ended_synthetic=False,

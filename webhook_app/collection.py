@@ -83,6 +83,7 @@ class Claimed:
     """An attempt to look at: what is still wanted of it, and whose claim it is.
 
     `is_current`: no re-run has begun since; a list of artifacts is that of the newest attempt.
+    `is_replaced`: another build has its identity now, so what the platform would give is that one's.
     """
 
     build: int
@@ -95,6 +96,7 @@ class Claimed:
     wants_error: bool
     failed: bool
     is_current: bool
+    is_replaced: bool = False
 
     @property
     def last_try(self) -> bool:
@@ -180,6 +182,7 @@ def _take(connection: Connection, row: Row, now: datetime) -> Claimed:
         wants_error=failed and row["is_current"] and row["error"] is None,
         failed=failed and row["is_current"],
         is_current=bool(row["is_current"]),
+        is_replaced=row["attempt"] <= row["attempt_base"],
     )
 
 

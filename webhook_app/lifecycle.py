@@ -330,13 +330,13 @@ def compare_use(recorded: Recorded, seen: Observation) -> Use:
     """
     if recorded.queue_id is not None and seen.queue_id is not None:
         return _compare_queue_ids(recorded, seen)
+    if seen.created_at is not None and _is_created_after(recorded, seen, seen.created_at):
+        return Use.NEWER
     if recorded.created_at is None:
         return Use.SAME
     if seen.created_at is None:
         of_earlier = _precedes_creation(recorded.created_at, seen.job_created_at)
         return Use.OLDER if of_earlier else Use.SAME
-    if _is_created_after(recorded, seen, seen.created_at):
-        return Use.NEWER
     latest = max(filter(None, (seen.platform_at, seen.ended_at, seen.created_at)))
     return Use.OLDER if _precedes_creation(recorded.created_at, latest) else Use.SAME
 
@@ -360,10 +360,10 @@ def _is_created_after(recorded: Recorded, seen: Observation, created_at: datetim
 
     A higher attempt number is a re-run, whatever its times.
     """
-    known = max(filter(None, (recorded.platform_at, recorded.ended_at, recorded.created_at)))
+    known = max(filter(None, (recorded.platform_at, recorded.ended_at, recorded.created_at)), default=None)
     margin = WHOLE_SECONDS if recorded.told_state.terminal else MEASURED_TWICE
     is_rerun = seen.attempt is not None and seen.attempt > recorded.platform_attempt
-    return not is_rerun and created_at > known + margin
+    return known is not None and not is_rerun and created_at > known + margin
 
 
 def _begin_anew(recorded: Recorded, seen: Observation) -> Verdict:

@@ -34,7 +34,7 @@ def of_events(events: Iterable[Event], begun: Begun, now: datetime) -> list[Noti
         data = event["data"]
         if data["platform"] == SCRIPT:
             made += _of_script(event, waiting, now)
-        if event["change"] is not None:
+        if event["change"] is not None and not data.get("is_fork"):
             told = f"{_subject(data)} {_CHANGES[event['change']]}: it {_end(event)}"
             made.append(_notice(f"build.{event['change']}", data, told, now))
     return made

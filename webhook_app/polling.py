@@ -36,7 +36,7 @@ GONE_FOR_GOOD_AFTER = timedelta(days=1)
 """A build that is not found for so long is not read any more."""
 
 READ_ON_INTERVALS = 4
-"""So many intervals after an end of ours the build is read again, then after twice as many, and so on."""
+"""Poll intervals until a build that we ended ourselves is read again; each time twice as many."""
 
 MOST_READ_ON_SECONDS = 86_400.0
 
@@ -70,6 +70,7 @@ def after_push(build: Columns, now: datetime, pace: Pace, *, ask: bool) -> dict[
         "consecutive_errors": 0,
         "poll_error": None,
         "poll_fault": None,
+        "missing_since": None,
     }
     if build["polling"] in ("timeout", "error", "done"):
         changes["polling"] = "idle"
@@ -190,6 +191,7 @@ def taken_up(now: datetime) -> dict[str, Any]:
         "consecutive_errors": 0,
         "poll_error": None,
         "poll_fault": None,
+        "missing_since": None,
         "poll_deadline_at": None,
         "next_poll_at": now,
     }
@@ -257,6 +259,12 @@ def ended(build: Columns) -> dict[str, Any]:
     }
 
 
+def is_only_named(build: Columns) -> bool:
+    """Has nobody but a request for polling ever spoken of it?  Then the first word still creates it."""
+    never_spoken_of = build["raw_status"] is None and build["last_push_at"] is None
+    return bool(build["requested"]) and never_spoken_of and not State(build["state"]).terminal
+
+
 def was_given_up(build: Columns) -> bool:
     """Was it we who ended it, with the platform's own end still to come?"""
     return State(build["state"]).terminal and not State(build["told_state"]).terminal
@@ -267,13 +275,29 @@ def read_on(build: Columns, now: datetime, pace: Pace) -> dict[str, Any]:
     if build["polling"] == "stopped":
         return ended(build)
     reads = build["reads_after_end"]
-    wait = min(pace.interval_seconds * READ_ON_INTERVALS * 2.0 ** min(reads, 30), MOST_READ_ON_SECONDS)
+    wait = min(_first_wait(pace) * 2.0 ** min(reads, 30), MOST_READ_ON_SECONDS)
     due = now + timedelta(seconds=wait)
     kept_until = (build["ended_at"] or now) + timedelta(seconds=pace.retention_seconds)
     return {
         **ended(build),
         "next_poll_at": due if due < kept_until else None,
         "reads_after_end": reads + 1,
+    }
+
+
+def _first_wait(pace: Pace) -> float:
+    return pace.interval_seconds * READ_ON_INTERVALS
+
+
+def after_late_push(build: Columns, now: datetime, pace: Pace) -> dict[str, Any]:
+    """Changes after a push about a build that stays over by our own word: it may live, so it is read soon."""
+    due = now + timedelta(seconds=_first_wait(pace))
+    known: datetime | None = build["next_poll_at"]
+    is_watched = build["platform"] != "script" and build["polling"] != "stopped"
+    return {
+        "last_push_at": now,
+        "missing_since": None,
+        "next_poll_at": min(due, known or due) if is_watched else known,
     }
 
 
@@ -287,7 +311,8 @@ def after_late_error(build: Columns, now: datetime, pace: Pace, message: str, fa
         "poll_fault": fault,
         "missing_since": missing_since,
     }
-    if missing_since is not None and now >= missing_since + GONE_FOR_GOOD_AFTER:
+    is_missing = missing_since is not None and fault == PollFault.NOT_FOUND
+    if is_missing and missing_since is not None and now >= missing_since + GONE_FOR_GOOD_AFTER:
         return {**ended(build), **noted}
     return {**read_on(build, now, pace), **noted}
 

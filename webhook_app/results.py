@@ -15,6 +15,7 @@ from webhook_app import bulk
 
 BROKE, FIXED, STILL_FAILING = "broke", "fixed", "still_failing"
 CHANGES = (BROKE, FIXED, STILL_FAILING)
+REQUEST = "pull_request"
 
 _BAD = ("failed", "timeout")
 _ENDS = ("build.completed", "build.failed", "build.timeout")
@@ -26,7 +27,8 @@ def note_changes(connection: Connection, events: Sequence[dict[str, Any]]) -> No
     """Set `change` of the events that are ends, by the result before them.
 
     `events` are in their order and not stored yet, their builds are.  Cancelled, skipped and neutral builds
-    are no result: they neither break nor fix anything.  A fork's build is none of a branch of the repository.
+    are no result: they neither break nor fix anything.  A fork's branch is a line of its own; merge requests
+    whose branch nobody tells are in none.
     """
     ends = [event for event in events if event["type"] in _ENDS and _counts(event["data"])]
     if not ends:
@@ -48,7 +50,8 @@ def change(before: bool | None, now: bool) -> str | None:
 
 
 def _counts(data: Mapping[str, Any]) -> bool:
-    return _result(data) is not None and not data.get("is_fork")
+    nameless = data.get("branch") is None and data.get("trigger") == REQUEST
+    return _result(data) is not None and not nameless
 
 
 def _result(data: Mapping[str, Any]) -> bool | None:
@@ -106,7 +109,7 @@ _NEWEST = {
             SELECT b.id FROM builds AS b
             WHERE b.source = given.source AND b.repository = given.repository
                 AND b.workflow = given.workflow AND b.branch = given.branch AND b.id < given.build
-                AND (b.state IN ('failed', 'timeout') OR b.conclusion = 'success') AND NOT b.is_fork
+                AND (b.state IN ('failed', 'timeout') OR b.conclusion = 'success')
             ORDER BY b.id DESC LIMIT 1
         )
     """,
@@ -116,11 +119,14 @@ _NEWEST = {
             SELECT b.state, b.conclusion FROM builds AS b
             WHERE b.source = given.source AND b.repository = given.repository
                 AND b.workflow = given.workflow AND b.branch = given.branch AND b.id < given.build
-                AND (b.state IN ('failed', 'timeout') OR b.conclusion = 'success') AND NOT b.is_fork
+                AND (b.state IN ('failed', 'timeout') OR b.conclusion = 'success')
             ORDER BY b.id DESC LIMIT 1
         ) AS found
     """,
 }
+
+
+_OF_NO_REQUEST = f" AND coalesce(b.trigger, '') <> '{REQUEST}'"
 
 
 @lru_cache
@@ -131,7 +137,7 @@ def _newest_of_lines(dialect: str, missing: frozenset[str]) -> str:
     """
     query = _NEWEST[dialect]
     for name in missing:
-        query = query.replace(f"= given.{name}", "IS NULL")
+        query = query.replace(f"= given.{name}", "IS NULL" + _OF_NO_REQUEST * (name == "branch"))
     return query
 
 

@@ -11,6 +11,8 @@ tells them from late deliveries are job ids and GitLab's own clock, so both are 
   the pipeline's end and changes nothing; after a retry it is newer, and the job is new.
 * A job that has ended says nothing about its pipeline (its event and the pipeline's last one are
   sent side by side and overtake each other): it only counts for progress.
+* A job names a branch, but not of which project: of a merge request's it may be a fork's.  So it says
+  nothing about the branch.
 * A job that has not begun says nothing at all.  Its event may be old (a manual job was `created`
   once), and keeping its id would hide a retry from the pipeline event that proves it.
 * A child pipeline is in no list of its project: its source is `parent_pipeline`.
@@ -548,7 +550,6 @@ def _job_hook(source: Source, payload: dict[str, Any]) -> Observation:
             page=page,
             name=payload.get("project_name"),
         ),
-        branch=_ref(payload),
         commit=_read.text(payload.get("sha")),
         url=_pipeline_page(page, pipeline_id),
         platform_at=_read.moment(payload.get("build_started_at")) if runs else None,

@@ -68,7 +68,7 @@ def _count(name: str, kind: sa.types.TypeEngine[int]) -> sa.Column[int]:
 
 def _read_again() -> None:
     """Builds that polling gave up on, or that we ended ourselves, had no next poll: they have one now."""
-    names = ("polling", "state", "told_state", "platform", "next_poll_at", "updated_at")
+    names = ("polling", "state", "told_state", "platform", "next_poll_at", "poll_deadline_at", "updated_at")
     builds = sa.table("builds", *map(sa.column, names))
     goes_on = ("queued", "in_progress")
     stopped = sa.and_(builds.c.polling == "error", builds.c.state.in_(goes_on))
@@ -81,7 +81,7 @@ def _read_again() -> None:
     op.execute(
         sa.update(builds)
         .where(builds.c.next_poll_at.is_(None), sa.or_(stopped, ended_by_us))
-        .values(next_poll_at=builds.c.updated_at)
+        .values(next_poll_at=builds.c.updated_at, poll_deadline_at=None)
     )
 
 
