@@ -176,6 +176,20 @@ def test_an_end_at_a_later_time_is_that_of_a_rerun(end, by, jobs):
     assert (got.act, got.attempt, got.state) == (Act.REOPEN, 2, end)
 
 
+def test_an_end_a_second_later_is_a_reruns_whatever_the_jobs_of_the_first_did_meanwhile():
+    assert verdict(ENDED, gitlab(C, 101, None, by="push", ended_at=at(101))).act is Act.REOPEN
+    jobs_went_on = replace(ENDED, platform_at=at(150))
+    assert verdict(jobs_went_on, gitlab(C, 120, None, by="push", ended_at=at(120))).act is Act.REOPEN
+
+
+def test_another_end_within_the_second_is_believed_when_a_poll_was_made_for_it():
+    for seconds in (100, 100.9):
+        seen = gitlab(C, seconds, None, by="poll", ended_at=at(seconds))
+        assert verdict(ENDED, seen).act is Act.ASK
+        assert verdict(replace(ENDED, doubtful=True), seen).act is Act.REOPEN
+        assert verdict(replace(ENDED, doubtful=True), replace(seen, state=F)).act is Act.ENRICH
+
+
 def test_an_end_at_an_earlier_time_is_late_news():
     for end in ENDS:
         got = verdict(replace(ENDED, platform_at=None), gitlab(end, 50, None, by="push", ended_at=at(50)))
@@ -212,6 +226,13 @@ def test_without_times_queue_ids_rise():
 
 def test_a_queue_id_that_began_anew_is_ordered_by_time():
     assert verdict(OLD, jenkins(F, queue_id="1", created_at=at(900))).act is Act.REOPEN
+
+
+def test_the_same_queue_id_after_the_end_is_another_build():
+    """A controller that was set up anew counts both from 1."""
+    old = recorded(C, queue_id="1", created_at=at(0), ended_at=at(60))
+    assert verdict(old, jenkins(P, queue_id="1", created_at=at(4000))).anew
+    assert not verdict(old, jenkins(C, queue_id="1", created_at=at(0), ended_at=at(60))).anew
 
 
 def test_the_same_queue_id_is_the_same_build_whatever_the_clock_says():

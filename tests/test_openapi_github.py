@@ -320,7 +320,7 @@ def parsers():
 READ = {
     "poll_request": (
         lambda seen: (seen.key, seen.build_id, seen.state, seen.attempt, seen.branch, seen.number, seen.workflow),
-        ("github:30433642", "github:octocat:Hello-World:30433642", State.QUEUED, 1, "main", 562, "Build"),
+        ("github:30433642", "github:octocat:Hello-World:30433642", State.QUEUED, 1, "octo-org:main", 562, "Build"),
     ),
     "list_request": (
         lambda listed: [seen.key for seen in getattr(listed, "observations", listed)], ["github:30433642"],

@@ -255,7 +255,8 @@ def test_jenkins_words(phase, status, state, conclusion):
         ("view/all/job/a/job/b/job/c/7/", "jenkins:a:b:c:7"),
         ("job/web/", None),
         ("job/../7/", None),
-        ("job/a%2Fb/7/", None),
+        ("job/a%2Fb/7/", "jenkins:a~252Fb:7"),
+        ("job/web/label=a%2Fb/7/", "jenkins:web:~2Flabel~3Da~252Fb:7"),
         ("web/7/", None),
         ("job/web/label=linux/7/", "jenkins:web:~2Flabel~3Dlinux:7"),
         ("job/web/LABEL=linux,JDK=17/7/", "jenkins:web:~2FLABEL~3Dlinux~2CJDK~3D17:7"),
@@ -306,7 +307,8 @@ def test_jenkins_is_asked_where_the_build_is(url, path):
         ("job/web/job/main/", "main", "web", None),
         ("job/web/job/PR-12/", "PR-12", "web", "pull_request"),
         ("job/main/", None, "main", None),
-        ("job/team/job/deploy/", None, "deploy", None),
+        ("job/team/job/deploy/", "deploy", "deploy", None),
+        ("job/team/job/web/job/fix%2523 1/", "fix%23 1", "fix%23 1", None),
         ("job/web/OS=linux/", None, "OS=linux", None),
     ],
 )
@@ -315,6 +317,10 @@ def test_jenkins_tells_the_branch_of_a_multibranch_job_by_its_name(job, branch, 
     assert (seen.branch, seen.workflow, seen.trigger) == (branch, workflow, trigger)
     told = changed("jenkins/queued", build={"url": f"{job}7/", "scm": {"branch": "origin/other"}})
     assert told.branch == "other"
+    encoded = changed(
+        "jenkins/queued", build={"url": f"{job}7/", "scm": {"branch": "origin/feature%2Flogin"}}
+    )
+    assert encoded.branch == "feature/login"
 
 
 @pytest.mark.parametrize(
@@ -374,6 +380,10 @@ def test_a_job_of_github_does_not_tell_whose_branch_it_names():
         ({"source": "merge_request_event"},
          {"source_project_id": 500, "source": {"path_with_namespace": "a/stranger/web"}},
          ("pull_request", "a/stranger:main", "a/stranger/web", True)),
+        ({"source": "merge_request_event"}, {"source_project_id": "500"},
+         ("pull_request", "500:main", "500", True)),
+        ({"source": "merge_request_event"}, {"source_project_id": None},
+         ("pull_request", "unknown:main", "unknown", True)),
         ({"source": "schedule"}, {}, ("schedule", "main", None, False)),
     ],
 )  # fmt: skip

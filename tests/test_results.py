@@ -129,11 +129,18 @@ def test_merge_requests_whose_branch_nobody_tells_are_no_line(told):
     assert told(github(C, run=1, **nameless)) == [None]
     assert told(github(F, run=2, **nameless)) == [None]
     assert told(github(C, run=3, branch=None)) == [None], "a build without a branch is none of them"
+    unknown = {"repository": None, "workflow": None, "branch": None}
+    assert told(github(F, run=5, **unknown)) == [None], "nothing says what it is a build of"
     assert told(github(F, run=4, branch=None)) == ["broke"]
 
 
 def test_many_lines_with_and_without_names_in_one_batch(told):
-    names = [("octo/one", "CI", "main"), ("octo/one", None, "main"), (None, "CI", None), (None, None, None)]
+    names = [
+        ("octo/one", "CI", "main"),
+        ("octo/one", None, "main"),
+        (None, "CI", None),
+        ("octo/one", None, None),
+    ]
 
     def ends(state, first):
         return [

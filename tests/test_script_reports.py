@@ -208,13 +208,15 @@ def test_script_heartbeats_are_never_duplicates():
 
 
 def test_the_event_ids_of_a_script_are_counted_by_run():
-    def key(run, id_):
-        body = json.dumps({"runId": run, "event": "heartbeat", "eventId": id_}).encode()
+    def key(run, id_, at=None):
+        body = json.dumps({"runId": run, "event": "heartbeat", "eventId": id_, "timestamp": at}).encode()
         told = script.envelope({}, body)
         return told.hook_id, told.delivery_id
 
     assert key("a", 1) == key("A", "1") == ("a", "1")
     assert key("a", 1) != key("b", 1)
+    assert key("a", 1, "2026-11-01T10:00:00Z") == key("a", 1, "2026-11-01T11:00:00+01:00")
+    assert len({key("a", 1, at) for at in (None, "2026-11-01T10:00:00Z", "2026-11-01T10:00:01Z")}) == 3
     assert len({key("a", "e" * 255 + last) for last in ("", "x", "y", "\0", "\ud800")}) == 5
 
 

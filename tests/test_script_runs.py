@@ -171,6 +171,15 @@ def test_one_event_id_may_serve_two_runs(api):
     assert build(api, "script:b")["state"] == "in_progress"
 
 
+def test_a_second_run_may_number_its_events_from_one_again(api):
+    for attempt, minute in ((1, "10:00"), (2, "10:05")):
+        for number, event in enumerate((START, END), 1):
+            at = f"2026-11-01T{minute}:0{number}Z"
+            assert report(api, event, "a", eventId=number, timestamp=at)["status"] == "accepted"
+            assert report(api, event, "a", eventId=number, timestamp=at)["status"] == "duplicate"
+        assert build(api, "script:a")["attempt"] == attempt
+
+
 # ---- after an end ----------------------------------------------------------------------------
 
 

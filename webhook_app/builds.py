@@ -262,6 +262,7 @@ def _recorded(row: Row) -> Recorded:
         ended_at=None if row["ended_synthetic"] and row["platform"] != "script" else row["ended_at"],
         queue_id=row["queue_id"],
         created_at=row["platform_created_at"],
+        doubtful=row["doubtful"],
         **(_of_script(row) if row["platform"] == "script" else {}),
     )
 

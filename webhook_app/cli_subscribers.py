@@ -55,8 +55,10 @@ def add_options(parser: argparse.ArgumentParser, *, changing: bool) -> None:
         parser.add_argument(
             f"--{name}", action="append", type=_text(LONGEST_GLOB), help="a glob; may be repeated"
         )
-    for option, words, help_ in _WORDS.values():
-        parser.add_argument(f"--{option}", action="append", choices=words, help=f"{help_}; may be repeated")
+    for name, (option, words, help_) in _WORDS.items():
+        parser.add_argument(
+            f"--{option}", f"--{name}", action="append", choices=words, help=f"{help_}; may be repeated"
+        )
     parser.add_argument("--forks", action=argparse.BooleanOptionalAction, default=None,
                         help="branches and changes look at builds of forks as well")  # fmt: skip
     parser.add_argument("--format", choices=formats.FORMATS, help="the shape of the body")

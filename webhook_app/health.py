@@ -169,7 +169,8 @@ def _note_delays(
     connection: Connection, source: str, origin: ObservedBy, changes: Sequence[Observation], now: datetime
 ) -> None:
     """Count how long ago these changes happened, by the platform's own time where it is told."""
-    delays = [(now - seen.platform_at).total_seconds() for seen in changes if seen.platform_at is not None]
+    times = (seen.platform_at or seen.ended_at or seen.started_at for seen in changes)
+    delays = [(now - at).total_seconds() for at in times if at is not None]
     if delays:
         measured = histograms.of(histograms.DETECTION, delays)
         histograms.add(connection, source, origin.value, measured)

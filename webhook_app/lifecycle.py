@@ -182,7 +182,7 @@ class Recorded:
     `jobs_complete`: they were the whole list when the state was last told.
     `attempt_base`: attempts of earlier uses of this identity: the platform counts from 1 again after them.
     `ended_at`: the platform's time of the end, None if it is not known; a script's may be ours.
-    `queue_id`, `created_at`: as in `Observation`.
+    `queue_id`, `created_at`: as in `Observation`.  `doubtful`: a push left open what a poll decides.
     Of a build script's attempt: `begun`: the script has said that it began; `script_start`, `script_end`:
     when it began and ended by the script's own clock; `started_at`: by that or by ours; `deploying`: it plans
     and deploys, so that its start lies in the middle.
@@ -200,6 +200,7 @@ class Recorded:
     ended_at: datetime | None = None
     queue_id: str | None = None
     created_at: datetime | None = None
+    doubtful: bool = False
     begun: bool = False
     script_start: datetime | None = None
     script_end: datetime | None = None
@@ -241,7 +242,7 @@ class Verdict:
 
 
 WHOLE_SECONDS = timedelta(seconds=1)
-"""Webhooks of GitLab carry whole seconds, REST milliseconds: two times closer than this are not ordered."""
+"""Webhooks of GitLab carry whole seconds, REST milliseconds: two times closer than this may be the same."""
 
 
 def verdict(recorded: Recorded | None, seen: Observation) -> Verdict:
@@ -346,9 +347,14 @@ def _precedes_creation(created_at: datetime, at: datetime | None) -> bool:
 
 
 def _compare_queue_ids(recorded: Recorded, seen: Observation) -> Use:
-    """Other queue ids are other builds; the time of creation orders them, or else the ids themselves."""
+    """Other queue ids are other builds; the time of creation orders them, or else the ids themselves.
+
+    A controller that was set up anew begins with 1 again: so a start after the end is another build as well.
+    """
+    known_at = recorded.ended_at if recorded.told_state.terminal else None
+    started_later = known_at is not None and seen.created_at is not None and seen.created_at > known_at
     if recorded.queue_id == seen.queue_id:
-        return Use.SAME
+        return Use.NEWER if started_later else Use.SAME
     if recorded.created_at is not None and seen.created_at is not None:
         return Use.NEWER if seen.created_at > recorded.created_at else Use.OLDER
     known, told = recorded.queue_id or "", seen.queue_id or ""
@@ -400,9 +406,11 @@ def _after_the_end(recorded: Recorded, seen: Observation, state: State) -> Verdi
         return _stay(recorded, seen) if state is recorded.state else _drop(recorded)
     if not recorded.jobs and recorded.platform_at is None:
         return _stay(recorded, seen) if state is recorded.state else _drop(recorded)
+    if _ended_anew(recorded, seen):
+        return _reopen(seen, recorded.attempt + 1)
     if _is_older(recorded, seen):
         return _drop(recorded)
-    if _job_evidence(recorded, seen) or _ended_anew(recorded, seen):
+    if _job_evidence(recorded, seen):
         return _reopen(seen, recorded.attempt + 1)
     if _same_end(recorded.state, seen, state):
         return _stay(recorded, seen)
@@ -428,21 +436,24 @@ def _ended_anew(recorded: Recorded, seen: Observation) -> bool:
         return False
     known = (recorded.ended_at, recorded.platform_at if seen.observed_by is ObservedBy.POLL else None)
     latest = max(filter(None, known), default=None)
-    return latest is not None and seen.ended_at > latest + WHOLE_SECONDS
+    return latest is not None and seen.ended_at >= latest + WHOLE_SECONDS
 
 
 def _ended_before(recorded: Recorded, seen: Observation) -> bool:
     """Does it tell an end that is earlier than the one we know?"""
     if seen.ended_at is None or recorded.ended_at is None:
         return False
-    return seen.ended_at < recorded.ended_at - WHOLE_SECONDS
+    return seen.ended_at <= recorded.ended_at - WHOLE_SECONDS
 
 
 def _poll_after_the_end(recorded: Recorded, seen: Observation, state: State) -> Verdict:
-    """A poll whose clock is later shows a re-run; one within the same second is read again while it runs."""
-    if _is_later(recorded, seen, WHOLE_SECONDS):
+    """A poll whose clock is later shows a re-run; one within the same second is read again.
+
+    Another end within that second is believed when the read was made for it: a push had told of one.
+    """
+    if _is_later(recorded, seen, WHOLE_SECONDS) or (state.terminal and recorded.doubtful):
         return _reopen(seen, recorded.attempt + 1)
-    return _drop(recorded) if state.terminal else _ask(recorded)
+    return _ask(recorded)
 
 
 def _job_evidence(recorded: Recorded, seen: Observation) -> bool:

@@ -28,7 +28,7 @@ def note_changes(connection: Connection, events: Sequence[dict[str, Any]]) -> No
 
     `events` are in their order and not stored yet, their builds are.  Cancelled, skipped and neutral builds
     are no result: they neither break nor fix anything.  A fork's branch is a line of its own; merge requests
-    whose branch nobody tells are in none.
+    whose branch nobody tells are in none, nor are builds without repository and workflow.
     """
     ends = [event for event in events if event["type"] in _ENDS and _counts(event["data"])]
     if not ends:
@@ -50,8 +50,9 @@ def change(before: bool | None, now: bool) -> str | None:
 
 
 def _counts(data: Mapping[str, Any]) -> bool:
-    nameless = data.get("branch") is None and data.get("trigger") == REQUEST
-    return _result(data) is not None and not nameless
+    nameless = not any(data.get(name) for name in ("repository", "workflow"))
+    of_request = data.get("branch") is None and data.get("trigger") == REQUEST
+    return _result(data) is not None and not (nameless or of_request)
 
 
 def _result(data: Mapping[str, Any]) -> bool | None:

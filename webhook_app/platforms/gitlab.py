@@ -517,11 +517,19 @@ def _trigger(pipeline: dict[str, Any]) -> str | None:
 
 
 def _fork(payload: dict[str, Any], project_id: int) -> str | None:
-    """The project that the source branch of a merge request is in, if it is another: its path, or its id."""
+    """The project that the source branch of a merge request is in, if it is another: its path, or its id.
+
+    GitLab tells null when that project is gone: `unknown` then.
+    """
     request = _read.mapping(payload.get("merge_request"))
-    source_id = _read.whole(request.get("source_project_id"))
-    if source_id is None or source_id == project_id:
+    told = request.get("source_project_id", project_id)
+    source_id = (
+        int(told) if isinstance(told, str) and re.fullmatch("[0-9]{1,18}", told) else _read.whole(told)
+    )
+    if source_id == project_id:
         return None
+    if source_id is None:
+        return "unknown"
     return _read.text(_read.mapping(request.get("source")).get("path_with_namespace")) or str(source_id)
 
 

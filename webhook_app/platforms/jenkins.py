@@ -146,7 +146,7 @@ def parse_webhook(source: Source, headers: Headers, body: bytes) -> Webhook:
         conclusion=conclusion,
         raw_status=phase,
         raw_conclusion=status,
-        branch=_branch(scm.get("branch")) or about.branch,
+        branch=_branch(scm.get("branch")) or about.branch or _branch_below(about),
         commit=_read.text(scm.get("commit")),
         url=_read.web_url(build.get("full_url")),
         started_at=started_at,
@@ -423,10 +423,15 @@ def _parsed_path(url: object) -> _Path | None:
         return None
     if found is None:
         return None
-    names = [_read.clean(unquote(name), _read.NAME_CHARS) for name in found[1].split("/")[1::2]]
+    names = [_name_in(part) for part in found[1].split("/")[1::2]]
     if found[2]:
-        names.append("/" + _read.clean(unquote(found[2]), _read.NAME_CHARS - 1))
+        names.append("/" + _name_in(found[2])[: _read.NAME_CHARS - 1])
     return _Path(tuple(names), int(found[3])) if _are_names(names) else None
+
+
+def _name_in(part: str) -> str:
+    """The name in a part of a path.  No name holds `/`: a proxy has decoded the `%2F` of a branch's job."""
+    return _read.clean(unquote(part).replace("/", "%2F"), _read.NAME_CHARS)
 
 
 def _are_names(names: Sequence[str]) -> bool:
@@ -465,7 +470,13 @@ def _branch(value: object) -> str | None:
     branch = _read.text(value)
     for prefix in ("refs/remotes/", "refs/heads/", "origin/"):
         branch = branch.removeprefix(prefix) if branch else None
-    return branch or None
+    return unquote(branch) if branch and "%2F" in branch.upper() else branch or None
+
+
+def _branch_below(about: Observation) -> str | None:
+    """The branch of a job below another whose push tells none, as those of multibranch projects do."""
+    folder, _, name = (about.repository or "").rpartition("/")
+    return _read.text(name) if folder and not _BELOW_A_JOB.fullmatch(name) else None
 
 
 def _duration(value: object) -> timedelta | None:

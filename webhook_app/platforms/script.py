@@ -71,7 +71,10 @@ def verify(headers: Headers, body: bytes, secrets: tuple[str, ...], now: float) 
 
 
 def envelope(headers: Headers, body: bytes) -> Envelope:
-    """The sender's own id of the event, counted by run; without one a report is never a duplicate."""
+    """The sender's own id of the event, its run and its time; without such an id nothing is a duplicate.
+
+    A second run may number its events from 1 again: the same id at another time is another event.
+    """
     report: Mapping[str, Any] = {}
     written: Mapping[str, Any] = {}
     run = ""
@@ -80,10 +83,12 @@ def envelope(headers: Headers, body: bytes) -> Envelope:
         written = _written(report, body)
         run = _part(_run_id(report, written)).casefold()
     given = [_text(report.get(name), written.get(name)) for name in _IDS]
+    at = _read.moment(report.get("timestamp"))
+    delivery_id = next((_short(text) for text in given if text), headers.get("x-delivery-id", ""))
     return Envelope(
         event=_read.text(report.get("event")) or "",
-        hook_id=run,
-        delivery_id=next((_short(text) for text in given if text), headers.get("x-delivery-id", "")),
+        hook_id=f"{run}@{at.isoformat()}" if delivery_id and at is not None else run,
+        delivery_id=delivery_id,
     )
 
 
