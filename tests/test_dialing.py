@@ -3,6 +3,7 @@
 An address that answers nothing is a listener whose queue is full: the kernel drops what else comes.
 """
 
+import errno
 import select
 import socket
 import sys
@@ -131,9 +132,23 @@ def names(found):
     return [each.sockaddr[0] for each in found]
 
 
-def test_families_take_turns_and_ipv6_is_first():
-    given = addresses("1.1.1.1", "1.1.1.2", "2::1", "2::2", "2::3", "2::4")
-    assert names(in_order(given, lambda _: False)) == ["2::1", "1.1.1.1", "2::2", "1.1.1.2", "2::3", "2::4"]
+@pytest.mark.parametrize(
+    ("given", "order"),
+    [
+        ("2::1 2::2 2::3 1.1.1.1 1.1.1.2", "2::1 1.1.1.1 2::2 1.1.1.2 2::3"),
+        ("1.1.1.1 1.1.1.2 2::1 2::2 2::3 2::4", "1.1.1.1 2::1 1.1.1.2 2::2 2::3 2::4"),
+        ("1.1.1.1 2::1 2::2", "1.1.1.1 2::1 2::2"),
+        ("", ""),
+    ],
+)
+def test_families_take_turns_and_that_of_the_first_is_first(given, order):
+    assert names(in_order(addresses(*given.split()), lambda _: False)) == order.split()
+
+
+def test_the_first_family_is_that_of_the_first_address_even_if_that_failed():
+    given = addresses("2::1", "1.1.1.1", "2::2")
+    order = in_order(given, lambda each: each.sockaddr[0] == "2::1")
+    assert names(order) == ["2::2", "1.1.1.1", "2::1"]
 
 
 def test_what_failed_lately_comes_last():
@@ -232,6 +247,115 @@ def test_when_all_refuse_it_is_a_connect_error(closed):
     error = failing(lambda: post("http://hook.test/", resolver=refused))
     assert error.reason == "connect"
     assert "refused" in str(error)
+
+
+class NoIPv6(socket.socket):
+    """A socket on a machine without IPv6: it can't be made, or finds no way at once."""
+
+    code: int | None = None
+    raised: OSError | None = None
+
+    def connect_ex(self, address):
+        if address[0] != "::1":
+            return super().connect_ex(address)
+        if self.raised is not None:
+            raise self.raised
+        return self.code
+
+
+def without_ipv6(monkeypatch, how):
+    """Have `outbound` make sockets of such a machine; those that were made, and the families asked for."""
+    made, asked = [], []
+
+    def make(family, *kind):
+        asked.append(family)
+        if family == socket.AF_INET6 and how == errno.EAFNOSUPPORT:
+            raise OSError(how, "Address family not supported by protocol")
+        sock = outbound_socket(socket.AF_INET, *kind)
+        sock.code, sock.raised = (how, None) if isinstance(how, int) else (None, how)
+        made.append(sock)
+        return sock
+
+    class outbound_socket(NoIPv6, outbound._TimedSocket):  # noqa: N801
+        pass
+
+    monkeypatch.setattr(outbound, "_TimedSocket", make)
+    return made, asked
+
+
+HOW = [errno.EAFNOSUPPORT, errno.ENETUNREACH, errno.EADDRNOTAVAIL, socket.gaierror(-9, "no such family")]
+
+
+def six(port):
+    return (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_without_ipv6_a_host_with_both_families_is_reached(serve, monkeypatch, failures, how):
+    monkeypatch.setattr(dialing, "DELAY_SECONDS", LONG)  # what can't be tried is not waited for
+    server = serve(answering(OK))
+    made, asked = without_ipv6(monkeypatch, how)
+    resolve = lambda _host, port, *_: [six(port), row("127.0.0.1", port)]  # noqa: E731
+    assert post(f"http://hook.test:{server.port}/", resolver=resolve).status == 200
+    outbound.close_idle()
+    assert asked == [socket.AF_INET6, socket.AF_INET]
+    assert all(each.fileno() == -1 for each in made)
+    assert failures.lately(Address(socket.AF_INET6, ("::1", server.port, 0, 0)))
+    assert post(f"http://hook.test:{server.port}/", resolver=resolve).status == 200
+    assert asked[2:] == [socket.AF_INET]
+    outbound.close_idle()
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_without_ipv6_a_host_with_nothing_else_is_a_connect_error(monkeypatch, how):
+    made, _ = without_ipv6(monkeypatch, how)
+    error = failing(lambda: post("http://hook.test/", resolver=lambda _host, port, *_: [six(port)] * 2))
+    assert error.reason == "connect"
+    assert all(each.fileno() == -1 for each in made)
+
+
+def test_what_can_not_be_tried_does_not_end_those_under_way(full, failures):
+    slow, impossible = full(), Address(socket.AF_INET6, ("::1", 443, 0, 0))
+
+    def on(number):
+        if number == 1:
+            slow.drain()
+            raise OSError(errno.EAFNOSUPPORT, "no such family")
+
+    maker = Maker(on)
+    with dial([slow.address, impossible], maker) as sock:
+        assert sock.getpeername() == slow.address.sockaddr
+    assert failures.lately(impossible)
+
+
+def test_whatever_is_raised_no_socket_stays_open(full):
+    def on(number):
+        if number == 1:
+            raise RuntimeError("a fault of ours")
+
+    maker = Maker(on)
+    with pytest.raises(RuntimeError):
+        dial([full().address, full().address], maker)
+    odd = Maker()
+    with pytest.raises(OverflowError):
+        dial([Address(socket.AF_INET, ("127.0.0.1", 70_000))], odd)
+    assert [each.fileno() for each in (*maker.made, *odd.made)] == [-1, -1]
+
+
+def test_a_connection_whose_options_can_not_be_set_is_closed(serve, monkeypatch):
+    made = []
+
+    class Refusing(outbound._TimedSocket):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self)
+
+        def setsockopt(self, *given):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(outbound, "_TimedSocket", Refusing)
+    assert failing(lambda: post(serve(answering(OK)).url)).reason == "connect"
+    assert [each.fileno() for each in made] == [-1]
 
 
 def test_no_more_than_so_many_are_tried_and_the_next_go_begins_with_the_others(closed, living):

@@ -1,9 +1,11 @@
 """Connects to one of several addresses, whichever answers first (RFC 8305, "happy eyeballs").
 
-IPv6 and IPv4 take turns, IPv6 first.  When an address has not answered for a quarter of a second, or has
-refused, the next one is tried while the earlier ones go on; the first connection wins, the others are
-closed.  So a host is reached as long as one address of it answers, without waiting for those that don't.
-Addresses that failed lately are tried last: a dead one then costs its quarter of a second once.
+IPv6 and IPv4 take turns, first the family of the resolver's first address (RFC 6724).  When an address has
+not answered for a quarter of a second, or has refused, the next one is tried while the earlier ones go on;
+the first connection wins, the others are closed.  So a host is reached as long as one address of it answers,
+without waiting for those that don't.  An address that this machine can't even try, such as one of IPv6 where
+the kernel or the network has none, counts as one that refused.  Addresses that failed lately are tried last:
+a dead one then costs its quarter of a second once.
 
 One thread does it, with sockets that don't block.  Which addresses are allowed was judged before.
 """
@@ -71,18 +73,20 @@ FAILURES = Failures()
 
 
 def in_order(addresses: Iterable[Address], failed: Callable[[Address], bool]) -> list[Address]:
-    """The order of the tries: families take turns, and what failed lately comes last."""
+    """The order of the tries: families take turns as the first address has it; what failed lately is last."""
     good: list[Address] = []
     bad: list[Address] = []
+    first_family = 0
     for address in addresses:
+        first_family = first_family or address.family
         (bad if failed(address) else good).append(address)
-    return [*_interleaved(good), *_interleaved(bad)]
+    return [*_interleaved(good, first_family), *_interleaved(bad, first_family)]
 
 
-def _interleaved(addresses: Sequence[Address]) -> list[Address]:
-    six = [each for each in addresses if each.family == socket.AF_INET6]
-    others = [each for each in addresses if each.family != socket.AF_INET6]
-    return [each for pair in zip_longest(six, others) for each in pair if each is not None]
+def _interleaved(addresses: Sequence[Address], family: int) -> list[Address]:
+    first = [each for each in addresses if each.family == family]
+    others = [each for each in addresses if each.family != family]
+    return [each for pair in zip_longest(first, others) for each in pair if each is not None]
 
 
 def connect(
@@ -134,30 +138,47 @@ class _Race(Generic[_Socket]):
             sock.close()
 
     def _begin(self, address: Address, now: float) -> _Socket | None:
-        sock = self._make(address.family)
-        sock.setblocking(False)
-        code = sock.connect_ex(address.sockaddr)
-        if code == errno.EINPROGRESS:
-            self._under_way[sock.fileno()] = address, sock, now
-            self._poller.register(sock, select.POLLOUT)
-            self._next_at = now + DELAY_SECONDS
+        try:
+            sock = self._make(address.family)
+        except OSError as error:  # the kernel has no such family, or no socket is left
+            self._note(address, error)
             return None
-        return self._outcome(address, sock, code)
+        number = sock.fileno()
+        self._under_way[number] = address, sock, now
+        try:
+            sock.setblocking(False)
+            code = sock.connect_ex(address.sockaddr)
+        except OSError as error:
+            return self._ended(number, error)
+        if code != errno.EINPROGRESS:
+            return self._ended(number, _error(code))
+        self._poller.register(number, select.POLLOUT)
+        self._next_at = now + DELAY_SECONDS
+        return None
 
     def _listen(self, seconds: float) -> _Socket | None:
         for number, _ in self._poller.poll(math.ceil(seconds * 1000)):
             self._poller.unregister(number)
-            address, sock, _ = self._under_way.pop(number)
-            won = self._outcome(address, sock, sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+            code = self._under_way[number][1].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            won = self._ended(number, _error(code))
             if won is not None:
                 return won
         return None
 
-    def _outcome(self, address: Address, sock: _Socket, code: int) -> _Socket | None:
-        if code == 0:
+    def _ended(self, number: int, error: OSError | None) -> _Socket | None:
+        address, sock, _ = self._under_way.pop(number)
+        if error is None:
             FAILURES.forget(address)
             return sock
         sock.close()
-        FAILURES.note(address)
-        self._failure, self._next_at = OSError(code, os.strerror(code)), 0.0  # the next one begins at once
+        self._note(address, error)
         return None
+
+    def _note(self, address: Address, error: OSError) -> None:
+        """It failed: the next one begins at once."""
+        FAILURES.note(address)
+        self._failure, self._next_at = error, 0.0
+
+
+def _error(code: int) -> OSError | None:
+    return OSError(code, os.strerror(code)) if code else None

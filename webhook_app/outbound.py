@@ -432,7 +432,11 @@ def _dial(addresses: Sequence[Address], budget: _Budget) -> _TimedSocket:
     sock = dialing.connect(
         addresses, lambda family: _TimedSocket(family, socket.SOCK_STREAM), budget.remaining_seconds
     )
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError:  # some systems refuse it once the other side has gone
+        sock.close()
+        raise
     sock.budget = budget
     return sock
 
