@@ -148,6 +148,43 @@ def test_private_addresses_where_they_are_allowed(make_api, migrated_sqlite, tmp
     assert subscribe(api, url="http://127.0.0.1:9/hook")["url"] == "http://127.0.0.1:9/hook"
 
 
+@pytest.mark.parametrize(
+    ("url", "keeps"),
+    [
+        ("https://hooks.example.com/other?a=b", True), ("https://HOOKS.example.com.:443/ci", True),
+        ("https://hooks.example.com:8443/ci", False), ("https://hooks.example.org/ci", False),
+        ("https://sub.hooks.example.com/ci", False), ("http://hooks.example.com/ci", False),
+        ("http://hooks.example.com:443/ci", False),
+    ],
+)  # fmt: skip
+def test_headers_do_not_move_to_another_origin(make_api, migrated_sqlite, tmp_path, url, keeps):
+    path = tmp_path / "private.db"
+    path.write_bytes(migrated_sqlite.read_bytes())
+    api = make_api(f"sqlite:///{path}", ALLOW_PRIVATE_CALLBACKS="true")
+    made = subscribe(api, headers={"Authorization": "Bearer secret"})
+    assert made["url"] == "https://hooks.example.com/ci"
+    path = f"/api/subscribers/{made['id']}"
+    kept = {"Authorization": "***"} if keeps else {}
+    assert api("PATCH", path, json={"url": url})["headers"] == kept
+    assert api("GET", path)["headers"] == kept
+    with db.reading(api.engine) as connection:
+        row = subscribers.get(connection, made["id"])
+    assert subscribers.custom_headers(row, (KEY,)) == ({"Authorization": "Bearer secret"} if keeps else {})
+    anew = {"url": "https://third.example.com/", "headers": {"X-New": "1"}}
+    assert api("PATCH", path, json=anew)["headers"] == {"X-New": "***"}
+    assert api("PATCH", path, json={"url": "https://fourth.example.com/", "headers": {}})["headers"] == {}
+
+
+def test_headers_that_no_key_opens_do_not_move_either(make_api, migrated_sqlite, tmp_path):
+    path = tmp_path / "sealed.db"
+    path.write_bytes(migrated_sqlite.read_bytes())
+    made = subscribe(make_api(f"sqlite:///{path}"), headers={"X-A": "1"})
+    other = make_api(f"sqlite:///{path}", ENCRYPTION_KEYS="")
+    other("PATCH", f"/api/subscribers/{made['id']}", json={"url": "https://hooks.example.org/ci"})
+    with db.reading(other.engine) as connection:
+        assert subscribers.custom_headers(subscribers.get(connection, made["id"]), (KEY,)) == {}
+
+
 def test_a_change_takes_what_is_named_and_leaves_the_rest(api):
     made = subscribe(api, branches=["main"], description="old", headers={"X-A": "1"})
     path = f"/api/subscribers/{made['id']}"

@@ -225,6 +225,19 @@ def test_a_change_that_can_not_be_is_refused(box, arguments, said):
     assert box.row(id_) == before
 
 
+def test_headers_do_not_move_to_another_origin(box):
+    id_, _ = box.add("--header", "Authorization=hush")
+    assert box("subscribers", "change", id_, "--url", "https://example.com/other") == [f"{id_} is changed"]
+    assert subscribers.custom_headers(box.row(id_), (OLD,)) == {"Authorization": "hush"}
+    (told,) = box("subscribers", "change", id_, "--url", "https://example.org/hook")
+    assert "its headers are gone" in told
+    assert subscribers.custom_headers(box.row(id_), (OLD,)) == {}
+    assert json.loads("\n".join(box("subscribers", "show", id_, "--json")))["headers"] == {}
+    anew = ("--url", "https://example.net/hook", "--header", "X-New=1")
+    assert box("subscribers", "change", id_, *anew) == [f"{id_} is changed"]
+    assert subscribers.custom_headers(box.row(id_), (OLD,)) == {"X-New": "1"}
+
+
 def test_what_is_not_there_can_not_be_shown_or_changed(box):
     assert "there is no sub_none" in box("subscribers", "show", "sub_none", code=1)
     assert "there is no sub_none" in box("subscribers", "change", "sub_none", "--ordered", code=1)

@@ -299,18 +299,19 @@ def _change_subscriber(chosen: argparse.Namespace) -> int:
         raise cli_subscribers.WrongUse("nothing is named that is to be changed: see --help")
     cli_subscribers.check(wanted, values.allow_private_callbacks)
 
-    def unit(write: db.Write) -> Mapping[str, Any] | None:
+    def unit(write: db.Write) -> tuple[Mapping[str, Any] | None, bool]:
         row = subscribers.get(write.connection, chosen.id)
-        if row is not None and not subscribers.is_fixed(row, wanted):
-            subscribers.edit(write, row, wanted, values.encryption_keys, utc_now())
-        return row
+        if row is None or subscribers.is_fixed(row, wanted):
+            return row, False
+        return row, subscribers.edit(write, row, wanted, values.encryption_keys, utc_now())
 
-    row = db.as_writer(_engine(values), unit)
+    row, dropped = db.as_writer(_engine(values), unit)
     if row is not None and subscribers.is_fixed(row, wanted):
         raise cli_subscribers.WrongUse(
             f"{chosen.id} is set by DASHBOARD_API_URL, _KEY and _FORMAT: change those"
         )
-    return _done(row is not None, f"{chosen.id} is changed", chosen.id)
+    left = "; its headers are gone: they were for the old address (--header gives new ones)"
+    return _done(row is not None, f"{chosen.id} is changed{left if dropped else ''}", chosen.id)
 
 
 def _remove_subscriber(chosen: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 from sqlalchemy import Connection, Engine, delete, insert, select, update
 
-from webhook_app import formats, models, provider_shapes, sealing, signing
+from webhook_app import destinations, formats, models, provider_shapes, sealing, signing
 from webhook_app.db import Write, as_writer, in_transaction
 from webhook_app.lifecycle import State
 from webhook_app.times import iso
@@ -202,7 +202,7 @@ def change(
     """Set columns of a subscriber (`headers` in clear); False if there is no such subscriber."""
     sealed = dict(values)
     if "headers" in sealed:
-        sealed["headers"] = _seal(sealed["headers"] or {}, keys)
+        sealed["headers"] = _seal(sealed["headers"], keys) if sealed["headers"] else None
     write.new_id("subscribers_revision")
     result = write.connection.execute(
         update(models.subscribers)
@@ -212,10 +212,31 @@ def change(
     return result.rowcount == 1
 
 
-def edit(write: Write, row: Row, wanted: Mapping[str, Any], keys: Sequence[str], now: datetime) -> None:
-    """Change what a person named; a new URL begins without the failures of the old one."""
-    moved = wanted.get("url", row["url"]) != row["url"]
-    change(write, row["id"], {**UNTRIED, **wanted} if moved else wanted, keys, now)
+def edit(write: Write, row: Row, wanted: Mapping[str, Any], keys: Sequence[str], now: datetime) -> bool:
+    """Change what a person named; True if headers that it had are dropped by that.
+
+    A new URL begins without the failures of the old one, and at another origin (scheme, host or port) without
+    its headers too, unless they are named: they may hold a secret that is meant for the old one.
+    """
+    url = wanted.get("url", row["url"])
+    drops = "headers" not in wanted and _origin(url) != _origin(row["url"]) and _has_headers(row, keys)
+    values = {**UNTRIED, **wanted} if url != row["url"] else wanted
+    change(write, row["id"], {**values, "headers": {}} if drops else values, keys, now)
+    return drops
+
+
+def _origin(url: str) -> tuple[str, str, int] | str:
+    try:
+        return destinations.parse(url)[:3]
+    except destinations.OutboundError:  # was taken by an earlier version
+        return url
+
+
+def _has_headers(row: Row, keys: Sequence[str]) -> bool:
+    try:
+        return bool(custom_headers(row, keys))
+    except sealing.SealError:
+        return True
 
 
 def is_fixed(row: Row, wanted: Mapping[str, Any]) -> bool:

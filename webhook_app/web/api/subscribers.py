@@ -112,7 +112,8 @@ def get_subscriber(subscriber_id: str) -> Any:
 def change_subscriber(wanted: dict[str, Any], subscriber_id: str) -> Any:
     """Change what is named; `headers` are replaced as a whole.
 
-    The failures of an endpoint are not those of another: a new `url` begins with none.
+    The failures of an endpoint are not those of another: a new `url` begins with none.  With another scheme,
+    host or port it also drops the `headers`, which may hold a secret, unless they are given anew.
     """
     _check(wanted)
 
