@@ -99,7 +99,7 @@ def verify_v1(
 
     Header names are lower case, `now` in Unix seconds; a secret may lack `whsec_` and its padding.
     """
-    return _is_recent(v1_age_seconds(headers, body, secrets, now), tolerance_seconds)
+    return is_recent(v1_age_seconds(headers, body, secrets, now), tolerance_seconds)
 
 
 def v1_age_seconds(
@@ -133,7 +133,7 @@ def verify_v1a(
         key = _public_key(public_key)
         return any(_verified(key, entry, text) for entry in entries if entry.startswith("v1a,"))
 
-    return _is_recent(_age_seconds(headers, body, public_keys, now, genuine), tolerance_seconds)
+    return is_recent(_age_seconds(headers, body, public_keys, now, genuine), tolerance_seconds)
 
 
 def is_hmac_secret(secret: str) -> bool:
@@ -164,7 +164,8 @@ def public_key(secret_key: str) -> str:
     return PUBLIC_PREFIX + b64encode(_private_key(secret_key).public_key().public_bytes_raw()).decode()
 
 
-def _is_recent(age_seconds: float | None, tolerance_seconds: float) -> bool:
+def is_recent(age_seconds: float | None, tolerance_seconds: float = TOLERANCE_SECONDS) -> bool:
+    """Is it close enough to our clock, before or behind it?  None (the signature is wrong) is not."""
     return age_seconds is not None and abs(age_seconds) <= tolerance_seconds
 
 

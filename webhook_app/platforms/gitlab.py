@@ -111,7 +111,7 @@ def verify(headers: Headers, body: bytes, secrets: tuple[str, ...], now: float) 
     if "webhook-signature" in headers:
         signing_tokens = tuple(secret for secret in secrets if secret.startswith(signing.HMAC_PREFIX))
         age_seconds = signing.v1_age_seconds(headers, body, signing_tokens, now)
-        if age_seconds is None or abs(age_seconds) > signing.TOLERANCE_SECONDS:
+        if not signing.is_recent(age_seconds):
             raise BadSignature(age_seconds)
     else:
         plain = tuple(secret for secret in secrets if not secret.startswith(signing.HMAC_PREFIX))
