@@ -80,6 +80,13 @@ def test_the_platforms_own_parser_reads_the_same_build(platform, state, conclusi
         assert seen.ended_at.isoformat() == "2026-11-01T10:00:00+00:00"
 
 
+@pytest.mark.parametrize(("state", "conclusion"), STATES)
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_no_other_time_stands_in_for_that_of_the_creation(platform, state, conclusion):
+    seen = read_back(platform, data_of(platform, state, conclusion))
+    assert seen.created_at == (seen.started_at if platform == "jenkins" else None)
+
+
 def test_github_is_told_what_a_dashboard_reads_of_a_run():
     body = json.loads(rendered(data_of("github", State.FAILED, Conclusion.FAILURE, trigger="pull_request")))
     run = body["workflow_run"]
@@ -234,7 +241,11 @@ def record(api):
         github(State.CANCELLED, run=2, ended_at=at(9)), gitlab(State.QUEUED, 0, {1: "queued"}),
         gitlab(State.IN_PROGRESS, 1, {1: "in_progress"}), gitlab(State.COMPLETED, 9, {1: "completed"}),
     ]  # fmt: skip
-    db.as_writer(api.engine, lambda write: builds.record(write, facts, now, PACE))
+    db.as_writer(api.engine, lambda write: builds.record(write, facts + of_refs(), now, PACE))
+    for place in ("shop/job/feature%252Fpay", "shop/job/PR-7", "shop/job/main"):
+        jenkins(
+            api, {"full_url": f"https://ci.example/job/{place}/3/", "url": f"job/{place}/3/", "number": 3}
+        )
     jenkins(api, {"full_url": "https://ci.example/job/web/5/", "number": 5, "timestamp": 1793527200000})
     over = {"phase": "COMPLETED", "status": "ABORTED", "timestamp": 1793527290000}
     jenkins(api, {"full_url": "https://ci.example/job/web/5/", "number": 5} | over)
@@ -246,6 +257,75 @@ def record(api):
         json={"runId": "r", "event": "build_started"},
         headers=headers,
     )
+
+
+REFS = {
+    "github": [
+        {"trigger": "pull_request", "branch": "stranger:main", "head_repository": "stranger/Fork", "is_fork": True},
+        {"trigger": "pull_request_target", "branch": "unknown:main", "is_fork": True},
+        {"trigger": "pull_request", "branch": "feature/pay", "is_fork": False},
+        {"trigger": "tag", "branch": "refs/tags/v1", "is_fork": False},
+        {"trigger": "release", "branch": "refs/tags/rel/2", "is_fork": False},
+        {"trigger": "workflow_dispatch", "branch": "refs/tags/v1", "is_fork": False, "workflow": None},
+        {"trigger": "schedule", "branch": None, "is_fork": False},
+    ],
+    "gitlab": [
+        {"trigger": "pull_request", "branch": "stranger/sub:main", "head_repository": "stranger/sub/fork", "is_fork": True},
+        {"trigger": "pull_request", "branch": "4711:feature/a", "head_repository": "4711", "is_fork": True},
+        {"trigger": "pull_request", "branch": "feature/pay", "is_fork": False},
+        {"trigger": "tag", "branch": "refs/tags/v1", "is_fork": False},
+        {"trigger": "web", "branch": "refs/tags/v1", "is_fork": False, "workflow": "Nightly"},
+        {"trigger": "push", "branch": "main", "is_fork": False, "workflow": "push"},
+    ],
+}  # fmt: skip
+"""Builds of forks (of one that is gone, of one known by its id), of tags, and of pull requests."""
+
+
+def of_refs():
+    runs = [github(State.FAILED, run=10 + i, ended_at=at(9), **ref) for i, ref in enumerate(REFS["github"])]
+    return runs + [
+        gitlab(State.FAILED, 9, {}, 10 + i, ended_at=at(9), **ref) for i, ref in enumerate(REFS["gitlab"])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("platform", "ref"), [(platform, ref) for platform, refs in REFS.items() for ref in refs], ids=str
+)
+def test_the_platforms_own_parser_reads_the_same_ref(platform, ref):
+    data = data_of(platform, State.FAILED, Conclusion.FAILURE, **{"head_repository": None} | ref)
+    seen = read_back(platform, data)
+    assert {name: getattr(seen, name) for name in ref if name != "workflow"} == {
+        name: value for name, value in ref.items() if name != "workflow"
+    }
+    assert seen.head_repository == data["head_repository"]
+    if ref.get("workflow"):
+        assert seen.workflow == ref["workflow"]
+
+
+def test_a_fork_and_a_tag_are_told_as_the_platforms_tell_them():
+    fork, gone, _, tag, *_ = (
+        json.loads(rendered(data_of("github", State.FAILED, **ref))) for ref in REFS["github"]
+    )
+    assert fork["workflow_run"]["head_branch"] == gone["workflow_run"]["head_branch"] == "main"
+    assert fork["workflow_run"]["head_repository"]["full_name"] == "stranger/Fork"
+    assert gone["workflow_run"]["head_repository"] is None
+    assert (tag["workflow_run"]["head_branch"], tag["workflow_run"]["event"]) == ("v1", "push")
+    by_path, by_id, own, tag, *_ = (
+        json.loads(rendered(data_of("gitlab", State.FAILED, **ref))) for ref in REFS["gitlab"]
+    )
+    assert by_path["object_attributes"]["source"] == "merge_request_event"
+    assert (by_path["object_attributes"]["ref"], by_path["merge_request"]["source_project_id"]) == (
+        "main",
+        None,
+    )
+    assert by_path["merge_request"]["source"] == {"path_with_namespace": "stranger/sub/fork"}
+    assert (by_id["object_attributes"]["ref"], by_id["merge_request"]["source_project_id"]) == (
+        "feature/a",
+        4711,
+    )
+    assert own["merge_request"]["source_project_id"] == own["project"]["id"]
+    assert (tag["object_attributes"]["ref"], tag["object_attributes"]["tag"]) == ("v1", True)
+    assert tag["object_attributes"]["source"] == "push"
 
 
 def deliver(api):
@@ -266,6 +346,9 @@ def pending(api):
 
 
 def known(api, but=None):
-    names = ("build_id", "state", "conclusion", "repository", "branch", "commit", "number", "url")
+    names = (
+        "build_id", "state", "conclusion", "repository", "branch", "commit", "number", "url", "trigger",
+        "head_repository", "is_fork",
+    )  # fmt: skip
     items = api("GET", "/api/builds")["items"]
     return {tuple(one[name] for name in names) for one in items if one["platform"] != but}

@@ -3,6 +3,9 @@
 A dashboard that was fed by GitHub, GitLab and Jenkins, or by a worker that polls them, reads their bodies at
 an address for each.  Made of the stored event alone, so every try of a message sends the same bytes.
 
+When a build was created is not in the events, so `created_at` is null: a time that stands in for it would be
+another in each message, and builds whose time of creation changes are taken for two.
+
 https://docs.github.com/en/webhooks/webhook-events-and-payloads#workflow_run
 https://docs.gitlab.com/user/project/integrations/webhook_events/#pipeline-events
 https://plugins.jenkins.io/notification/
@@ -55,6 +58,22 @@ def _end(data: Data) -> Conclusion | None:
     return Conclusion(data["conclusion"]) if data.get("conclusion") else _CONCLUSIONS[state]
 
 
+_TAG = "refs/tags/"
+
+
+def _ref(data: Data) -> tuple[str | None, bool]:
+    """The branch or tag by its own name, and whether it is a tag.
+
+    Platforms say beside it what `OWNER:main` and `refs/tags/v1` say in it.
+    """
+    shown: str | None = data.get("branch")
+    if not shown:
+        return None, False
+    if shown.startswith(_TAG):
+        return shown.removeprefix(_TAG), True
+    return shown.partition(":")[2] if data.get("is_fork") else shown, False
+
+
 def _ping(data: Data, at: datetime) -> dict[str, Any]:
     return {
         "zen": str(data.get("message") or "This is a test."),
@@ -72,23 +91,25 @@ def _github(data: Data, at: datetime) -> dict[str, Any]:
     """A `workflow_run` delivery."""
     state, end = State(data["state"]), _end(data)
     repository = _github_repository(data.get("repository") or "")
+    (ref, is_tag), trigger = _ref(data), data.get("trigger")
     run = {
         "id": _number(data["build_id"].rpartition(":")[2]),
         "name": data.get("workflow"),
         "display_title": data.get("workflow"),
-        "head_branch": data.get("branch"),
+        "path": f"{data.get('workflow') or ''}@{_TAG}{ref}" if is_tag else None,
+        "head_branch": ref,
         "head_sha": data.get("commit"),
         "run_number": data.get("number"),
         "run_attempt": data.get("attempt"),
-        "event": data.get("trigger"),
+        "event": "push" if trigger == "tag" else trigger,
         "status": "completed" if end else state.value,
         "conclusion": end.value if end else data.get("conclusion"),
         "html_url": data.get("url"),
-        "created_at": data.get("started_at") or iso(at),
+        "created_at": None,
         "run_started_at": data.get("started_at"),
         "updated_at": (data.get("ended_at") if end else None) or iso(at),
         "repository": repository,
-        "head_repository": _github_repository(data.get("head_repository") or data.get("repository") or ""),
+        "head_repository": _github_head(data) if data.get("is_fork") else repository,
     }
     return {
         "action": _ACTIONS.get(state, "completed"),
@@ -96,6 +117,12 @@ def _github(data: Data, at: datetime) -> dict[str, Any]:
         "workflow": {"name": data.get("workflow")},
         "repository": repository,
     }
+
+
+def _github_head(data: Data) -> dict[str, Any] | None:
+    """The fork; None: it is gone."""
+    fork = data.get("head_repository")
+    return _github_repository(fork) if fork else None
 
 
 def _github_repository(full_name: str) -> dict[str, Any]:
@@ -117,21 +144,28 @@ _GITLAB_ENDS = {
 }
 
 
+_MERGE_REQUEST = "merge_request_event"
+_GITLAB_SOURCES: Mapping[str | None, str] = {"tag": "push", "pull_request": _MERGE_REQUEST}
+"""GitLab's words for the triggers that have the same name on every platform."""
+
+
 def _gitlab(data: Data, at: datetime) -> dict[str, Any]:
     """A Pipeline Hook, without jobs."""
     state, end = State(data["state"]), _end(data)
     _, project, pipeline = data["build_id"].rsplit(":", 2)
     path = data.get("repository") or ""
     going = "running" if state is State.IN_PROGRESS else "pending"
+    (ref, is_tag), source = _ref(data), _GITLAB_SOURCES.get(data.get("trigger"), data.get("trigger"))
     attributes = {
         "id": _number(pipeline),
         "iid": data.get("number"),
-        "ref": data.get("branch"),
-        "tag": False,
+        "name": data.get("workflow") if data.get("workflow") != source else None,
+        "ref": ref,
+        "tag": is_tag,
         "sha": data.get("commit"),
-        "source": data.get("trigger"),
+        "source": source,
         "status": _GITLAB_ENDS.get(end, "failed") if end else going,
-        "created_at": data.get("started_at") or iso(at),
+        "created_at": None,
         "finished_at": (data.get("ended_at") or iso(at)) if end else None,
         "duration": data.get("duration_seconds"),
         "url": data.get("url"),
@@ -139,6 +173,7 @@ def _gitlab(data: Data, at: datetime) -> dict[str, Any]:
     return {
         "object_kind": "pipeline",
         "object_attributes": attributes,
+        "merge_request": _merge_request(data, ref, project) if source == _MERGE_REQUEST else None,
         "project": {
             "id": _number(project),
             "name": path.rpartition("/")[2],
@@ -147,6 +182,19 @@ def _gitlab(data: Data, at: datetime) -> dict[str, Any]:
         },
         "commit": {"id": data.get("commit")},
         "builds": [],
+    }
+
+
+def _merge_request(data: Data, ref: str | None, project: str) -> dict[str, Any]:
+    """Where its branch is from: of a fork either the path is known, or the id."""
+    fork: str = data.get("head_repository") or "" if data.get("is_fork") else project
+    number = _number(fork)
+    return {
+        "source_branch": ref,
+        "source_project_id": number if isinstance(number, int) else None,
+        "target_project_id": _number(project),
+        "source": {"path_with_namespace": fork} if "/" in fork else None,
+        "target": {"path_with_namespace": data.get("repository")},
     }
 
 

@@ -526,11 +526,13 @@ def _fork(payload: dict[str, Any], project_id: int) -> str | None:
     source_id = (
         int(told) if isinstance(told, str) and re.fullmatch("[0-9]{1,18}", told) else _read.whole(told)
     )
+    source, target = (_read.mapping(request.get(name)) for name in ("source", "target"))
+    path = _read.text(source.get("path_with_namespace"))
     if source_id == project_id:
         return None
-    if source_id is None:
-        return "unknown"
-    return _read.text(_read.mapping(request.get("source")).get("path_with_namespace")) or str(source_id)
+    if source_id is None and path is not None:  # so tells another BuildRelay, which knows the path alone
+        return None if path == _read.text(target.get("path_with_namespace")) else path
+    return path or ("unknown" if source_id is None else str(source_id))
 
 
 # ---- jobs ----------------------------------------------------------------------------------------
