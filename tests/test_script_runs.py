@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select, update
 
 from tests.facts import PACE
-from tests.test_script_reports import ANY, OPTIONAL
+from tests.test_script_reports import ANY, ENDS, OPTIONAL
 from webhook_app import builds, db, models
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
 from webhook_app.platforms import script
@@ -85,7 +85,7 @@ SHARED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthC
 
 @SHARED
 @given(
-    end=st.sampled_from(script.ENDS), fields=st.dictionaries(st.sampled_from(OPTIONAL), ANY, max_size=8)
+    end=st.sampled_from(ENDS), fields=st.dictionaries(st.sampled_from(OPTIONAL), ANY, max_size=8)
 )  # fmt: skip
 def test_whatever_the_optional_fields_hold_the_end_is_recorded(local, end, fields):
     fields.pop("eventId", None), fields.pop("deliveryId", None)  # those may make it a duplicate
@@ -420,7 +420,7 @@ def histories(draw):
         return draw(st.integers(place + 1, place + 30))
 
     for run in range(runs):
-        begin, hour, end = run * RUN, f"2026-11-01T{10 + run}", draw(st.sampled_from(script.ENDS))
+        begin, hour, end = run * RUN, f"2026-11-01T{10 + run}", draw(st.sampled_from(ENDS))
         start, over = (START, f"{hour}:00:00Z"), (end, f"{hour}:50:00Z")
         started = begin + draw(st.sampled_from([0, RUN - 1]))
         told = [(started, start), (after(started if run == runs - 1 else begin), over)]

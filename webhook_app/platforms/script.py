@@ -44,7 +44,6 @@ HEARTBEAT = "heartbeat"
 BEGIN = "build_started"
 _GOOD_ENDS = ("build_completed", "deploy_completed")
 _BAD_ENDS = ("build_failed", "deploy_failed")
-ENDS = _GOOD_ENDS + _BAD_ENDS
 _OPENINGS = (BEGIN, "plan_started", "deploy_started")
 """Their time is the start of the build, whichever comes first."""
 EVENTS = (
