@@ -15,11 +15,15 @@ from webhook_app import destinations, formats, results, subscribers
 from webhook_app.endpoints import Health
 from webhook_app.lifecycle import Conclusion, State
 from webhook_app.sealing import SealError
+from webhook_app.subscribers import (
+    LONGEST_DESCRIPTION,
+    LONGEST_GLOB,
+    LONGEST_URL,
+    MOST_GLOBS,
+    MOST_PER_SECOND,
+)
 from webhook_app.times import iso
 
-LONGEST_GLOB, LONGEST_DESCRIPTION, LONGEST_URL = 255, 1000, 2048
-MOST_GLOBS = 100
-MOST_PER_SECOND = 10_000
 MASK = "***"
 
 _LISTS = ("events", "sources", "repositories", "branches")

@@ -34,6 +34,11 @@ UNTRIED: Row = {
 CLEAN_RECORD: Row = {"state": "active", "disabled_reason": None, **UNTRIED}
 """The columns of a subscriber that nothing has gone wrong with."""
 
+LONGEST_GLOB, LONGEST_DESCRIPTION, LONGEST_URL = 255, 1000, destinations.URL_LENGTH
+MOST_GLOBS = 100
+MOST_PER_SECOND = 10_000
+"""What the API and the command take, at most."""
+
 DEFAULT_GRACE_SECONDS = 86_400
 MOST_GRACE_SECONDS = 7 * 86_400
 MOST_OLD_SECRETS = 10

@@ -20,7 +20,6 @@ from webhook_app.times import iso
 
 MOST_ITEMS = 200
 ITEMS = 50
-MOST_GLOBS = 100
 NO_CURSOR = "This is no cursor of this list."
 
 _EARLIEST = datetime(1970, 1, 1, tzinfo=UTC)
@@ -138,8 +137,8 @@ def _event_glob(glob: str) -> None:
 
 def _globs(*more: Callable[[str], None]) -> fields.List[Any]:
     return fields.List(
-        Text(validate=[Length(1, 255), *more]),
-        validate=Length(max=MOST_GLOBS),
+        Text(validate=[Length(1, subscribers.LONGEST_GLOB), *more]),
+        validate=Length(max=subscribers.MOST_GLOBS),
         metadata={"description": "Globs; an empty list means all."},
     )
 
@@ -273,14 +272,17 @@ class BuildStatusQuery(Strict):
 class SubscriberChange(Strict):
     """What can be changed of a subscriber; what is not named stays."""
 
-    url = Text(validate=Length(1, 2048), metadata={"description": "https; where events are posted."})
+    url = Text(
+        validate=Length(1, subscribers.LONGEST_URL),
+        metadata={"description": "https; where events are posted."},
+    )
     events = _globs(_event_glob)
     sources = _globs()
     repositories = _globs()
     branches = _globs()
     forks = Truth(metadata={"description": "`branches` and `changes` look at builds of forks as well."})
-    description = Text(allow_none=True, validate=Length(max=1000))
-    rate_limit_per_second = Whole(allow_none=True, validate=Range(1, 10_000))
+    description = Text(allow_none=True, validate=Length(max=subscribers.LONGEST_DESCRIPTION))
+    rate_limit_per_second = Whole(allow_none=True, validate=Range(1, subscribers.MOST_PER_SECOND))
     ordered = Truth(metadata={"description": "One build's events in their order."})
     headers = fields.Dict(
         keys=Text(), values=Text(), metadata={"description": "Sent with each request; never shown again."}
@@ -298,7 +300,7 @@ class NewSubscriber(SubscriberChange):
 
     url = Text(
         required=True,
-        validate=Length(1, 2048),
+        validate=Length(1, subscribers.LONGEST_URL),
         metadata={"description": "https; where events are posted."},
     )
     signing = Text(load_default="hmac", validate=OneOf(("hmac", "ed25519")))
