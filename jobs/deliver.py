@@ -101,7 +101,7 @@ class _Drain:
         finally:
             self.leave()
             if self.unfinished:
-                self._ring()
+                self._ring(queues.DELIVER)
 
     def leave(self) -> None:
         """Settle what lies on the desk; from now on each sending thread settles its own try."""
@@ -197,17 +197,17 @@ class _Drain:
                 self._turn([tried], claims=False)
             except db.StoreUnavailable as error:
                 log.warning("a try is not noted, its message will be sent again: %s", error)
-        self._ring()
+        self._ring(queues.DELIVER)
 
-    def _ring(self) -> None:
+    def _ring(self, job: str) -> None:
         """Call the next job; when we are to end, a tick does that, since Redis may be ending as well."""
         if not self.desk.closing:
-            queues.Bell(self.held.redis).ring(queues.DELIVER)
+            queues.Bell(self.held.redis).ring(job)
 
     def _carry_out(self, sentence: Sentence) -> None:
         db.as_writer(self.held.engine, lambda write: endpoints.carry_out(write, sentence, utc_now()))
         if sentence.act == "disable":
-            queues.Bell(self.held.redis).ring(queues.REPLAY)  # which buries what this left
+            self._ring(queues.REPLAY)  # which gives up the rest of its messages
 
 
 def _log_attempt(tried: Tried) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from cryptography.fernet import Fernet
@@ -151,6 +152,47 @@ def test_the_next_job_takes_over_what_the_last_one_left(make_held, pair, wait_un
     assert tries(held) == ["timeout", "timeout"]
     assert not held.desk.room.subscribers
     assert {row[1] for row in states(held, stuck)} == {1}
+
+
+class NoRedis:
+    """A Redis that must not be asked for anything."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __getattr__(self, name):
+        self.asked.append(name)
+        raise AssertionError(f"Redis is asked for {name}")
+
+
+@pytest.mark.parametrize("closing", [True, False])
+def test_who_is_to_end_rings_nobody_whatever_follows_from_a_try(make_held, pair, wait_until, closing):
+    held = make_held()
+    gone, _ = pair
+    gone.behave(status=410)
+    id_ = subscribe(held, gone)
+    record(held, github(State.QUEUED), github(State.QUEUED, run=2))
+    redis = held.redis
+    bell = queues.bell_key(queues.REPLAY)
+    if closing:
+        held = replace(held, redis=NoRedis())
+    drain = job._Drain(held)
+    claim = drain._turn([])
+    held.desk.closing = closing
+    for message in claim.messages:
+        drain._send(message, claim.subscribers[message.subscriber])
+    wait_until(lambda: not held.desk.room.subscribers)  # each try has settled itself
+    wait_until(lambda: subscribed(held, id_)["state"] == "disabled")
+    if closing:
+        assert held.redis.asked == []
+        assert not redis.exists(bell)
+    else:
+        wait_until(lambda: redis.exists(bell))
+
+
+def subscribed(held, id_):
+    with db.reading(held.engine) as connection:
+        return subscribers.get(connection, id_)
 
 
 class Meter:
