@@ -26,7 +26,7 @@ from webhook_app.times import iso, utc_now
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.1
-"""So often whoever waits for a turn looks whether it has come."""
+"""Between two looks of whoever waits for a turn, whether it has come."""
 MARGIN = timedelta(seconds=10)
 
 

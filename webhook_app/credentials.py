@@ -35,7 +35,7 @@ REFUSED_AGAIN = timedelta(minutes=1)
 """A token that just took the place of a refused one, and is refused as well: a third would not help."""
 
 TRY_AGAIN = timedelta(seconds=30)
-"""So long nobody asks again after a failed renewal."""
+"""How long nobody asks again after a failed renewal."""
 
 SKEW = timedelta(seconds=30)
 ANSWER_CAP_BYTES = 1024 * 1024

@@ -46,13 +46,13 @@ Row = dict[str, Any]
 LEASE_MARGIN_SECONDS = 15.0
 RESPONSE_CAP_BYTES = 16 * 1024
 REST_SECONDS = 2.0
-"""So long the rest of an answer is read for the log: its status line has decided, others want the slot."""
+"""How long the rest of an answer is read for the log: its status line has decided, others want the slot."""
 NO_KEY = "no_key"
 """The reason of a try that was none: no key opens the subscriber's secrets."""
 KEY_WAIT = timedelta(seconds=60)
 """How long such a subscriber is left alone before its secrets are tried again."""
 MOST_SEEN = 500
-"""So many due messages are looked at together once the first few all had to wait."""
+"""Due messages that are looked at together once the first few all had to wait."""
 
 
 def plan(write: Write, events: Sequence[Mapping[str, Any]], now: datetime) -> int:

@@ -21,12 +21,12 @@ __all__ = ["Expectation", "expectations", "keep"]
 Row = Mapping[Any, Any]
 
 LOOK_BACK = 200
-"""So many of the newest builds are looked through for those that count."""
+"""The newest builds that are looked through for those that count."""
 FARTHEST = 250_000
 """What lies so many builds back is no history: for a rare line among few, PostgreSQL may choose to walk down
 the ids of all builds, and has to stop somewhere."""
 MOST = 20
-"""So many of those that count are taken, the newest."""
+"""The number of those that count that is taken, the newest first."""
 FEW = 3
 """A branch with fewer is judged by its workflow; where there are fewer first attempts re-runs count too."""
 

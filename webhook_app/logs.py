@@ -17,7 +17,7 @@ KEPT_BYTES = 1024 * 1024
 HEAD_BYTES = 64 * 1024
 LEAST_BYTES = 16 * 1024
 MARGIN_BYTES = 8 * 1024
-"""So much is left out beside a cut that falls into an endless line: half a secret must not stay."""
+"""What is left out beside a cut that falls into an endless line: half a secret must not stay."""
 LONGEST_LINE = 4000
 LONGEST_ERROR = 500
 MOST_ERROR_LINES = 3
@@ -58,7 +58,7 @@ class Keeper:
         return len(piece)
 
     def skip(self, count: int) -> None:
-        """So many bytes lie between what came and what comes: they were never read."""
+        """Count bytes between what came and what comes, which were never read."""
         self.total += max(count, 0)
 
     @property

@@ -34,7 +34,7 @@ JOB_TIMEOUT_SECONDS = 180
 BELL_TTL_SECONDS = 2
 DEAF_SECONDS = 1.0
 NEWS_SECONDS = 60.0
-"""So often at most a process says that Redis is away."""
+"""Between two lines of the log in which a process says that Redis is away, at least."""
 
 BEAT_KEY = "buildrelay:scheduler:beat"
 """Set, and renewed, by a living scheduler to the Unix time of its last pass (`beat` reads it)."""

@@ -46,7 +46,7 @@ class Room:
         )
 
     def began(self, row: Mapping[str, Any], count: int = 1) -> None:
-        """So many requests for this subscriber's row are under way."""
+        """Count requests for this subscriber's row that are under way from now on."""
         self.subscribers[row["id"]] += count
         self.hosts[host_of(row["url"])] += count
 

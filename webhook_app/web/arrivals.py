@@ -64,7 +64,7 @@ class Arrivals:
                 self._until[sock] = time.monotonic() + PIECE_SECONDS, socket.SHUT_RD
 
     def leaves(self, sock: socket.socket, count: int) -> Deadline | None:
-        """So many bytes are handed to the connection now; the deadline that it had, for `has_left`."""
+        """Set the deadline for `count` bytes that are sent now; gives the one before, for `has_left`."""
         seconds = PIECE_SECONDS * (1 + count // PIECE_BYTES)
         with self._mutex:
             before = self._until.get(sock)

@@ -33,7 +33,7 @@ GLANCE_BYTES = 32 * 1024
 """Of a request whose length is not known yet; a buffer for more costs time of its own."""
 
 LINGER_SECONDS = 2.0
-"""So long we hear out a sender whom we have answered: a connection closed before loses the answer."""
+"""How long a sender that was answered is read on: a connection closed before loses the answer."""
 
 _close_graceful = util.close_graceful
 
