@@ -56,11 +56,26 @@ def test_every_file_in_the_map_exists():
             assert path.exists(), f"{name} is in the README's map only"
 
 
-def test_every_module_is_in_the_map():
+def test_every_module_is_in_the_map_once():
     block = README.partition("## Map of the code")[2].partition("```")[2].partition("```")[0]
     for path in (ROOT / "webhook_app").iterdir():
-        if path.suffix == ".py" and not path.name.startswith("_") and path.name != "gunicorn_conf.py":
-            assert path.name in block, f"{path.name} is not in the README's map"
+        if path.suffix == ".py" and not path.name.startswith("_"):
+            assert len(re.findall(rf"(?<![\w/]){path.name}", block)) == 1, path.name
+    for path in (*(ROOT / "jobs").glob("[a-z]*.py"), *(ROOT / "pollers").glob("[a-z]*.py")):
+        assert re.search(rf"\b{path.stem}\b", block), f"{path.stem} is not in the README's map"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))],
+    ids=lambda path: path.name,
+)
+def test_headings_stand_alone_and_nothing_is_said_twice(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    headings = [place for place, line in enumerate(lines) if re.match("#+ ", line)]
+    assert [lines[place] for place in headings if place and lines[place - 1]] == []
+    long = [line for line in lines if re.match(r"#|\S.{40}", line)]
+    assert {line for line in long if long.count(line) > 1} == set()
 
 
 def test_every_platform_is_named():
