@@ -13,7 +13,7 @@ from sqlalchemy import select, update
 
 from pollers import discovery
 from pollers.repository import Findings
-from webhook_app import health, models
+from webhook_app import api_health, health, models
 from webhook_app.api_health import Round
 from webhook_app.builds import Fact, PollFailed
 from webhook_app.db import Write
@@ -90,7 +90,8 @@ def rounds(findings: Sequence[Findings]) -> dict[str, Round]:
         met = [error for found in of_it for error in errors(found) if error.fault is not PollFault.NOT_FOUND]
         worked, fault = any(found.worked for found in of_it), gravest(met)
         if worked or fault is not None:
-            brought[source] = Round(worked, fault)
+            unread = any(found.fault and found.fault.fault is not PollFault.RATE_LIMITED for found in of_it)
+            brought[source] = Round(worked, fault, unread)
     return brought
 
 
@@ -100,14 +101,15 @@ def rounds(findings: Sequence[Findings]) -> dict[str, Round]:
 def note_list(write: Write, found: Findings, now: datetime, *, source_works: bool) -> None:
     """Count failed lists of a place; tell admins if that shows trouble of the repository or its end.
 
-    `source_works`: other reads of the source were answered; else it is the source's trouble, told as such.
+    `source_works`: other reads of the source were answered.  If not, and its last round failed as well, it
+    is the source's trouble, told as such.
     """
     why = found.refused or (f"{found.away.fault.value}: {found.away}" if found.away else None)
     if found.listed:
         _worked(write, found.place.source, list(found.listed), now)
     elif why is not None:
         _failed(write, found.place.source, found.place.repositories, why, now)
-        if source_works:
+        if source_works or not api_health.had_failed_round(write.connection, found.place.source):
             _tell_failing(write, found.place.source, found.place.repositories, now)
 
 

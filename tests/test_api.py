@@ -204,6 +204,7 @@ def test_ready_only_when_everything_is_there(api):
     failing = {
         "name": "github",
         "api_failing_since": at(5),
+        "api_failures": 3,
         "api_error_kind": "unavailable",
         "api_error": "x",
     }

@@ -250,9 +250,19 @@ def test_builds_are_taken_up_in_portions(make_stand, monkeypatch):
     stand.clock.advance(1)
     note(stand, WORKED)
     for left in (4, 2, 0, 0):
-        assert sum(stand.row(build)["polling"] == "error" for build in stand.world.builds) == left
+        assert sum(stand.wait(build) > 0 for build in stand.world.builds) == left
         note(stand, WORKED)
-    assert told(stand)["resume_before"] is None
+    assert (told(stand)["resume_from"], told(stand)["resume_before"]) == (None, None)
+
+
+@ON_SQLITE
+def test_a_failure_between_two_portions_leaves_none_out(make_stand, monkeypatch):
+    monkeypatch.setattr(api_health, "MOST_RESUMED", 2)
+    stand = failing_stand(make_stand, 6)
+    given_up(stand, stand.world.builds)
+    stand.clock.advance(1)
+    note(stand, WORKED, failed(), WORKED, failed(), failed(), failed(), WORKED, WORKED)
+    assert {stand.wait(build) for build in stand.world.builds} == {0}
 
 
 def test_what_fails_while_the_source_answers_is_not_made_due_again_and_again(make_stand, monkeypatch):
@@ -281,15 +291,95 @@ def test_what_fails_while_the_source_answers_is_not_made_due_again_and_again(mak
 
 
 def test_a_build_in_its_back_off_is_due_at_once_when_the_source_answers_again(make_stand):
+    stand, builds, before = in_back_off(make_stand)
+    note(stand, failed(), failed(), WORKED)
+    assert before.isdisjoint({0})
+    assert [stand.wait(build) for build in builds] == [0, 0]
+
+
+def test_a_round_or_two_that_failed_change_no_back_off(make_stand):
+    stand, builds, before = in_back_off(make_stand)
+    note(stand, failed(), WORKED)
+    assert {stand.wait(build) for build in builds} == before
+
+
+def test_what_failed_before_the_source_did_or_by_itself_keeps_its_back_off(make_stand):
+    stand, (first, second), before = in_back_off(make_stand)
+    change(stand, first, {"last_poll_at": stand.now().replace(year=2020)})
+    change(stand, second, {"poll_fault": "forbidden"})
+    note(stand, failed(), failed(), WORKED)
+    assert {stand.wait(build) for build in (first, second)} == before
+
+
+def in_back_off(make_stand):
+    """A stand whose last round failed, its builds, and the seconds until they are due."""
     stand = failing_stand(make_stand, 2)
-    first, second = stand.world.builds
     stand.poll()
-    change(stand, second, {"next_poll_at": stand.now(), "consecutive_errors": 0})
-    for build in (first, second):
-        change(stand, build, {"polling": "active", "next_poll_at": stand.now().replace(year=2099)})
+    for build in stand.world.builds:
+        change(stand, build, {"next_poll_at": stand.now().replace(year=2099)})
     stand.clock.advance(1)
-    note(stand, WORKED)
-    assert [stand.wait(build) for build in (first, second)] == [0, 0]
+    return stand, stand.world.builds, {stand.wait(build) for build in stand.world.builds}
+
+
+BAD = [
+    lambda: json_response({"message": "Resource not accessible"}, 403),
+    lambda: Response(200, b"<html>"),
+    lambda: simulated_github.server_error(502),
+]  # fmt: skip
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("bad", BAD, ids=["forbidden", "unreadable", "unavailable"])
+@pytest.mark.parametrize("step", [7, 15])
+def test_one_bad_repository_keeps_its_back_off_however_rounds_fall(make_stand, bad, step):
+    """Its reads often make a round of their own: such a round says nothing of the source."""
+    stand = make_stand(("github",), 12, kinds={"github": ["success"]}, speed=0.0001)
+    stand.push_all()
+    name = stand.world.builds[0].repository.full_name
+    theirs = [build for build in stand.world.builds if build.repository.full_name == name]
+    assert 0 < len(theirs) < 12
+    server = stand.servers["github"]
+    server.inject(bad(), path_contains=name)
+    stand.clock.advance(FRESH)
+    for _ in range(900 // step):
+        stand.poll(after=step)
+        assert not api_health.is_failing(told(stand))
+    is_list_known = bad is not BAD[2]  # the repository is in no settings
+    assert kinds(stand) == ["repository_unreadable"] * is_list_known
+    for build in theirs:
+        types = stand.types(build)
+        assert types.count("polling_started") == 1
+        assert types.count("polling_error") <= 1
+    tries = 3 if bad is BAD[2] else 1
+    most = 8 * len(theirs) + 15  # doubled waits in 15 minutes, and a list a minute
+    assert 0 < server.count(name) <= tries * most
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("kind", [PollFault.FORBIDDEN, PollFault.UNREADABLE])
+def test_a_build_that_fails_while_nothing_else_is_read_says_nothing_of_the_source(make_stand, kind):
+    stand = make_stand(("github",), 2, kinds={"github": ["success"]}, speed=0.0001)
+    stand.discover()
+    note(stand, *[failed(kind)] * 3)
+    stand.clock.advance(61)
+    note(stand, failed(kind))
+    sweep_job.sweep(stand.held)
+    assert (kinds(stand), told(stand)["api_failing_since"]) == ([], None)
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("bad", BAD[:2], ids=["forbidden", "unreadable"])
+def test_a_source_that_forbids_everything_is_told_as_a_whole(make_stand, bad):
+    stand = make_stand(("github",), 12, kinds={"github": ["success"]}, speed=0.0001)
+    stand.push_all()
+    stand.servers["github"].inject(bad())
+    for _ in range(30):
+        stand.discover(after=60)
+    assert kinds(stand) == ["unreachable"]
+    stand.servers["github"].clear_faults()
+    for _ in range(6):
+        stand.discover(after=60)
+    assert kinds(stand) == ["unreachable", "reachable"]
 
 
 def test_a_build_that_was_stopped_by_hand_or_is_not_known_stays_as_it_is(make_stand):

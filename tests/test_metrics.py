@@ -114,10 +114,15 @@ def test_errors_and_durations_of_each_api(make_api, store_url):
     measured.note("gone", 1, platforms.Answer(404, {}, b""))
     fault = platforms.PollError(platforms.PollFault.UNAVAILABLE, "timeout")
 
-    def unit(write):
-        measured.store(write.connection)
-        api_health.note_round(write.connection, "github", api_health.Round(False, fault), utc_now())
+    now = utc_now()
 
+    def unit(write):
+        api_health.note_round(write.connection, "github", api_health.Round(False, fault), now)
+
+    db.as_writer(api.engine, lambda write: measured.store(write.connection))
+    for _ in range(2):
+        db.as_writer(api.engine, unit)
+    assert source(scrape(api), "source_failing") == 0
     db.as_writer(api.engine, unit)
     found = scrape(api)
     assert found[("buildrelay_api_errors_total", "unavailable", "github")] == 1
@@ -130,7 +135,7 @@ def test_errors_and_durations_of_each_api(make_api, store_url):
     (told,) = (item for item in api("GET", "/api/sources")["items"] if item["name"] == "github")
     assert (told["last_error"], told["last_error_kind"]) == ("timeout", "unavailable")
     assert told["last_error_at"] == told["failing_since"] is not None
-    assert (told["errors_in_row"], told["failing_repositories"]) == (1, [])
+    assert (told["errors_in_row"], told["failing_repositories"]) == (3, [])
 
 
 def test_builds_that_polling_gave_up_on_are_counted_apart(api):

@@ -1,7 +1,8 @@
 """How the API of each source answers: durations, errors by kind, and since when nothing can be read.
 
-A round of polling that reads nothing of a source is a failed one; admins hear of it after several in a row,
-and when the source answers again.  A limit is no failure: the platform answers, and is waited for.
+A round of polling that reads nothing of a source is a failed one if the source is at fault, not only a build
+or a repository of it; admins hear of it after several in a row, and when the source answers again.  A limit
+is no failure: the platform answers, and is waited for.
 Everything is stored in the transaction that records the round, so several workers tell nothing twice.
 """
 
@@ -11,18 +12,17 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, func, select, update
 
-from webhook_app import health, histograms, models, polling
+from webhook_app import health, histograms, models
 from webhook_app.histograms import Histogram
-from webhook_app.lifecycle import State
 from webhook_app.platforms import Answer, PollError, PollFault, Source
 from webhook_app.platforms._read import poll_error
 from webhook_app.redaction import redactor
 from webhook_app.times import iso
 
 FAILED_ROUNDS = 3
-"""Failed rounds in a row before admins are told: one is no news."""
+"""Failed rounds in a row before a source counts as failing: one is no news."""
 
 FAILING_FOR = timedelta(seconds=60)
 """Minimum time without a successful round before admins are told."""
@@ -30,10 +30,17 @@ FAILING_FOR = timedelta(seconds=60)
 MOST_RESUMED = 500
 """Builds that are made due again in one transaction."""
 
-HARMLESS = (PollFault.RATE_LIMITED, PollFault.NOT_FOUND)
-"""Faults with which a platform answers: a round that met only these is neither failed nor successful."""
+OF_SOURCE = (PollFault.UNAVAILABLE, PollFault.UNAUTHORIZED)
+"""Faults of a source as a whole."""
 
-_s, _e, _b = models.sources.c, models.api_errors.c, models.builds.c
+OF_PART = (PollFault.FORBIDDEN, PollFault.UNREADABLE)
+"""Faults of one build or repository, unless every repository of the source fails.
+
+With the others, a limit and "not found", a platform answers: a round that met only these is neither failed
+nor successful.
+"""
+
+_s, _e, _b, _p = models.sources.c, models.api_errors.c, models.builds.c, models.places.c
 
 
 # ---- what was measured -----------------------------------------------------------------------
@@ -88,10 +95,12 @@ class Round:
     """What a round of polling brought of one source.
 
     `worked`: something of it was read.  `fault`: the gravest error of its reads; its text is masked.
+    `unread`: reads were refused to our token, or there was no token; the error is the source's, of any kind.
     """
 
     worked: bool
     fault: PollError | None = None
+    unread: bool = False
 
 
 def note_round(connection: Connection, source: str, brought: Round, now: datetime) -> None:
@@ -100,8 +109,39 @@ def note_round(connection: Connection, source: str, brought: Round, now: datetim
         note_error(connection, source, brought.fault, now)
     if brought.worked:
         _succeeded(connection, source, now)
-    elif brought.fault is not None and brought.fault.fault not in HARMLESS:
+    elif brought.fault is not None and _is_of_source(connection, source, brought, brought.fault.fault):
         _failed(connection, source, brought.fault, now)
+
+
+def _is_of_source(connection: Connection, source: str, brought: Round, kind: PollFault) -> bool:
+    """Is the source at fault, and not only the builds and repositories that this round happened to hold?"""
+    return brought.unread or kind in OF_SOURCE or (kind in OF_PART and _every_list_fails(connection, source))
+
+
+def _every_list_fails(connection: Connection, source: str) -> bool:
+    listed = (_p.source == source, _p.same_as.is_(None), _p.next_list_at.is_not(None))
+    counts = select(func.count(), func.count(_p.failing_since)).select_from(models.places).where(*listed)
+    places, failing = connection.execute(counts).one()
+    return bool(places) and places == failing
+
+
+def is_failing(row: Mapping[str, Any]) -> bool:
+    """Does a row of `sources` show one that can't be read?  Before several failed rounds nothing is known."""
+    return row.get("api_failing_since") is not None and (
+        row["api_failures"] >= FAILED_ROUNDS or row["api_told_at"] is not None
+    )
+
+
+def failing_since(row: Mapping[str, Any]) -> datetime | None:
+    """Since when a source can't be read; None: it can, as far as is known."""
+    since: datetime | None = row["api_failing_since"] if is_failing(row) else None
+    return since
+
+
+def had_failed_round(connection: Connection, source: str) -> bool:
+    """Was the last round of a source a failed one?"""
+    since = connection.execute(select(_s.api_failing_since).where(_s.name == source)).scalar()
+    return since is not None
 
 
 def note_error(connection: Connection, source: str, fault: PollError, now: datetime) -> None:
@@ -180,9 +220,10 @@ def _tell_if_due(connection: Connection, source: str, now: datetime) -> None:
 def _succeeded(connection: Connection, source: str, now: datetime) -> None:
     row = _row(connection, source)
     since, told_at = row["api_failing_since"], row["api_told_at"]
-    before = now if since is not None else row["resume_before"]
-    if before is not None and _resume(connection, source, before, now) < MOST_RESUMED:
-        before = None
+    left = _left(row, now)
+    if left is not None and _resume(connection, source, left, now) < MOST_RESUMED:
+        left = None
+    resume_from, resume_before = left or (None, None)
     _change(
         connection,
         source,
@@ -190,7 +231,8 @@ def _succeeded(connection: Connection, source: str, now: datetime) -> None:
         api_failing_since=None,
         api_failures=0,
         api_told_at=None,
-        resume_before=before,
+        resume_from=resume_from,
+        resume_before=resume_before,
     )
     if told_at is not None:
         message = f"{source} can be read again, after {_lasted(now - since)} (since {iso(since)})."
@@ -205,35 +247,37 @@ def _lasted(time: timedelta) -> str:
 # ---- builds that were left when the source failed --------------------------------------------
 
 
-_ANSWERS = (PollFault.NOT_FOUND.value,)
-_OPEN = tuple(state.value for state in State if not state.terminal)
+Span = tuple[datetime, datetime]
+_KINDS = tuple(kind.value for kind in OF_SOURCE)
 
 
-def _resume(connection: Connection, source: str, before: datetime, now: datetime) -> int:
-    """Make a portion of the builds whose last read failed due at once; how many there were.
+def _left(row: Mapping[str, Any], now: datetime) -> Span | None:
+    """The time in which builds were left because the source failed, up to now or to its last return."""
+    if is_failing(row):
+        return row["resume_from"] or row["api_failing_since"], now
+    return (row["resume_from"], row["resume_before"]) if row["resume_from"] else None
 
-    `before`: when the source answered again; what failed since then has another cause.  Those that polling
-    gave up on begin anew.  One that its platform does not know waits as before: that was an answer.
+
+def _resume(connection: Connection, source: str, left: Span, now: datetime) -> int:
+    """Make a portion of the builds whose last read failed with the source due at once; how many there were.
+
+    `left`: what failed before or since then has another cause, as has every fault of a build's own, such as
+    "forbidden": its back-off goes on.  Errors in a row are kept until a read works, so that a build which
+    fails by itself is given up only once.
     """
+    began, ended = left
     found = connection.execute(
-        select(_b.id, _b.polling, _b.state)
+        select(_b.id)
         .where(
             _b.source == source,
             _b.next_poll_at > now,
-            _b.last_poll_at < before,
-            _b.poll_fault.is_not(None),
-            _b.poll_fault.not_in(_ANSWERS),
+            _b.last_poll_at >= began,
+            _b.last_poll_at < ended,
+            _b.poll_fault.in_(_KINDS),
         )
         .order_by(_b.next_poll_at)
         .limit(MOST_RESUMED)
-    ).all()
-    stopped = [row.id for row in found if row.polling == "error" and row.state in _OPEN]
+    ).scalars().all()  # fmt: skip
     if found:
-        _make_due(connection, [row.id for row in found], next_poll_at=now)
-    if stopped:
-        _make_due(connection, stopped, **polling.taken_up(now))
+        connection.execute(update(models.builds).where(_b.id.in_(found)).values(next_poll_at=now))
     return len(found)
-
-
-def _make_due(connection: Connection, ids: list[int], **values: object) -> None:
-    connection.execute(update(models.builds).where(_b.id.in_(ids)).values(values))

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Engine
 
 from webhook_app import (
     VERSION,
+    api_health,
     cli_subscribers,
     credentials,
     db,
@@ -521,7 +522,7 @@ def _list_sources(_chosen: argparse.Namespace) -> int:
         secret = "secret" if source.webhook_secrets else "no secret"
         token = "token" if source.has_token else "no token"
         counts = f"{row.get('pushes', 0)} pushes, {row.get('missed_pushes', 0)} missed"
-        failing = f"  can't be read: {row['api_error']}" if row.get("api_failing_since") else ""
+        failing = f"  can't be read: {row['api_error']}" if api_health.is_failing(row) else ""
         print(f"{name:<10} {source.source.platform:<8} {secret}, {token}  {counts}{failing}")
         for repository in source.repositories:
             print(f"           {repository}")

@@ -18,7 +18,18 @@ from urllib.parse import urlsplit
 from redis.exceptions import RedisError
 from sqlalchemy import Engine, text
 
-from webhook_app import credentials, db, health, migrations, platforms, queues, registration, subscribers, up
+from webhook_app import (
+    api_health,
+    credentials,
+    db,
+    health,
+    migrations,
+    platforms,
+    queues,
+    registration,
+    subscribers,
+    up,
+)
 from webhook_app.account import Account
 from webhook_app.platforms import Answer, Hook, PollError, PollFault, TokenFacts
 from webhook_app.registration import Address, RegistrationError
@@ -236,7 +247,7 @@ def _health(name: str, source: SourceSettings, told: dict[str, Any]) -> Iterator
     if told.get("paused_until") and told["paused_until"] > now:
         what = f"not polled until {iso(told['paused_until'])}: {told['pause_reason']}"
         yield Finding(name, WARN, what, "A refused token has to be replaced; a limit ends by itself.")
-    if told.get("api_failing_since"):
+    if api_health.is_failing(told):
         what = (
             f"can't be read since {iso(told['api_failing_since'])}, {told['api_failures']} rounds of polling "
             f"failed in a row: {told['api_error_kind']}: {told['api_error']}"

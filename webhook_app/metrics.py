@@ -67,7 +67,7 @@ METRICS: Mapping[str, About] = {
     ),
     "newest_fact_age_seconds": About("Since the newest push or poll.", _SOURCE),
     "source_deaf": About("1 while pushes are believed not to come at all.", _SOURCE),
-    "source_failing": About("1 while no round of polling reads anything of it.", _SOURCE),
+    "source_failing": About("1 after several rounds of polling in a row that read nothing of it.", _SOURCE),
     "source_paused": About("1 while the source is not polled: a limit, or a refused token.", _SOURCE),
     "budget_limit": About("Requests that the token may make until each reset.", _SOURCE),
     "budget_remaining": About("Requests that are left of them, as the platform told last.", _SOURCE),
@@ -176,7 +176,7 @@ def _push_health(row: Row, now: datetime) -> dict[str, float | None]:
         "push_share_ratio": row.get("push_share"),
         "newest_fact_age_seconds": _past(newest, now) if newest else None,
         "source_deaf": row.get("deaf_since") is not None,
-        "source_failing": row.get("api_failing_since") is not None,
+        "source_failing": api_health.is_failing(row),
         "source_paused": paused_until is not None and paused_until > now,
     }
 

@@ -337,6 +337,7 @@ sources = Table(
     Column("api_error_at", Moment),
     Column("api_worked_at", Moment),
     Column("api_told_at", Moment),
+    Column("resume_from", Moment),
     Column("resume_before", Moment),
     comment="What we learned about a source while polling it.",
 )

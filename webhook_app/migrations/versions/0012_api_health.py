@@ -13,7 +13,8 @@ COUNT = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 BUCKETS = 8
 
 SOURCE_MOMENTS = (
-    "push_notice_at", "api_error_at", "api_failing_since", "api_told_at", "api_worked_at", "resume_before",
+    "push_notice_at", "api_error_at", "api_failing_since", "api_told_at", "api_worked_at", "resume_from",
+    "resume_before",
 )  # fmt: skip
 PLACE_MOMENTS = ("failing_since", "told_at")
 

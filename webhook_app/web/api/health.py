@@ -9,7 +9,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from webhook_app import db, health, metrics, migrations, queues
+from webhook_app import api_health, db, health, metrics, migrations, queues
 from webhook_app.db import StoreUnavailable
 from webhook_app.times import iso, utc_now
 from webhook_app.web import schemas
@@ -60,7 +60,7 @@ def get_metrics() -> Any:
 def _sources() -> tuple[bool, str]:
     with db.reading(state().engine) as connection:
         told = health.snapshot(connection)
-    since = {name: told.get(name, {}).get("api_failing_since") for name in state().settings.sources}
+    since = {name: api_health.failing_since(told.get(name, {})) for name in state().settings.sources}
     failing = [
         f"{name} can't be read since {iso(at)} ({told[name]['api_error_kind']})"
         for name, at in since.items()

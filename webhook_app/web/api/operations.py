@@ -6,7 +6,7 @@ from typing import Any
 
 from flask import Response
 
-from webhook_app import db, health, inbox, queries, queues, tokens
+from webhook_app import api_health, db, health, inbox, queries, queues, tokens
 from webhook_app.inbox import Receipt
 from webhook_app.platforms import script
 from webhook_app.queries import Row
@@ -225,7 +225,7 @@ def _source(name: str, settings: SourceSettings, told: Row, now: datetime) -> di
         "last_error": told.get("api_error"),
         "last_error_kind": told.get("api_error_kind"),
         "last_error_at": told.get("api_error_at"),
-        "failing_since": told.get("api_failing_since"),
+        "failing_since": api_health.failing_since(told),
         "errors_in_row": told.get("api_failures", 0),
         "newest_fact_age_seconds": (now - newest).total_seconds() if newest else None,
     }
