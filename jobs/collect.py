@@ -16,7 +16,7 @@ from jobs.resources import Resources, resources
 from jobs.schedule import ring_at
 from pollers import endings
 from pollers.endings import Look
-from webhook_app import budget, builds, collection, db, platforms, queues, settings
+from webhook_app import api_health, budget, builds, collection, db, platforms, queues, settings
 from webhook_app.account import Account
 from webhook_app.builds import ErrorFound
 from webhook_app.collection import Brought, Claimed
@@ -103,17 +103,20 @@ def _look(held: Resources, source: SourceSettings, claimed: Claimed, secrets: Se
     """With a token that can be used; a refused one is renewed once.  A lent one is a secret as well."""
     keyring = Keyring(held.engine, held.settings.encryption_keys)
     account = Account(source, held.engine, held.settings.api_budget_reserve, patient=True, clock=utc_now)
+    account.secrets = secrets
     try:
         lent = keyring.source(source, utc_now())
-        look = endings.look(account, lent, claimed, redactor([*secrets, lent.token]))
+        account.secrets = [*secrets, lent.token]
+        look = endings.look(account, lent, claimed, redactor(account.secrets))
         if look.fault is not None and look.fault.fault is PollFault.UNAUTHORIZED:
             renewed = keyring.refreshed(source, lent, utc_now())
             if renewed is not None:
-                look = endings.look(account, renewed, claimed, redactor([*secrets, renewed.token]))
+                account.secrets = [*secrets, renewed.token]
+                look = endings.look(account, renewed, claimed, redactor(account.secrets))
     except PollError as fault:
         seconds = fault.retry_after_seconds or endings.UNAUTHORIZED_SECONDS
-        return Look(Brought(postponed_seconds=seconds), fault)
-    return look
+        look = Look(Brought(postponed_seconds=seconds), fault)
+    return Look(look.brought, look.fault and api_health.masked(look.fault, account.secrets))
 
 
 def _settle(held: Resources, source: SourceSettings, claimed: Claimed, look: Look) -> None:

@@ -256,8 +256,6 @@ def _terms(lane: _Lane, source: str) -> Terms:
 
 def _masked(lane: _Lane, findings: list[Findings]) -> list[Findings]:
     """The findings without secrets: what a platform or the network says of an error is stored and shown."""
-    if not any(troubles.errors(found) or found.hidden for found in findings):
-        return findings
     mask = redactor([*settings.secret_texts(lane.held.settings), *lane.tokens])
     return [troubles.masked(found, mask) for found in findings]
 

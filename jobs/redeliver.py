@@ -14,11 +14,12 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, delete, select, update
 
 from jobs.resources import Resources, resources
-from webhook_app import budget, db, health, models, queues, registration
+from webhook_app import budget, db, health, models, queues, registration, settings
 from webhook_app.account import Account
 from webhook_app.credentials import Keyring
 from webhook_app.inbox import Arrival
 from webhook_app.platforms import Hook, HookDelivery, PollError, hook_api
+from webhook_app.redaction import redactor
 from webhook_app.registration import Address, RegistrationError
 from webhook_app.settings import SourceSettings
 from webhook_app.times import utc_now
@@ -187,13 +188,16 @@ def _follow(held: Resources, look: Look) -> int:
     Never raises for what a platform does.
     """
     began, address = utc_now(), Address(look.source, held.settings.public_url)
+    mask = redactor(settings.secret_texts(held.settings))
     try:
         account = _account(held, look)
+        mask = redactor(account.secrets)
         hook = registration.ours(registration.find_hooks(account, look.repository), address)
         asked, left = _ask_again(held, account, look, hook) if hook and look.since else (0, False)
     except (PollError, RegistrationError) as error:
-        log.warning("webhook not looked at: %s %s: %s", look.source, look.repository, error)
-        _note_fault(held, look, error)
+        why = mask(str(error))
+        log.warning("webhook not looked at: %s %s: %s", look.source, look.repository, why)
+        _note_fault(held, look, error, why)
         return 0
     values = {"refused": False, "next_look_at": None} | ({} if left else {"looked_at": began})
     db.as_writer(held.engine, lambda write: _note_look(write.connection, look, hook, values, utc_now()))
@@ -201,11 +205,13 @@ def _follow(held: Resources, look: Look) -> int:
 
 
 def _account(held: Resources, look: Look) -> Account:
-    """The source with a token that can be used."""
-    settings = held.settings.sources[look.source]
+    """The source with a token that can be used; a lent one is a secret as well."""
+    of = held.settings.sources[look.source]
     keyring = Keyring(held.engine, held.settings.encryption_keys)
-    able = replace(settings, source=keyring.source(settings, utc_now()))
-    return Account(able, held.engine, held.settings.api_budget_reserve, patient=True, clock=utc_now)
+    able = replace(of, source=keyring.source(of, utc_now()))
+    secrets = [*settings.secret_texts(held.settings), able.source.token]
+    reserve = held.settings.api_budget_reserve
+    return Account(able, held.engine, reserve, patient=True, clock=utc_now, secrets=secrets)
 
 
 def _ask_again(held: Resources, account: Account, look: Look, hook: Hook) -> tuple[int, bool]:
@@ -274,8 +280,11 @@ def _note_look(
         health.tell(connection, "source.hook_enabled", where, message, now)
 
 
-def _note_fault(held: Resources, look: Look, error: Exception) -> None:
-    """Come back later; where the token may not see webhooks in a day, and admins are told once."""
+def _note_fault(held: Resources, look: Look, error: Exception, why: str) -> None:
+    """Come back later; where the token may not see webhooks in a day, and admins are told once.
+
+    `why`: the error's text without secrets.
+    """
     now, columns = utc_now(), models.hooks.c
     hidden = isinstance(error, RegistrationError) or (
         isinstance(error, PollError) and error.fault in registration.HIDDEN
@@ -286,16 +295,16 @@ def _note_fault(held: Resources, look: Look, error: Exception) -> None:
     def unit(write: db.Write) -> None:
         told = select(columns.refused).where(columns.source == look.source, columns.refused)
         if hidden and write.connection.execute(told).first() is None:
-            _tell_hidden(write.connection, look, error, now)
+            _tell_hidden(write.connection, look, why, now)
         here = (columns.source == look.source, columns.repository == look.repository)
         write.connection.execute(update(models.hooks).where(*here).values(values))
 
     db.as_writer(held.engine, unit)
 
 
-def _tell_hidden(connection: Connection, look: Look, error: Exception, now: datetime) -> None:
+def _tell_hidden(connection: Connection, look: Look, why: str, now: datetime) -> None:
     message = (
-        f"Our token for {look.source} may not see the webhooks of {look.repository} ({error}), so missed "
+        f"Our token for {look.source} may not see the webhooks of {look.repository} ({why}), so missed "
         "deliveries can't be asked for again. Polling finds what they would have told."
     )
     health.tell(connection, "source.hooks_hidden", look.source, message, now)

@@ -17,6 +17,7 @@ from webhook_app import api_health, health, models
 from webhook_app.api_health import Round
 from webhook_app.builds import Fact, PollFailed
 from webhook_app.db import Write
+from webhook_app.lifecycle import Observation
 from webhook_app.platforms import PollError, PollFault
 from webhook_app.times import iso
 
@@ -52,7 +53,12 @@ def masked(found: Findings, mask: Mask) -> Findings:
 
 
 def _masked_fact(fact: Fact, mask: Mask) -> Fact:
-    return replace(fact, message=mask(fact.message)) if isinstance(fact, PollFailed) else fact
+    """A fact without secrets in our own words about an error, which hold those of the platform."""
+    if isinstance(fact, PollFailed):
+        return replace(fact, message=mask(fact.message))
+    if isinstance(fact, Observation) and fact.ours and fact.error:
+        return replace(fact, error=mask(fact.error))
+    return fact
 
 
 def _masked_error(error: PollError | None, mask: Mask) -> PollError | None:

@@ -154,6 +154,28 @@ def test_secrets_in_what_an_api_says_are_masked(one):
             assert secret not in text
 
 
+@ON_SQLITE
+@pytest.mark.parametrize("named_only", [True, False])
+def test_secrets_in_the_error_of_a_build_that_is_gone_are_masked(one, named_only):
+    """It is ours, and holds what the platform said; nothing else of the round has an error."""
+    stand, build = one("github", GITHUB_WEBHOOK_SECRET="the-hooks-own-secret")
+    if named_only:
+        change(stand, build, {"requested": True, "raw_status": None, "last_push_at": None})
+    said = {"message": "Not Found for the-hooks-own-secret, ghp_0123456789abcdefghij"}
+    server = stand.servers["github"]
+    server.inject(json_response(said, 404), path_contains=f"/actions/runs/{build.run_id}")
+    server.delete(build.build_id)
+    for _ in range(1 if named_only else 15):
+        stand.poll(after=60)
+    row = stand.row(build)
+    assert row["state"] == "failed"
+    ends = [event["data"]["error"] for event in stand.events(build) if event["type"] == "build.failed"]
+    for text in (row["error"], *ends):
+        assert ("not found on" if named_only else "deleted on") in text
+        assert "the-hooks-own-secret" not in text
+        assert "ghp_0123" not in text
+
+
 # ---- what is counted and logged --------------------------------------------------------------
 
 
@@ -448,15 +470,17 @@ def test_while_the_whole_source_fails_its_repositories_are_not_told_one_by_one(m
 def test_a_log_that_can_not_be_read_is_counted_and_shown_as_the_last_error(make_stand, caplog):
     from jobs import collect as collect_job
 
-    stand = make_stand(("github",), 1, kinds={"github": ["failure"]}, speed=0.1)
+    secret = {"GITHUB_WEBHOOK_SECRET": "the-hooks-own-secret"}
+    stand = make_stand(("github",), 1, kinds={"github": ["failure"]}, speed=0.1, **secret)
     (build,) = stand.world.builds
     stand.push(build, State.FAILED)
-    stand.servers["github"].inject(simulated_github.server_error(502))
+    said = {"message": "no, the-hooks-own-secret"}
+    stand.servers["github"].inject(json_response(said, 502))
     collect_job.collect(stand.held)
     with db.reading(stand.engine) as connection:
         counts = api_health.errors(connection)
     assert counts["github", "unavailable"] >= 1
-    assert told(stand)["api_error"].startswith("HTTP 502")
+    assert told(stand)["api_error"] == "HTTP 502: no, ***"
     assert told(stand)["api_failing_since"] is None, "rounds of polling tell that"
 
 

@@ -408,9 +408,11 @@ def test_nothing_secret_is_stored_shown_or_logged(keyring, engine, either, caplo
     settings, secrets = either.settings, []
     source = keyring.source(settings, either.now())
     renewed = keyring.refreshed(settings, source, either.now())
-    either.server.inject(json_response({"message": "no", "error": "no"}, 403))
+    sent = renewed.token + (f" {settings.oauth.client_secret}" if settings.oauth else "")
+    either.server.inject(json_response({"message": f"no {sent}", "error": f"no {sent}"}, 403))
     with pytest.raises(PollError) as caught:
         keyring.refreshed(settings, renewed, either.after(2 * MINUTE))
+    assert "no ***" in str(caught.value)
     if settings.app:
         proof = github.app_jwt(settings.app, either.now())
         request = github.installation_token_request(source, proof, "7")

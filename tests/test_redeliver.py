@@ -19,7 +19,7 @@ from webhook_app import app as web
 from webhook_app import db, health, models, queues, registration
 from webhook_app.account import Account
 from webhook_app.registration import Address
-from webhook_app.simulated.httpd import Response
+from webhook_app.simulated.httpd import Response, json_response
 from webhook_app.simulated.sender import Secrets, Sender
 from webhook_app.web import hooks
 
@@ -208,6 +208,26 @@ def test_without_permission_admins_are_told_once_and_nobody_asks_for_a_day(make_
     redeliver(stand, after=86_400)
     assert stand.servers["github"].count("/hooks") == 2 * repositories
     assert len(stand.notices("source.hooks_hidden")) == 1
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("status", [403, 502])
+def test_secrets_in_what_the_platform_says_of_webhooks_are_masked(make_stand, relay, caplog, status):
+    stand, _ = make_stand("github", 1)
+    secret = SECRETS.github
+    sweep(stand)
+    stand.clock.advance(120)
+    restart(stand, relay)
+    answer = json_response({"message": f"no, {secret}"}, status)
+    stand.servers["github"].inject(answer, path_contains="/hooks")
+    redeliver(stand)
+    lines = [one.getMessage() for one in caplog.records if "webhook not looked at" in one.getMessage()]
+    assert lines
+    assert all("no, ***" in line for line in lines)
+    shown = [*lines, *(notice["text"] for notice in stand.notices())]
+    with db.reading(stand.engine) as connection:
+        shown += [row["api_error"] or "" for row in health.snapshot(connection).values()]
+    assert not any(secret in text for text in shown)
 
 
 @ON_SQLITE

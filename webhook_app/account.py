@@ -7,7 +7,7 @@ has set is kept by everybody.
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -34,7 +34,8 @@ MARGIN = timedelta(seconds=10)
 class Account:
     """What one source is asked beside the polling.
 
-    `engine` None, or a store that is away: nothing is noted.  `reserve`: see `budget.Lane`.
+    `engine` None, or a store that is away: nothing is noted.  `reserve`: see `budget.Lane`.  `secrets`: what
+    the text of an error that is noted must not show, besides the source's own token.
     """
 
     settings: SourceSettings
@@ -42,6 +43,7 @@ class Account:
     reserve: float = 0.0
     patient: bool = False
     clock: Callable[[], datetime] = utc_now
+    secrets: Sequence[str] = ()
 
     @property
     def lane(self) -> Lane:
@@ -140,7 +142,7 @@ class Turn:
                 write, account.lane, self.owner, Spent(1, 1, told), now, faults, worked=worked
             )
             if failure:
-                api_health.note_failed_request(write.connection, source, failure, now)
+                api_health.note_failed_request(write.connection, source, failure, now, account.secrets)
             if fault:
                 budget.note(write, set(), [(source.name, fault)], now, after.strikes - 1)
 

@@ -7,7 +7,7 @@ Everything is stored in the transaction that records the round, so several worke
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -155,15 +155,21 @@ def note_error(connection: Connection, source: str, fault: PollError, now: datet
     health.upsert(connection, models.sources, [row])
 
 
-def note_failed_request(connection: Connection, source: Source, failure: PollError, now: datetime) -> None:
+def note_failed_request(
+    connection: Connection, source: Source, failure: PollError, now: datetime, secrets: Iterable[str] = ()
+) -> None:
     """Record a failed request beside the polling: for logs, webhooks, downloads.  Run by the writer.
 
     That something is not there is often so with those, and no error of the source.
     """
     _count_errors(connection, source.name, failure.fault, 1)
     if failure.fault is not PollFault.NOT_FOUND:
-        text = redactor([source.token])(str(failure))
-        note_error(connection, source.name, PollError(failure.fault, text), now)
+        note_error(connection, source.name, masked(failure, [*secrets, source.token]), now)
+
+
+def masked(error: PollError, secrets: Iterable[str]) -> PollError:
+    """The error without secrets in its text, as it may be stored, logged and shown."""
+    return PollError(error.fault, redactor(secrets)(str(error)), error.retry_after_seconds)
 
 
 def _row(connection: Connection, source: str) -> Any:

@@ -38,7 +38,7 @@ from webhook_app.embedded import EmbeddedError
 from webhook_app.migrations import NewerSchema
 from webhook_app.platforms import PollError
 from webhook_app.sealing import SealError
-from webhook_app.settings import Settings, SettingsError, SourceSettings
+from webhook_app.settings import Settings, SettingsError, SourceSettings, secret_texts
 from webhook_app.times import iso, utc_now
 
 REDIS_SECONDS = 2.0
@@ -556,7 +556,7 @@ def _connect(chosen: argparse.Namespace) -> int:
     except PollError as error:
         print(f"buildrelay: {chosen.source}: {error}", file=sys.stderr)
         return 1
-    account = Account(source, _engine_if_any(values), values.api_budget_reserve)
+    account = Account(source, _engine_if_any(values), values.api_budget_reserve, secrets=secret_texts(values))
     done = [_connect_one(account, repository, address, chosen) for repository in chosen.repositories]
     return 0 if all(done) else 1
 

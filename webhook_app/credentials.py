@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from sqlalchemy import Engine
 
-from webhook_app import calls, db, grants, sealing
+from webhook_app import api_health, calls, db, grants, sealing
 from webhook_app.grants import Held, Owner
 from webhook_app.platforms import Answer, Call, Grant, PollError, PollFault, Source, github, gitlab
 from webhook_app.settings import SourceSettings
@@ -139,11 +139,11 @@ class Keyring:
         try:
             grant = _asked(settings, held, at)
         except PollError as error:
-            log.warning("no token: source=%s fault=%s: %s", owner.source, error.fault.value, error)
-            failure = error  # Python forgets the name when the handler ends
+            failure = api_health.masked(error, _secrets(settings, held))
+            log.warning("no token: source=%s fault=%s: %s", owner.source, failure.fault.value, failure)
             retry_at = at + max(TRY_AGAIN, timedelta(seconds=error.retry_after_seconds or 0))
             db.as_writer(self._engine, lambda write: grants.fail(write, owner, lease, failure, retry_at))
-            return _or_raise(settings, None if refused else _alive(held, at), error)
+            return _or_raise(settings, None if refused else _alive(held, at), failure)
         stored = db.as_writer(
             self._engine,
             lambda write: grants.store(write, owner, held.version, grant, self._keys, at, refused),
@@ -191,6 +191,15 @@ def _alive(held: Held, at: datetime) -> Grant | None:
 
 def _lent(settings: SourceSettings, grant: Grant) -> Source:
     return replace(settings.source, token=grant.access_token, lent=True)
+
+
+def _secrets(settings: SourceSettings, held: Held) -> list[str]:
+    """What we may have sent to get a token, and what it is to replace."""
+    known = [settings.source.token]
+    known += [settings.app.private_key] if settings.app else []
+    known += [settings.oauth.client_secret, settings.oauth.refresh_token] if settings.oauth else []
+    known += [held.grant.access_token, held.grant.refresh_token] if held.grant else []
+    return [text for text in known if text]
 
 
 def _or_raise(settings: SourceSettings, spare: Grant | None, error: PollError) -> Source:

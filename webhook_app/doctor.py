@@ -33,7 +33,7 @@ from webhook_app import (
 from webhook_app.account import Account
 from webhook_app.platforms import Answer, Hook, PollError, PollFault, TokenFacts
 from webhook_app.registration import Address, RegistrationError
-from webhook_app.settings import Settings, SourceSettings
+from webhook_app.settings import Settings, SourceSettings, secret_texts
 from webhook_app.times import http_date, iso, utc_now
 
 TIME_SECONDS = 45.0
@@ -298,7 +298,8 @@ def _access(values: Settings, source: SourceSettings, until: float) -> Iterator[
             engine = stack.enter_context(_store(values))
         except db.StoreUnavailable:
             engine = None
-        yield from _with_access(values, Account(source, engine, values.api_budget_reserve), until)
+        account = Account(source, engine, values.api_budget_reserve, secrets=secret_texts(values))
+        yield from _with_access(values, account, until)
 
 
 def _with_access(values: Settings, account: Account, until: float) -> Iterator[Finding]:

@@ -218,6 +218,7 @@ def _with_a_token(source: SourceSettings, target: PollTarget, artifact: Row) -> 
     account = Account(source, state().engine, state().settings.api_budget_reserve)
     try:
         lent = keyring.source(source, utc_now())
+        account.secrets = [*settings_.secret_texts(state().settings), lent.token]
         try:
             return artifacts.fetch(account, lent, target, artifact)
         except TokenRefused:
