@@ -140,8 +140,8 @@ def _failed(write: Write, source: str, repositories: Sequence[str], why: str, no
 def _tell_failing(write: Write, source: str, repositories: Sequence[str], now: datetime) -> None:
     for row in _rows(write, source, repositories):
         lasts = row["failures"] >= FAILED_LISTS and now - row["failing_since"] >= FAILING_FOR
-        if row["told_at"] is None and lasts:
-            _change(write, source, [row["repository"]], told_at=now)
+        if row["notified_at"] is None and lasts:
+            _change(write, source, [row["repository"]], notified_at=now)
             _tell(write, row, now)
 
 
@@ -161,7 +161,7 @@ def _tell(write: Write, row: Any, now: datetime) -> None:
 def _worked(write: Write, source: str, repositories: Sequence[str], now: datetime) -> None:
     for row in _rows(write, source, repositories):
         name = row["repository"]
-        _change(write, source, [name], failures=0, failing_since=None, told_at=None)
-        if row["told_at"] is not None:
+        _change(write, source, [name], failures=0, failing_since=None, notified_at=None)
+        if row["notified_at"] is not None:
             message = f"The builds of {name} at {source} can be listed again."
             health.tell(write.connection, "source.repository_readable", f"{source}: {name}", message, now)

@@ -145,7 +145,7 @@ def test_a_repository_keeps_the_time_of_the_miss_that_is_left(engine):
 
 
 def test_while_every_push_is_taken_at_once_no_missed_change_is_looked_for(engine, monkeypatch):
-    monkeypatch.setattr(health, "_take_back", None)
+    monkeypatch.setattr(health, "_count_late", None)
     record(engine, 1, github(Q), github(Q))
     record(engine, LATE, polled(P))
     record(engine, LATE + 60, github(P))

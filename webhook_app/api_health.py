@@ -128,7 +128,7 @@ def _every_list_fails(connection: Connection, source: str) -> bool:
 def is_failing(row: Mapping[str, Any]) -> bool:
     """Does a row of `sources` show one that can't be read?  Before several failed rounds nothing is known."""
     return row.get("api_failing_since") is not None and (
-        row["api_failures"] >= FAILED_ROUNDS or row["api_told_at"] is not None
+        row["api_failures"] >= FAILED_ROUNDS or row["api_notified_at"] is not None
     )
 
 
@@ -186,15 +186,15 @@ def _change(connection: Connection, source: str, **values: object) -> None:
 
 def _failed(connection: Connection, source: str, fault: PollError, now: datetime) -> None:
     row = _row(connection, source)
-    told_at = row["api_told_at"]
+    notified_at = row["api_notified_at"]
     if fault.fault is PollFault.UNAUTHORIZED:
-        told_at = told_at or now  # the pause of the source has told it
+        notified_at = notified_at or now  # the pause of the source has told it
     _change(
         connection,
         source,
         api_failures=row["api_failures"] + 1,
         api_failing_since=row["api_failing_since"] or now,
-        api_told_at=told_at,
+        api_notified_at=notified_at,
     )
     _tell_if_due(connection, source, now)
 
@@ -202,7 +202,7 @@ def _failed(connection: Connection, source: str, fault: PollError, now: datetime
 def review(connection: Connection, now: datetime) -> None:
     """Look again at sources whose rounds failed: time alone may make it news.  Run by the writer."""
     waiting = connection.execute(
-        select(_s.name).where(_s.api_failing_since.is_not(None), _s.api_told_at.is_(None))
+        select(_s.name).where(_s.api_failing_since.is_not(None), _s.api_notified_at.is_(None))
     )
     for source in waiting.scalars().all():
         _tell_if_due(connection, source, now)
@@ -212,20 +212,20 @@ def _tell_if_due(connection: Connection, source: str, now: datetime) -> None:
     row = _row(connection, source)
     since = row["api_failing_since"]
     is_news = row["api_failures"] >= FAILED_ROUNDS and now - since >= FAILING_FOR
-    if row["api_told_at"] is not None or not is_news:
+    if row["api_notified_at"] is not None or not is_news:
         return
     message = (
         f"{source} can't be read since {iso(since)}: {row['api_failures']} rounds of polling in a row failed "
         f"({row['api_error_kind']}: {row['api_error']}). Until it answers, builds are known by their pushes "
         "alone; it is tried on. See `buildrelay doctor`."
     )
-    _change(connection, source, api_told_at=now)
+    _change(connection, source, api_notified_at=now)
     health.tell(connection, "source.unreachable", source, message, now)
 
 
 def _succeeded(connection: Connection, source: str, now: datetime) -> None:
     row = _row(connection, source)
-    since, told_at = row["api_failing_since"], row["api_told_at"]
+    since, notified_at = row["api_failing_since"], row["api_notified_at"]
     left = _left(row, now)
     if left is not None and _resume(connection, source, left, now) < MOST_RESUMED:
         left = None
@@ -236,11 +236,11 @@ def _succeeded(connection: Connection, source: str, now: datetime) -> None:
         api_worked_at=now,
         api_failing_since=None,
         api_failures=0,
-        api_told_at=None,
+        api_notified_at=None,
         resume_from=resume_from,
         resume_before=resume_before,
     )
-    if told_at is not None:
+    if notified_at is not None:
         message = f"{source} can be read again, after {_lasted(now - since)} (since {iso(since)})."
         health.tell(connection, "source.reachable", source, message, now)
 

@@ -119,8 +119,6 @@ def _count(tally: _Tally, fact: Observation, outcome: Told) -> None:
         tally.missed.append(fact)
 
 
-_TIMES = dict.fromkeys(("since", "deaf_since", "last_push_at", "push_notice_at"), Moment)
-
 _PUSHED = (
     text("""
 INSERT INTO sources (name, since, pushes, changes_pushed, push_share, last_push_at)
@@ -160,7 +158,7 @@ def _note_pushes(connection: Connection, source: str, tally: _Tally, now: dateti
     deaf_since, last_missed_at, in_row = bulk.run(connection, _PUSHED, values)[0]
     _note_delays(connection, source, ObservedBy.PUSH, tally.pushed, now)
     may_be_late = bool(tally.known) and last_missed_at is not None and last_missed_at > now - LATE_WITHIN
-    were_late = may_be_late and _take_back(connection, source, tally.known, now)
+    were_late = may_be_late and _count_late(connection, source, tally.known, now)
     if deaf_since is not None and (were_late or in_row >= RECOVERED_AFTER):
         _review(connection, source, now)
 
@@ -262,7 +260,7 @@ def upsert(connection: Connection, table: Any, rows: Sequence[dict[str, Any]]) -
 _m, _h, _s = models.missed_changes.c, models.hooks.c, models.sources.c
 
 
-def _take_back(connection: Connection, source: str, pushes: Sequence[Observation], now: datetime) -> bool:
+def _count_late(connection: Connection, source: str, pushes: Sequence[Observation], now: datetime) -> bool:
     """Count misses whose push has come after all as late pushes, and undo what they changed; were there any?
 
     A poll may tell a change first while its push waits for its turn, here or on its way.
@@ -375,13 +373,13 @@ def _review(connection: Connection, source: str, now: datetime) -> None:
 
 def _is_gone(row: Any, now: datetime) -> bool:
     """Has so much been missed, for so long, that no push is believed to arrive?"""
-    heard_at, told_at = row["last_push_at"] or row["since"], row["push_notice_at"]
+    heard_at, notified_at = row["last_push_at"] or row["since"], row["push_notice_at"]
     return (
         row["deaf_since"] is None
         and row["missed_in_row"] >= DEAF_AFTER
         and heard_at is not None
         and now - heard_at >= SILENCE
-        and (told_at is None or now - told_at >= NOTICE_PAUSE)
+        and (notified_at is None or now - notified_at >= NOTICE_PAUSE)
     )
 
 

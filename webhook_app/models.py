@@ -336,7 +336,7 @@ sources = Table(
     Column("api_error_kind", Text),
     Column("api_error_at", Moment),
     Column("api_worked_at", Moment),
-    Column("api_told_at", Moment),
+    Column("api_notified_at", Moment),
     Column("resume_from", Moment),
     Column("resume_before", Moment),
     comment="What we learned about a source while polling it.",
@@ -393,7 +393,7 @@ places = Table(
     Column("error", Text),
     Column("failures", Integer, nullable=False, server_default="0"),
     Column("failing_since", Moment),
-    Column("told_at", Moment),
+    Column("notified_at", Moment),
     Index("ix_places_due", "next_list_at"),
     comment="Repositories whose newest builds are listed.  `list_clock`: the platform's own time of the "
     "last list.  `same_as`: another name of that repository, listed there.",

@@ -13,10 +13,10 @@ COUNT = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 BUCKETS = 8
 
 SOURCE_MOMENTS = (
-    "push_notice_at", "api_error_at", "api_failing_since", "api_told_at", "api_worked_at", "resume_from",
+    "push_notice_at", "api_error_at", "api_failing_since", "api_notified_at", "api_worked_at", "resume_from",
     "resume_before",
 )  # fmt: skip
-PLACE_MOMENTS = ("failing_since", "told_at")
+PLACE_MOMENTS = ("failing_since", "notified_at")
 
 
 def upgrade() -> None:
@@ -90,7 +90,7 @@ def downgrade() -> None:
     op.drop_index("ix_notices_kind", "notices")
     for table in ("histograms", "api_errors", "missed_changes"):
         op.drop_table(table)
-    for name in ("told_at", "failing_since", "failures"):
+    for name in ("notified_at", "failing_since", "failures"):
         op.drop_column("places", name)
     for name in (
         "pushed_in_row", "late_pushes", "api_failures", "api_error_kind", "api_error",
