@@ -10,6 +10,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.exc import OperationalError
 
 from tests import hub as hubs
 from tests.caller import jenkins
@@ -137,6 +138,29 @@ def test_each_notice_is_a_line(local, caplog):
         local.engine, lambda held: health.tell(held, "source.deaf", "github", "No pushes", at(0))
     )
     assert events(caplog, "notice") == [{"kind": "source.deaf", "subject": "github", "text": "No pushes"}]
+
+
+def test_a_notice_is_logged_once_and_only_if_it_is_stored(local, caplog):
+    caplog.set_level(logging.INFO)
+    tries = []
+
+    def unit(connection):
+        health.tell(connection, "source.deaf", "github", "No pushes", at(0))
+        assert events(caplog, "notice") == []
+        tries.append(connection)
+        if len(tries) == 1:
+            raise OperationalError("", {}, Exception("database is locked"))
+
+    db.in_transaction(local.engine, unit)
+    assert (len(tries), len(events(caplog, "notice"))) == (2, 1)
+
+    def undone(connection):
+        health.tell(connection, "source.hears", "github", "Pushes", at(1))
+        raise ValueError("a fault of ours")
+
+    with pytest.raises(ValueError, match="ours"):
+        db.in_transaction(local.engine, undone)
+    assert len(events(caplog, "notice")) == 1
 
 
 # ---- the processes ---------------------------------------------------------------------------

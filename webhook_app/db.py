@@ -134,18 +134,33 @@ def reading(engine: Engine) -> Iterator[Connection]:
 def in_transaction(engine: Engine, unit: Callable[[Connection], Result]) -> Result:
     """Run `unit` in one write transaction and commit; repeat the whole unit after a lost race.
 
-    The unit must have no other effect than on its connection.  Raises `StoreUnavailable` when
-    the store can't be reached or stays locked.
+    The unit must have no other effect than on its connection, or by `after_commit`.  Raises
+    `StoreUnavailable` when the store can't be reached or stays locked.
     """
     for tried in range(1, TRIES + 1):
+        later: list[Callable[[], object]] = []
+        options = {"writing": True, "after_commit": later}
         try:
-            with engine.connect().execution_options(writing=True) as connection, connection.begin():
-                return unit(connection)
+            with engine.connect().execution_options(**options) as connection, connection.begin():
+                result = unit(connection)
         except UNAVAILABLE as error:
             if tried == TRIES or not _worth_repeating(error):
                 raise unavailable(error) from error
             time.sleep(0.01 * 2**tried)
+        else:
+            for effect in later:
+                effect()
+            return result
     raise AssertionError("unreachable")
+
+
+def after_commit(connection: Connection, effect: Callable[[], object]) -> None:
+    """Run `effect` once, when the transaction of `in_transaction` is stored: never for one that was undone.
+
+    It must not raise.
+    """
+    later: list[Callable[[], object]] = connection.get_execution_options()["after_commit"]
+    later.append(effect)
 
 
 def _worth_repeating(error: Exception) -> bool:

@@ -398,10 +398,12 @@ def _note_state(connection: Connection, source: str, deaf_since: datetime | None
 
 
 def tell(connection: Connection, kind: str, subject: str, message: str, now: datetime) -> None:
-    """Add a notice for admins (`GET /api/notifications`), and log it."""
+    """Add a notice for admins (`GET /api/notifications`), and log it once it is stored."""
     notice = {"kind": kind, "subject": subject, "text": message, "created_at": now}
     connection.execute(insert(models.notices), notice)
-    loglines.event(log, "notice", kind=kind, subject=subject, text=message)
+    db.after_commit(
+        connection, lambda: loglines.event(log, "notice", kind=kind, subject=subject, text=message)
+    )
 
 
 def _goes_deaf(connection: Connection, row: Any, now: datetime) -> None:
