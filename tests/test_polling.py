@@ -177,13 +177,11 @@ def test_a_build_that_polling_gave_up_on_is_read_ever_more_slowly_but_never_forg
     assert (changes["polling"], changes["next_poll_at"]) == ("error", NOON + timedelta(hours=hours))
 
 
-def test_one_that_is_taken_up_again_is_due_at_once_as_if_nothing_had_failed():
+def test_one_that_polling_gave_up_on_says_why_until_a_read_works():
     known = build(consecutive_errors=7, polling="error", poll_error="x", poll_fault="unavailable")
     assert polling.stopped_because(known) == "polling stopped after 7 errors: x"
-    again = known | polling.taken_up(NOON)
-    assert polling.stopped_because(again) is None
-    assert (again["next_poll_at"], again["consecutive_errors"], again["poll_error"]) == (NOON, 0, None)
-    assert (again["poll_fault"], again["poll_deadline_at"], again["polling"]) == (None, None, "idle")
+    read = known | {"polling": "active"} | polling.after_poll(known, NOON, PACE, ask=False)
+    assert (polling.stopped_because(read), read["consecutive_errors"], read["poll_error"]) == (None, 0, None)
 
 
 # ---- asked for, stopped, ended

@@ -184,19 +184,6 @@ def _retry(retries: int) -> float:
     return min(FIRST_RETRY_SECONDS * float(1 << min(retries, 10)), MOST_RETRY_SECONDS)
 
 
-def taken_up(now: datetime) -> dict[str, Any]:
-    """Changes when a build that polling gave up on is to be polled again: due at once, as if it never was."""
-    return {
-        "polling": "idle",
-        "consecutive_errors": 0,
-        "poll_error": None,
-        "poll_fault": None,
-        "missing_since": None,
-        "poll_deadline_at": None,
-        "next_poll_at": now,
-    }
-
-
 def stopped_because(build: Columns) -> str | None:
     """Why nobody watches a build any more, for people; None unless polling gave up on it after errors."""
     if build["polling"] != "error":
