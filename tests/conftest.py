@@ -1,9 +1,11 @@
 """What the tests share: real servers, one per session, and a fresh database per test."""
 
+import logging
 import os
 import shutil
 import ssl
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from redis import Redis
 from sqlalchemy import Engine, make_url
 
 from tests import caller, hub, postgres, wire
-from webhook_app import db, embedded, migrations, outbound
+from webhook_app import db, embedded, loglines, migrations, outbound
 from webhook_app.supervisor import tied_to_parent
 
 LONGEST_BASE = 60
@@ -208,6 +210,18 @@ def serve() -> Iterator[Callable[..., wire.Server]]:
     outbound.close_idle()
     for listener in listeners:
         listener.stop()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command that sets up the log of its process does so for its test only."""
+    root, level, hook = logging.getLogger(), logging.getLogger().level, sys.excepthook
+    yield
+    for handler in list(root.handlers):
+        if isinstance(handler.formatter, loglines.Formatter):
+            root.removeHandler(handler)
+    root.setLevel(level)
+    sys.excepthook = hook
 
 
 @pytest.fixture
