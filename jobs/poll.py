@@ -40,6 +40,8 @@ ROUND_SECONDS = 5.0
 PLACES_AT_ONCE = 64
 PUSHED_WELL = 0.5
 LEASE_MARGIN_SECONDS = 10.0
+REFUSED_LIST_WAIT = timedelta(minutes=5)
+"""A list that is refused while its source works is not asked for before."""
 TURN_SECONDS, LOOK_SECONDS = 3.0, 0.05
 """So long a round waits for a single request of somebody else to end, looking so often."""
 SOON = timedelta(minutes=1)
@@ -330,7 +332,11 @@ def _note_place(write: db.Write, lane: _Lane, found: Findings, now: datetime) ->
     if found.away:
         discovery.postpone(write, source, found.place.repositories, _next_list(lane, now))
     if found.refused is not None:
-        again = max(_next_list(lane, now), now + timedelta(minutes=5))
+        soon = _next_list(lane, now)
+        failing = api_health.had_failed_round(
+            write.connection, source
+        )  # then each list may show that it is back
+        again = soon if failing else max(soon, now + REFUSED_LIST_WAIT)
         discovery.failed(write, source, found.place.repositories, found.refused, again)
     for name, told in found.aliases.items():
         discovery.note_alias(write, source, name, told, now)

@@ -265,6 +265,23 @@ def test_builds_that_polling_gave_up_on_are_taken_up_when_the_source_answers_aga
         assert stand.types(build)[-2:] == ["polling_error", "polling_started"]
 
 
+@ON_SQLITE
+@pytest.mark.parametrize(("outage", "seconds"), [(True, 60), (False, 300)])
+def test_a_list_that_is_not_found_after_an_outage_is_asked_for_again_soon(make_stand, outage, seconds):
+    """A proxy that stands again before its platform does answers so: each list may show that it is back."""
+    stand = make_stand(("github",), 1)
+    if outage:
+        stand.servers["github"].inject(dropped())
+        for _ in range(3):
+            stand.discover(after=60)
+        stand.servers["github"].clear_faults()
+    stand.servers["github"].inject(json_response({"message": "Not Found"}, 404))
+    stand.discover(after=60)
+    with db.reading(stand.engine) as connection:
+        due = set(connection.execute(select(models.places.c.next_list_at)).scalars())
+    assert {(at - stand.now()).total_seconds() for at in due} == {seconds}
+
+
 def test_builds_are_taken_up_in_portions(make_stand, monkeypatch):
     monkeypatch.setattr(api_health, "MOST_RESUMED", 2)
     stand = failing_stand(make_stand, 6)
