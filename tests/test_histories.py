@@ -245,7 +245,37 @@ def jenkins_history(chance, number):
     return history
 
 
-MAKERS = {"github": github_history, "gitlab": gitlab_history, "jenkins": jenkins_history}
+def script_history(chance, number):
+    """Runs under one id, each with its own time; an end may come when the next run is under way."""
+    history, clock, late = History("script"), BEGIN, []
+    for run in range(chance.choice((1, 2, 3))):
+        history.uses.append([])
+        length = chance.randrange(10, 600)
+        end = chance.choice(("build_completed", "build_failed"))
+        events = [("build_started", 0), ("stage_started", 1), ("heartbeat", 5), (end, length)]
+        for event, after in events:
+            at = clock + timedelta(seconds=after)
+            history.push({"runId": f"nightly/{number}", "event": event, "timestamp": stamp(at), "run": run})
+        history.uses[-1] += late
+        late = [history.uses[-1].pop(3)] if chance.random() < 0.3 else []
+        history.state = "completed" if end == "build_completed" else "failed"
+        history.duration = length
+        clock += timedelta(seconds=length + chance.randrange(60, 4000))
+    history.uses[-1] += late
+    return history
+
+
+MAKERS = {
+    "github": github_history, "gitlab": gitlab_history, "jenkins": jenkins_history, "script": script_history,
+}  # fmt: skip
+
+
+def shuffled(history, use, again, chance):
+    """A use in some order; what a script sends about a run comes after its start."""
+    first = use[:1] if history.platform == "script" else []
+    rest = use[len(first) :] + [again.pop() for _ in range(len(again) // 2)]
+    chance.shuffle(rest)
+    return first + rest
 
 
 def tell(engine, source, history, chance):
@@ -256,9 +286,7 @@ def tell(engine, source, history, chance):
     told, again = [], []
     for use in history.uses:
         again += chance.sample(use, len(use) // 3)
-        few = use + [again.pop() for _ in range(len(again) // 2)]
-        chance.shuffle(few)
-        told += few
+        told += shuffled(history, use, again, chance)
     told += again
     named = set()
     while told:
