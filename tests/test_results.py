@@ -130,7 +130,9 @@ def test_merge_requests_whose_branch_nobody_tells_are_no_line(told):
     assert told(github(F, run=2, **nameless)) == [None]
     assert told(github(C, run=3, branch=None)) == [None], "a build without a branch is none of them"
     unknown = {"repository": None, "workflow": None, "branch": None}
-    assert told(github(F, run=5, **unknown)) == [None], "nothing says what it is a build of"
+    assert told(github(F, run=5, **unknown)) == ["broke"]
+    assert told(github(C, run=6, **unknown)) == [None], "nothing says that it is a build of the same"
+    assert told(github(C, run=5, attempt=2, **unknown)) == ["fixed"], "this does"
     assert told(github(F, run=4, branch=None)) == ["broke"]
 
 

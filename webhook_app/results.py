@@ -28,7 +28,7 @@ def note_changes(connection: Connection, events: Sequence[dict[str, Any]]) -> No
 
     `events` are in their order and not stored yet, their builds are.  Cancelled, skipped and neutral builds
     are no result: they neither break nor fix anything.  A fork's branch is a line of its own; merge requests
-    whose branch nobody tells are in none, nor are builds without repository and workflow.
+    whose branch nobody tells are in none.  Builds without repository and workflow follow only themselves.
     """
     ends = [event for event in events if event["type"] in _ENDS and _counts(event["data"])]
     if not ends:
@@ -50,9 +50,8 @@ def change(before: bool | None, now: bool) -> str | None:
 
 
 def _counts(data: Mapping[str, Any]) -> bool:
-    nameless = not any(data.get(name) for name in ("repository", "workflow"))
     of_request = data.get("branch") is None and data.get("trigger") == REQUEST
-    return _result(data) is not None and not (nameless or of_request)
+    return _result(data) is not None and not of_request
 
 
 def _result(data: Mapping[str, Any]) -> bool | None:
@@ -147,6 +146,8 @@ def _results_of_lines(connection: Connection, ends: Sequence[Event]) -> dict[int
     by_query: dict[str, list[dict[str, Any]]] = {}
     for event in ends:
         data = event["data"]
+        if data["repository"] is None and data["workflow"] is None:
+            continue
         line = {name: data[name] for name in ("source", *_LINE)} | {"build": event["build"]}
         missing = frozenset(name for name in _LINE if data[name] is None)
         by_query.setdefault(_newest_of_lines(connection.dialect.name, missing), []).append(line)
