@@ -333,9 +333,7 @@ def _note_place(write: db.Write, lane: _Lane, found: Findings, now: datetime) ->
         discovery.postpone(write, source, found.place.repositories, _next_list(lane, now))
     if found.refused is not None:
         soon = _next_list(lane, now)
-        failing = api_health.had_failed_round(
-            write.connection, source
-        )  # then each list may show that it is back
+        failing = api_health.had_failed_round(write.connection, source)  # a list may show that it is back
         again = soon if failing else max(soon, now + REFUSED_LIST_WAIT)
         discovery.failed(write, source, found.place.repositories, found.refused, again)
     for name, told in found.aliases.items():

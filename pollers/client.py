@@ -48,7 +48,7 @@ class Purse:
             self.left -= 1
 
     def has_more(self) -> bool:
-        """May another request be made?"""
+        """Whether another request may be made."""
         with self._mutex:
             return self.left > 0 and self._may_go_on()
 
@@ -158,7 +158,7 @@ class Client:
         return self._send_once(request, until - time.monotonic())
 
     def _may_repeat(self, until: float, wait: float) -> bool:
-        """Is there time and allowance for another try?  Then the wait before it is over."""
+        """Whether there is time and allowance for another try; if so, the wait before it is over."""
         if time.monotonic() + wait + LEAST_SECONDS > until or not self.purse.has_more():
             return False
         time.sleep(wait)

@@ -180,7 +180,7 @@ def known(connection: Connection, found: Sequence[Observation]) -> dict[str, Map
 
 
 def is_new_use(row: Mapping[Any, Any], seen: Observation) -> bool:
-    """Is it another build than the recorded one, which had the same identity before?"""
+    """Whether it is another build than the recorded one, which had the same identity before."""
     recorded = Recorded(
         attempt=row["attempt"],
         state=State(row["state"]),
@@ -195,7 +195,7 @@ def is_new_use(row: Mapping[Any, Any], seen: Observation) -> bool:
 
 
 def is_untold_rerun(seen: Observation, attempt: int, told: State) -> bool:
-    """Is this a re-run of an ended build that nobody told of?  `attempt`: as the platform counts.
+    """Whether this is a re-run of an ended build that nobody reported.  `attempt`: as the platform counts.
 
     Without numbers (GitLab) another state than the recorded end may be one; the verdict decides.
     """

@@ -104,16 +104,23 @@ def test_a_build_that_was_seen_and_is_gone_fails_when_that_has_been_so_for_ten_m
     assert stand.row(build)["state"] == "completed", "the platform has the last word"
 
 
+def missing_by_itself(stand, build):
+    """Let reads of the build alone say "not found"; its server, and how it answered before."""
+    server = stand.servers[build.platform]
+    usual = server._answer
+    path = f"/{build.number}/api/json" if build.platform == "jenkins" else f"/{build.run_id}"
+    server._answer = lambda asked: (
+        json_response({"message": "404 Not Found"}, 404) if asked.path.endswith(path) else usual(asked)
+    )
+    return server, usual
+
+
 @ON_SQLITE
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_an_incident_of_some_minutes_fails_no_build(one, platform):
     """Each read of a build says "not found" for nine minutes, while its repository can be read."""
     stand, build = one(platform, speed=0.01)
-    server = stand.servers[platform]
-    usual, path = server._answer, {"jenkins": f"/{build.number}/api/json"}.get(platform, f"/{build.run_id}")
-    server._answer = lambda asked: (
-        json_response({"message": "404 Not Found"}, 404) if asked.path.endswith(path) else usual(asked)
-    )
+    server, usual = missing_by_itself(stand, build)
     gone_for(stand, build, minutes=9)
     assert (stand.row(build)["state"], stand.row(build)["polling"]) == ("in_progress", "active")
     server._answer = usual
@@ -126,11 +133,7 @@ def test_an_incident_of_some_minutes_fails_no_build(one, platform):
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_build_that_its_repositorys_list_shows_is_not_deleted(one, platform):
     stand, build = one(platform, speed=0.01)
-    server = stand.servers[platform]
-    usual, path = server._answer, {"jenkins": f"/{build.number}/api/json"}.get(platform, f"/{build.run_id}")
-    server._answer = lambda asked: (
-        json_response({"message": "404 Not Found"}, 404) if asked.path.endswith(path) else usual(asked)
-    )
+    missing_by_itself(stand, build)
     gone_for(stand, build, minutes=15)
     assert stand.row(build)["state"] == "in_progress"
 

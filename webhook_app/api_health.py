@@ -114,7 +114,7 @@ def note_round(connection: Connection, source: str, brought: Round, now: datetim
 
 
 def _is_of_source(connection: Connection, source: str, brought: Round, kind: PollFault) -> bool:
-    """Is the source at fault, and not only the builds and repositories that this round happened to hold?"""
+    """Whether the source is at fault, and not only the builds and repositories of this round."""
     return brought.unread or kind in OF_SOURCE or (kind in OF_PART and _every_list_fails(connection, source))
 
 
@@ -126,7 +126,7 @@ def _every_list_fails(connection: Connection, source: str) -> bool:
 
 
 def is_failing(row: Mapping[str, Any]) -> bool:
-    """Does a row of `sources` show one that can't be read?  Before several failed rounds nothing is known."""
+    """Whether a row of `sources` shows one that can't be read; before several failed rounds it does not."""
     return row.get("api_failing_since") is not None and (
         row["api_failures"] >= FAILED_ROUNDS or row["api_notified_at"] is not None
     )
@@ -139,7 +139,7 @@ def failing_since(row: Mapping[str, Any]) -> datetime | None:
 
 
 def had_failed_round(connection: Connection, source: str) -> bool:
-    """Was the last round of a source a failed one?"""
+    """Whether the last round of a source failed."""
     since = connection.execute(select(_s.api_failing_since).where(_s.name == source)).scalar()
     return since is not None
 

@@ -95,7 +95,7 @@ class Outcome:
 
     @property
     def moved(self) -> bool:
-        """Did the build's state change on its platform?"""
+        """Whether the build's state changed on its platform."""
         return self.act in _MOVES and not self.known
 
 
@@ -209,7 +209,7 @@ def _apply(write: Write, drafts: _Drafts, fact: Fact, now: datetime, pace: Pace)
 
 
 def _is_known(row: Row, seen: Observation, decided: Verdict) -> bool:
-    """Does it only take back an end of ours, so that nothing has changed on the platform?"""
+    """Whether it only takes back an end of ours, so that nothing has changed on the platform."""
     told_before = seen.state is not None and seen.state.value == row["told_state"]
     return decided.act is Act.MOVE and polling.was_given_up(row) and told_before
 
@@ -381,9 +381,8 @@ def _supersede(draft: _Draft) -> None:
 def _begin_anew(draft: _Draft, seen: Observation) -> None:
     """Forget what was true of the earlier use of this identity only."""
     names = ("workflow", "branch", "commit", "number", "url", "trigger", "head_repository", "queue_id")
-    draft.change(dict.fromkeys(names) | {"is_fork": False, "unlisted": False})
-    draft.change({"attempt_base": draft.row["attempt"], "platform_created_at": seen.created_at})
-    draft.change({"group_key": None})
+    now = {"attempt_base": draft.row["attempt"], "platform_created_at": seen.created_at}
+    draft.change(dict.fromkeys(names) | {"is_fork": False, "unlisted": False, "group_key": None} | now)
 
 
 def _correct_attempt(draft: _Draft, seen: Observation, decided: Verdict) -> None:

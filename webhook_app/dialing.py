@@ -64,7 +64,7 @@ class Failures:
                 self._failed.pop(address, None)
 
     def lately(self, address: Address) -> bool:
-        """Did it fail lately?"""
+        """Whether it failed lately."""
         at = self._failed.get(address)
         return at is not None and self._clock() - at < FAILED_SECONDS
 

@@ -372,7 +372,7 @@ def _review(connection: Connection, source: str, now: datetime) -> None:
 
 
 def _is_gone(row: Any, now: datetime) -> bool:
-    """Has so much been missed, for so long, that no push is believed to arrive?"""
+    """Whether so much was missed, for so long, that no push is believed to arrive."""
     heard_at, notified_at = row["last_push_at"] or row["since"], row["push_notice_at"]
     return (
         row["deaf_since"] is None
@@ -384,7 +384,7 @@ def _is_gone(row: Any, now: datetime) -> bool:
 
 
 def _is_back(row: Any, now: datetime) -> bool:
-    """Have pushes told enough changes, for long enough after the notice that they are gone?"""
+    """Whether pushes reported enough changes, for long enough after the notice that they are gone."""
     since = row["deaf_since"]
     return since is not None and row["pushed_in_row"] >= RECOVERED_AFTER and now - since >= SILENCE
 

@@ -362,7 +362,7 @@ def _compare_queue_ids(recorded: Recorded, seen: Observation) -> Use:
 
 
 def _is_created_after(recorded: Recorded, seen: Observation, created_at: datetime) -> bool:
-    """Was it created after all that is known of the recorded use?
+    """Whether it was created after all that is known of the recorded use.
 
     A higher attempt number is a re-run, whatever its times.
     """
@@ -428,7 +428,7 @@ def _same_end(known: State, seen: Observation, state: State) -> bool:
 
 
 def _ended_anew(recorded: Recorded, seen: Observation) -> bool:
-    """Does the platform tell an end that is later than the one we know, so that it ran again in between?
+    """Whether the platform reports an end later than the one we know, so that it ran again in between.
 
     A poll tells what is true now: it is held against all we know, also where no end has a time.
     """
@@ -440,7 +440,7 @@ def _ended_anew(recorded: Recorded, seen: Observation) -> bool:
 
 
 def _ended_before(recorded: Recorded, seen: Observation) -> bool:
-    """Does it tell an end that is earlier than the one we know?"""
+    """Whether it reports an end earlier than the one we know."""
     if seen.ended_at is None or recorded.ended_at is None:
         return False
     return seen.ended_at <= recorded.ended_at - WHOLE_SECONDS
@@ -552,7 +552,7 @@ def _begun_after_the_end(recorded: Recorded, seen: Observation, state: State) ->
 
 
 def _is_of_an_earlier_run(recorded: Recorded, seen: Observation) -> bool:
-    """Does its time show that a report belongs to a run before the present attempt?
+    """Whether its time shows that a report belongs to a run before the present attempt.
 
     Not in a first attempt, before which none is known: a clock that is wrong must not cost a build its end.
     """

@@ -163,7 +163,7 @@ def _missing_since(build: Columns, now: datetime, fault: str) -> datetime | None
 
 
 def is_gone(build: Columns, now: datetime) -> bool:
-    """Has it been "not found" for long enough, its last read included, that it may be deleted?"""
+    """Whether it was "not found" for long enough, its last read included, that it may be deleted."""
     missing_since: datetime | None = build["missing_since"]
     is_missing = missing_since is not None and build["poll_fault"] == PollFault.NOT_FOUND
     return is_missing and missing_since is not None and now >= missing_since + GONE_AFTER
@@ -247,13 +247,13 @@ def ended(build: Columns) -> dict[str, Any]:
 
 
 def is_only_named(build: Columns) -> bool:
-    """Has nobody but a request for polling ever spoken of it?  Then the first word still creates it."""
+    """Whether nobody but a request for polling has spoken of it: then the first word still creates it."""
     never_spoken_of = build["raw_status"] is None and build["last_push_at"] is None
     return bool(build["requested"]) and never_spoken_of and not State(build["state"]).terminal
 
 
 def was_given_up(build: Columns) -> bool:
-    """Was it we who ended it, with the platform's own end still to come?"""
+    """Whether we ended it ourselves, with the platform's own end still to come."""
     return State(build["state"]).terminal and not State(build["told_state"]).terminal
 
 

@@ -42,7 +42,7 @@ class Shape:
 
 
 def has_shape(type_: str, data: Data) -> bool:
-    """Does a platform send such an event?  None sends progress, polling, or what a build script reports."""
+    """Whether a platform sends such an event; none sends progress, polling, or what a script reports."""
     return type_ in _STATES and data.get("platform") in _SHAPES
 
 

@@ -167,7 +167,7 @@ def _further(wanted: BuildFilter) -> list[ColumnElement[bool]]:
 
 
 def _is_branch(name: str, forks: bool) -> ColumnElement[bool]:
-    """Is it a build of this branch, or (`forks`) of a fork's branch of that name?"""
+    """Whether it is a build of this branch, or (`forks`) of a fork's branch of that name."""
     own: ColumnElement[bool] = _b.branch == name
     of_fork = _b.is_fork & _b.branch.endswith(f":{name}", autoescape=True)
     return or_(own, of_fork) if forks else own

@@ -165,7 +165,7 @@ def public_key(secret_key: str) -> str:
 
 
 def is_recent(age_seconds: float | None, tolerance_seconds: float = TOLERANCE_SECONDS) -> bool:
-    """Is it close enough to our clock, before or behind it?  None (the signature is wrong) is not."""
+    """Whether it is close enough to our clock, before or behind it; None (a wrong signature) is not."""
     return age_seconds is not None and abs(age_seconds) <= tolerance_seconds
 
 

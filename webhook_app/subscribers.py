@@ -245,7 +245,7 @@ def _has_headers(row: Row, keys: Sequence[str]) -> bool:
 
 
 def is_fixed(row: Row, wanted: Mapping[str, Any]) -> bool:
-    """Would this change what the settings say?  The next start would undo it."""
+    """Whether this would change what the settings say; the next start would undo it."""
     return row["origin"] == "settings" and bool(wanted.keys() & {"url", "headers", "format"})
 
 

@@ -387,7 +387,7 @@ def _head(run: dict[str, Any], repository: str | None) -> _Head:
 def _is_other(
     head: dict[str, Any], base: dict[str, Any], head_name: str | None, base_name: str | None
 ) -> bool:
-    """Are these two repositories?  Ids tell, for a name may be an old one."""
+    """Whether these are two repositories; ids decide, for a name may be an old one."""
     ids = _read.whole(head.get("id")), _read.whole(base.get("id"))
     if None not in ids:
         return ids[0] != ids[1]
