@@ -231,6 +231,11 @@ subscribers = Table(
     Column("on_probation", Boolean, nullable=False, server_default=text("false")),
     Column("warned_percent", Integer, nullable=False, server_default="0"),
     Column("failures", Integer, nullable=False),
+    Column("failures_in_row", Integer, nullable=False, server_default="0"),
+    Column("probe_at", Moment),
+    Column("probe_wait_seconds", Float),
+    Column("concurrency_limit", Integer),
+    Column("sealed_url", Text),
     Column("created_at", Moment, nullable=False),
     Column("updated_at", Moment, nullable=False),
     comment="`headers` and `secrets` are sealed JSON.",
@@ -475,6 +480,15 @@ relay = Table(
     Column("down_from", Moment),
     Column("down_until", Moment),
     comment="One row: when we last lived, and our last absence.",
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("alive_at", Moment, nullable=False),
+    Column("claimed", JSON, nullable=False),
+    comment="Workers with messages under way: when each last showed life, and the ids it claimed.",
 )
 
 credentials = Table(
