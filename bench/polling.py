@@ -141,7 +141,7 @@ def _stage(
     values = settings.load(
         {
             "GITHUB_API_URL": server.url, "GITHUB_TOKEN": server.tokens[0], "ENABLE_GITLAB": "false",
-            "GITHUB_REPOS": ",".join(server.world.repositories("github")), "GITHUB_WEBHOOK_SECRET": "x",
+            "GITHUB_REPOS": ",".join(server.world.repositories("github")), "GITHUB_WEBHOOK_SECRET": "x" * 32,
             "BUILD_POLL_PACE": case.pace,
         }
     )  # fmt: skip

@@ -58,10 +58,10 @@ def application(database_url, redis_url, **more):
                 "ADMIN_TOKEN": ADMIN,
                 "ENCRYPTION_KEYS": KEY,
                 "GITHUB_WEBHOOK_SECRET": SECRET,
-                "GITLAB_WEBHOOK_SECRET": "gitlab-token",
-                "JENKINS_WEBHOOK_SECRET": "jenkins-token",
+                "GITLAB_WEBHOOK_SECRET": "gitlab-token-of-the-tests",
+                "JENKINS_WEBHOOK_SECRET": "jenkins-token-of-the-tests",
                 "JENKINS_URL": "https://jenkins.example.com",
-                "BUILD_EVENT_TOKEN": "script-token",
+                "BUILD_EVENT_TOKEN": "script-token-of-the-tests",
             }
             | more
         )
@@ -134,5 +134,5 @@ def attempt(api, status, reason=None, now=None):
 
 def jenkins(api, build, status=202):
     body = {"name": "web", "url": "job/web/", "build": {"url": "job/web/5/", "phase": "STARTED"} | build}
-    headers = {"X-Build-Token": "jenkins-token"}
+    headers = {"X-Build-Token": "jenkins-token-of-the-tests"}
     return api("POST", "/webhooks/jenkins", status, json=body, headers=headers)

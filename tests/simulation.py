@@ -6,7 +6,9 @@ from webhook_app.simulated.sender import Secrets
 from webhook_app.simulated.world import World
 
 SIGNING_TOKEN = "whsec_" + base64.b64encode(b"simulated-signing-token!").decode()
-SECRETS = Secrets(github="github-secret", gitlab=SIGNING_TOKEN, jenkins="jenkins-secret")
+SECRETS = Secrets(
+    github="github-secret-of-the-tests", gitlab=SIGNING_TOKEN, jenkins="jenkins-secret-of-the-tests"
+)
 
 GITHUB = {"Authorization": "Bearer simulated-github-token", "User-Agent": "tests"}
 GITLAB = {"PRIVATE-TOKEN": "simulated-gitlab-token"}

@@ -368,14 +368,16 @@ def test_an_error_that_was_told_stays(make_stand):
 
 @ON_SQLITE
 def test_no_secret_is_stored_or_told(make_stand):
-    stand, build = ended(make_stand, "github", ADMIN_TOKEN="the-admin-token")
-    text = f"\x1b[1m{TOKEN[:9]}\x1b[0m{TOKEN[9:]}\nERROR: the-admin-token is wrong, password=hunter2\n"
+    stand, build = ended(make_stand, "github", ADMIN_TOKEN="the-admin-token-of-tests")
+    text = (
+        f"\x1b[1m{TOKEN[:9]}\x1b[0m{TOKEN[9:]}\nERROR: the-admin-token-of-tests is wrong, password=hunter2\n"
+    )
     log = Response(200, text.encode() * 3, {"Content-Type": "text/plain"})
     with answering(stand.servers["github"], {r"/jobs/\d+/logs": log}):
         collect(stand)
     shown = "\n".join(lines(stand, build)) + str(stand.events(build)) + stand.row(build)["error"]
     assert "***" in shown
-    for secret in (TOKEN, TOKEN[:12], "the-admin-token", "hunter2"):
+    for secret in (TOKEN, TOKEN[:12], "the-admin-token-of-tests", "hunter2"):
         assert secret not in shown
 
 

@@ -594,11 +594,14 @@ def test_what_a_build_left_is_listed_and_downloaded_with_lent_tokens(
         lender.server.access.revoke(lender.server.access.issued[-1])
     collect_job.collect(stand.held)
     values = replace(
-        stand.held.settings, database_url=store_url, redis_url=redis_url, admin_token="the-admin-token"
+        stand.held.settings,
+        database_url=store_url,
+        redis_url=redis_url,
+        admin_token="the-admin-token-of-tests",
     )
     app = create_app(values)
     try:
-        client, headers = app.test_client(), {"Authorization": "Bearer the-admin-token"}
+        client, headers = app.test_client(), {"Authorization": "Bearer the-admin-token-of-tests"}
         path = f"/api/builds/{build.build_id}/artifacts"
         listed = client.get(path, headers=headers).json
         assert (listed["state"], bool(listed["items"])) == ("stored", True)

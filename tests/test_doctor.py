@@ -45,11 +45,11 @@ class Clinic:
         self.redis, self.monkeypatch, self.capsys = redis, monkeypatch, capsys
         self.env = {
             "DATABASE_URL": store_url.replace("postgresql+psycopg", "postgres"), "REDIS_URL": redis_url,
-            "BUILDRELAY_DATA_DIR": str(tmp_path), "ENCRYPTION_KEYS": KEY, "ADMIN_TOKEN": "admin",
+            "BUILDRELAY_DATA_DIR": str(tmp_path), "ENCRYPTION_KEYS": KEY, "ADMIN_TOKEN": "admin-token-of-the-tests",
             "PUBLIC_URL": URL, "GITHUB_API_URL": hub.url, "GITHUB_TOKEN": hub.tokens[0],
-            "GITHUB_REPOS": HOOKED["github"], "GITHUB_WEBHOOK_SECRET": "hush", "GITLAB_URL": lab.url,
+            "GITHUB_REPOS": HOOKED["github"], "GITHUB_WEBHOOK_SECRET": "hush-hush-hush-hush", "GITLAB_URL": lab.url,
             "GITLAB_TOKEN": lab.tokens[0], "GITLAB_PROJECTS": HOOKED["gitlab"],
-            "GITLAB_WEBHOOK_SECRET": "hush-lab", "JENKINS_WEBHOOK_SECRET": "hush-j", "JENKINS_URL": jenkins.url,
+            "GITLAB_WEBHOOK_SECRET": "hush-lab-hush-lab", "JENKINS_WEBHOOK_SECRET": "hush-j-hush-j-hush-j", "JENKINS_URL": jenkins.url,
             "JENKINS_USERNAME": jenkins.username, "JENKINS_API_TOKEN": jenkins.api_token,
         }  # fmt: skip
         self.engine = db.connect(store_url)
@@ -99,7 +99,7 @@ def test_a_healthy_relay_has_no_complaint(clinic):
     code, out = clinic.run()
     assert code == 0
     assert "FAIL" not in out
-    assert "hush" not in out
+    assert "hush-hush-hush-hush" not in out
     code, out = clinic.run("--json")
     report = json.loads(out)
     assert (code, report["ok"]) == (0, True)

@@ -612,7 +612,7 @@ def test_who_looks_on_at_the_demo_finds_its_secrets_where_it_says(tmp_path):
     command = [sys.executable, "-m", "webhook_app", "demo", "--port", str(port)]
     with hubs.directory() as home:
         away = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
-        env = hubs.clean_environment({"ADMIN_TOKEN": "of another BuildRelay", **away})
+        env = hubs.clean_environment({"ADMIN_TOKEN": "the token of another BuildRelay", **away})
         with hubs.started([*command, "--data-dir", str(home)], tmp_path / "log", env) as process:
             says = f"Secrets are in {home}/secrets.env"
             until(lambda: says in (tmp_path / "log").read_text(), PATIENCE_SECONDS, says)
@@ -632,9 +632,9 @@ def test_the_processes_of_the_procfile_work_together(platforms, postgres_url):
     assert set(made) == {"release", "web", "worker", "scheduler"}
     secrets = {
         "ADMIN_TOKEN": "admin-of-the-test",
-        "GITHUB_WEBHOOK_SECRET": "github-secret",
+        "GITHUB_WEBHOOK_SECRET": "github-secret-of-the-tests",
         "ENCRYPTION_KEYS": "x7d6q1sVd4hUOFNTUcXb0h8mTrmVjRZ6dZ9vM2l0n2E=",
-        "BUILD_EVENT_TOKEN": "script-token",
+        "BUILD_EVENT_TOKEN": "script-token-of-the-tests",
     }
     port = free_port()
     with contextlib.ExitStack() as stack:

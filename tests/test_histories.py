@@ -30,14 +30,14 @@ HISTORIES = sorted((Path(__file__).parent / "histories").glob("*.json"))
 def program():
     """A BuildRelay that can poll nothing: what is pushed is all it has."""
     off = {"ENABLE_GH": "false", "ENABLE_GITLAB": "false", "ENABLE_JENKINS": "false"}
-    with running({**off, "GITLAB_WEBHOOK_SECRET": "a plain token"}) as hub:
+    with running({**off, "GITLAB_WEBHOOK_SECRET": "a plain token of the tests"}) as hub:
         yield hub
 
 
 def post(hub, push, number):
     """Post one push of a history, signed as its platform does; its answer."""
     body = json.dumps(push["body"]).encode()
-    secret = hub.secrets.get(f"{push['source'].upper()}_WEBHOOK_SECRET", "a plain token")
+    secret = hub.secrets.get(f"{push['source'].upper()}_WEBHOOK_SECRET", "a plain token of the tests")
     digest = hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
     unique = f"{number}-{hashlib.sha256(body).hexdigest()}"
     headers = {

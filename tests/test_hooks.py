@@ -25,10 +25,10 @@ from webhook_app.web.arrivals import COLLECTED_BYTES, wanted
 
 ADMIN = b"bootstrap-token-of-these-tests"
 GITHUB, GITLAB, JENKINS, SCRIPT = (
-    "github secret",
+    "github secret of these tests",
     "whsec_" + "c2VjcmV0IG9mIHRoZSBnaXRsYWIgaG9vaw==",
-    "jenkins",
-    "token",
+    "jenkins secret of these tests",
+    "script token of these tests",
 )
 
 
@@ -51,7 +51,7 @@ class Server:
             "BUILDRELAY_DATA_DIR": str(directory),
             "BUILDRELAY_BIND": f"127.0.0.1:{self.port}",
             "WEB_CONCURRENCY": "1",
-            "GITHUB_WEBHOOK_SECRET": f"old one,{GITHUB}",
+            "GITHUB_WEBHOOK_SECRET": f"an older secret of it,{GITHUB}",
             "GITLAB_WEBHOOK_SECRET": GITLAB,
             "JENKINS_WEBHOOK_SECRET": JENKINS,
             "BUILD_EVENT_TOKEN": SCRIPT,

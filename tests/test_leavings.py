@@ -179,7 +179,7 @@ def test_what_a_script_reports_is_its_log(make_stand, serve):
         )  # fmt: skip
 
     report("build_started", command="make")
-    report("stage_started", stage="compile", message=f"with {TOKEN}\nand script-token")
+    report("stage_started", stage="compile", message=f"with {TOKEN}\nand script-token-of-the-tests")
     report("build_failed", State.FAILED, error="exit code 2")
     answer = log_of(api, Script())
     assert (answer["state"], answer["attempt"]) == ("stored", 1)

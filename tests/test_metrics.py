@@ -279,7 +279,7 @@ def test_nothing_secret_and_no_repository_is_told(make_api, store_url):
         "very-secret-value",
         subscriber["secret"],
         "whsec_",
-        "gitlab-token",
+        "gitlab-token-of-the-tests",
     )
     for word in (*secrets, subscriber["id"], "hooks.example.com", "Octo", "github:lane", "c0ffee"):
         assert word not in told

@@ -249,7 +249,7 @@ def record(api):
     jenkins(api, {"full_url": "https://ci.example/job/web/5/", "number": 5, "timestamp": 1793527200000})
     over = {"phase": "COMPLETED", "status": "ABORTED", "timestamp": 1793527290000}
     jenkins(api, {"full_url": "https://ci.example/job/web/5/", "number": 5} | over)
-    headers = {"X-Build-Token": "script-token"}
+    headers = {"X-Build-Token": "script-token-of-the-tests"}
     api(
         "POST",
         "/api/internal/build-events",

@@ -140,15 +140,15 @@ def test_our_own_secrets_go_in_every_form():
 def test_every_secret_of_the_settings_is_known():
     values = load(
         {
-            "ADMIN_TOKEN": "the-admin-token", "GITHUB_TOKEN": "a-github-token", "GITLAB_TOKEN": "a-gitlab-token",
+            "ADMIN_TOKEN": "the-admin-token-of-tests", "GITHUB_TOKEN": "a-github-token", "GITLAB_TOKEN": "a-gitlab-token",
             "JENKINS_URL": "https://j", "JENKINS_USERNAME": "relay", "JENKINS_API_TOKEN": "a-jenkins-token",
-            "GITHUB_WEBHOOK_SECRET": "hook-one,hook-two", "BUILD_EVENT_TOKEN": "script-token",
+            "GITHUB_WEBHOOK_SECRET": "hook-secret-number-one,hook-secret-number-two", "BUILD_EVENT_TOKEN": "script-token-of-the-tests",
             "DATABASE_URL": "postgres://u:database-pw@h/d", "REDIS_URL": "redis://:redis-pw@h",
             "DASHBOARD_API_KEY": "dashboard-key",
         }
     )  # fmt: skip
     text = (
-        "the-admin-token a-github-token a-gitlab-token a-jenkins-token hook-one hook-two script-token "
+        "the-admin-token-of-tests a-github-token a-gitlab-token a-jenkins-token hook-secret-number-one hook-secret-number-two script-token-of-the-tests "
         "database-pw redis-pw dashboard-key " + base64.b64encode(b"relay:a-jenkins-token").decode()
     )
     shown = redactor(secret_texts(values))(text)

@@ -23,7 +23,11 @@ from webhook_app.simulated.httpd import Response, json_response
 from webhook_app.simulated.sender import Secrets, Sender
 from webhook_app.web import hooks
 
-SECRETS = Secrets("github secret", "whsec_dGVzdHRlc3R0ZXN0dGVzdHRlc3R0ZXN0dGVzdHRlc3Q=", "jenkins secret")
+SECRETS = Secrets(
+    "github secret of the tests",
+    "whsec_dGVzdHRlc3R0ZXN0dGVzdHRlc3R0ZXN0dGVzdHRlc3Q=",
+    "jenkins secret of the tests",
+)
 
 
 class Relay:
@@ -68,7 +72,7 @@ def make_stand(engine, redis_client, redis_url, store_url, monkeypatch, relay):
         def made(platform, count, **more):
             variables = {
                 "PUBLIC_URL": relay.base, "REDIS_URL": redis_url, "DATABASE_URL": url_of(store_url),
-                f"{platform.upper()}_WEBHOOK_SECRET": getattr(SECRETS, platform), "ADMIN_TOKEN": "t",
+                f"{platform.upper()}_WEBHOOK_SECRET": getattr(SECRETS, platform), "ADMIN_TOKEN": "admin-token-of-the-tests",
             }  # fmt: skip
             kinds = {platform: ["success"]}
             stand = make((platform,), count, kinds=kinds, speed=0.1, **(variables | more))

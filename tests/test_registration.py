@@ -20,7 +20,7 @@ def platforms(monkeypatch):
     world = World(7, 0, now=StepClock())
     with GitHubServer(world) as github, GitLabServer(world) as gitlab:
         for name, value in {
-            "GITHUB_API_URL": github.url, "GITHUB_TOKEN": github.tokens[0], "GITHUB_WEBHOOK_SECRET": "hush",
+            "GITHUB_API_URL": github.url, "GITHUB_TOKEN": github.tokens[0], "GITHUB_WEBHOOK_SECRET": "hush-hush-hush-hush",
             "GITLAB_URL": gitlab.url, "GITLAB_TOKEN": gitlab.tokens[0], "GITLAB_WEBHOOK_SECRET": SIGNING,
             "PUBLIC_URL": URL,
         }.items():  # fmt: skip
@@ -37,7 +37,7 @@ def test_github_hooks_are_registered_once_with_what_we_need(box, platforms):  # 
     (hook,) = hooks(platforms["github"])
     assert line == f"{GITHUB}: created (webhook {hook.id})"
     assert hook.config == {
-        "url": f"{URL}/webhooks/github", "content_type": "json", "insecure_ssl": "0", "secret": "hush",
+        "url": f"{URL}/webhooks/github", "content_type": "json", "insecure_ssl": "0", "secret": "hush-hush-hush-hush",
     }  # fmt: skip
     assert (set(hook.events), hook.active) == ({"workflow_run", "workflow_job"}, True)
     hook.events, hook.active, hook.config["secret"] = ("push",), False, "another"
@@ -45,7 +45,7 @@ def test_github_hooks_are_registered_once_with_what_we_need(box, platforms):  # 
     assert line == f"{GITHUB}: updated (webhook {hook.id})"
     (hook,) = hooks(platforms["github"])
     assert (set(hook.events), hook.active) == ({"workflow_run", "workflow_job"}, True)
-    assert hook.config["secret"] == "hush"
+    assert hook.config["secret"] == "hush-hush-hush-hush"
 
 
 def test_gitlab_hooks_get_a_signing_token_or_a_plain_one(box, platforms, monkeypatch):  # noqa: F811
@@ -53,9 +53,9 @@ def test_gitlab_hooks_get_a_signing_token_or_a_plain_one(box, platforms, monkeyp
     (hook,) = hooks(platforms["gitlab"])
     assert (hook.url, hook.signing_token, hook.token) == (f"{URL}/webhooks/gitlab", SIGNING, "")
     assert {name for name, on in hook.switches.items() if on} == {"pipeline_events", "job_events"}
-    monkeypatch.setenv("GITLAB_WEBHOOK_SECRET", "plain")
+    monkeypatch.setenv("GITLAB_WEBHOOK_SECRET", "a plain token of a hook")
     assert box("sources", "connect", "gitlab", GITLAB) == [f"{GITLAB}: updated (webhook {hook.id})"]
-    assert [one.token for one in hooks(platforms["gitlab"])] == ["plain"]
+    assert [one.token for one in hooks(platforms["gitlab"])] == ["a plain token of a hook"]
 
 
 def test_a_lent_token_registers_as_well(box, platforms, monkeypatch):  # noqa: F811
@@ -131,7 +131,7 @@ def test_a_server_that_keeps_no_signing_token_gets_no_hook(box, platforms):  # n
 def test_the_secret_is_never_printed(box, platforms):  # noqa: F811
     for words in (["list"], ["connect", "github", GITHUB], ["connect", "gitlab", GITLAB]):
         said = "\n".join(box("sources", *words))
-        assert "hush" not in said
+        assert "hush-hush-hush-hush" not in said
         assert SIGNING not in said
     (jenkins,) = {"\n".join(box("sources", "connect", "jenkins", "team/web"))}
     assert f"{URL}/webhooks/jenkins" in jenkins

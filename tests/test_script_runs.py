@@ -16,7 +16,7 @@ from webhook_app.platforms import script
 from webhook_app.times import utc_now
 
 URL = "/api/internal/build-events"
-TOKEN = {"X-Build-Token": "script-token"}
+TOKEN = {"X-Build-Token": "script-token-of-the-tests"}
 START, MIDDLE, END, FAILURE = "build_started", "stage_completed", "build_completed", "build_failed"
 
 

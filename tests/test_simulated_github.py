@@ -25,7 +25,9 @@ from webhook_app.simulated.sender import Secrets, Sender, plan_pushes
 from webhook_app.simulated.targets import Target
 from webhook_app.simulated.world import PLATFORMS, REPOSITORIES, StepClock, busy_world
 
-SECRETS = Secrets(github="github-secret", gitlab="gitlab-secret", jenkins="jenkins-secret")
+SECRETS = Secrets(
+    github="github-secret-of-the-tests", gitlab="gitlab-secret", jenkins="jenkins-secret-of-the-tests"
+)
 PLACE = REPOSITORIES["github"][0]
 
 

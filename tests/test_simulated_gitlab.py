@@ -18,7 +18,7 @@ from webhook_app.simulated.world import REPOSITORIES, StepClock, busy_world
 
 TOKEN = {"PRIVATE-TOKEN": "simulated-gitlab-token"}
 SIGNING_TOKEN = "whsec_" + base64.b64encode(b"0123456789abcdef0123456789abcdef").decode()
-SECRETS = Secrets("github-secret", "unused", "jenkins-secret")
+SECRETS = Secrets("github-secret-of-the-tests", "unused", "jenkins-secret-of-the-tests")
 PLACE = REPOSITORIES["gitlab"][0]
 
 

@@ -74,7 +74,9 @@ def test_pushes_are_signed_as_each_platform_signs(clock: StepClock, inbox: Inbox
             digest = base64.b64encode(hmac.new(key, text, hashlib.sha256).digest()).decode()
             assert request.headers["webhook-signature"] == f"v1,{digest}"
         else:
-            secret = {"github": b"github-secret", "jenkins": b"jenkins-secret"}[platform]
+            secret = {"github": b"github-secret-of-the-tests", "jenkins": b"jenkins-secret-of-the-tests"}[
+                platform
+            ]
             digest = hmac.new(secret, request.body, hashlib.sha256).hexdigest()
             assert request.headers["x-hub-signature-256"] == f"sha256={digest}"
     assert set(events) == {

@@ -34,10 +34,10 @@ def test_secrets_are_made_once_and_only_the_owner_reads_them(data_dir):
 def elsewhere(tmp_path_factory):
     """Four secrets, each set in another way."""
     kept = tmp_path_factory.mktemp("kept")
-    (kept / "admin").write_text("of a file")
-    (kept / "config.yaml").write_text("github_webhook_secret: of the yaml\n")
+    (kept / "admin").write_text("the content of a file")
+    (kept / "config.yaml").write_text("github_webhook_secret: a value of the yaml\n")
     return {
-        "ADMIN_TOKEN_FILE": str(kept / "admin"), "OM_BUILD_EVENT_TOKEN": "of an alias", "JENKINS_WEBHOOK_SECRET": "",
+        "ADMIN_TOKEN_FILE": str(kept / "admin"), "OM_BUILD_EVENT_TOKEN": "the value of an alias", "JENKINS_WEBHOOK_SECRET": "",
         "BUILDRELAY_CONFIG": str(kept / "config.yaml"), "GITLAB_WEBHOOK_SECRET": "of the environment",
     }  # fmt: skip
 
@@ -52,8 +52,11 @@ def test_what_is_set_elsewhere_is_not_made(data_dir, elsewhere):
 def test_what_is_set_elsewhere_wins_over_what_was_made(data_dir, elsewhere):
     made = up.ensure_secrets(data_dir, {})
     values = settings.load(up.under(elsewhere, made))
-    assert (values.admin_token, values.build_event_tokens) == ("of a file", ("of an alias",))
-    assert values.sources["github"].webhook_secrets == ("of the yaml",)
+    assert (values.admin_token, values.build_event_tokens) == (
+        "the content of a file",
+        ("the value of an alias",),
+    )
+    assert values.sources["github"].webhook_secrets == ("a value of the yaml",)
     assert values.sources["gitlab"].webhook_secrets == ("of the environment",)
     assert values.sources["jenkins"].webhook_secrets[0] == made["JENKINS_WEBHOOK_SECRET"]
     assert values.encryption_keys == (made["ENCRYPTION_KEYS"],)
@@ -164,7 +167,7 @@ def test_a_data_directory_with_something_else_in_it_is_named_and_why(tmp_path, n
 
 def test_the_banner_lists_every_source_with_its_webhook_url(tmp_path):
     (tmp_path / "config.yaml").write_text(
-        "sources:\n- {name: ghe, platform: github, webhook_secret: hush}\n- {name: lab-2, platform: gitlab}\n"
+        "sources:\n- {name: ghe, platform: github, webhook_secret: hush-hush-hush-hush}\n- {name: lab-2, platform: gitlab}\n"
     )
     values = settings.load({"BUILDRELAY_CONFIG": str(tmp_path / "config.yaml")})
     said = up.banner("http://127.0.0.1:8000", values, first=False, private=False)
