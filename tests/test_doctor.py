@@ -143,6 +143,14 @@ def test_missing_secrets_are_named(clinic):
 
 
 @ON_SQLITE
+def test_secrets_that_a_comma_separates_are_counted(clinic):
+    secrets = "a secret of the hook, which is of its own making"
+    said = "2 webhook secrets are accepted (a comma separates them)"
+    assert said in clinic.run(GITHUB_WEBHOOK_SECRET=secrets)[1]
+    assert said not in clinic.run()[1]
+
+
+@ON_SQLITE
 def test_secrets_that_open_with_no_key_are_named(clinic):
     wanted = {"url": "https://ci.example.com/", "signing": "hmac"}
     row, _ = db.as_writer(clinic.engine, lambda write: subscribers.create(write, wanted, (KEY,), utc_now()))

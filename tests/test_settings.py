@@ -17,6 +17,8 @@ from webhook_app import settings, up
 from webhook_app.settings import VARIABLES, SettingsError, load, pace
 
 KEY = base64.urlsafe_b64encode(b"k" * 32).decode()
+NEW, OLD = "a secret that is new", "a secret that is old"
+SIGNING = "whsec_" + "abcd" * 6
 OTHER_KEY = base64.urlsafe_b64encode(b"o" * 32).decode()
 
 
@@ -112,11 +114,11 @@ GOOD = {
     "PORT": ("1", 1),
     "WEB_CONCURRENCY": ("3", 3),
     "ENCRYPTION_KEYS": (f"{KEY}, {OTHER_KEY}", (KEY, OTHER_KEY)),
-    "ADMIN_TOKEN": ("abc", "abc"),
-    "GITHUB_WEBHOOK_SECRET": ("new, old,", ("new", "old")),
-    "GITLAB_WEBHOOK_SECRET": ("whsec_abc,plain", ("whsec_abc", "plain")),
-    "JENKINS_WEBHOOK_SECRET": ("s", ("s",)),
-    "BUILD_EVENT_TOKEN": ("a,b", ("a", "b")),
+    "ADMIN_TOKEN": ("abc" * 6, "abc" * 6),
+    "GITHUB_WEBHOOK_SECRET": (f"{NEW}, {OLD},", (NEW, OLD)),
+    "GITLAB_WEBHOOK_SECRET": (f"{SIGNING},{OLD}", (SIGNING, OLD)),
+    "JENKINS_WEBHOOK_SECRET": (NEW, (NEW,)),
+    "BUILD_EVENT_TOKEN": (f"{NEW},{OLD}", (NEW, OLD)),
     "GITHUB_TOKEN": ("ghs_" + "x" * 500, "ghs_" + "x" * 500),
     "GITHUB_APP_ID": ("Iv23liAbc", "Iv23liAbc"),
     "GITHUB_APP_PRIVATE_KEY": (PEM.strip().replace("\n", "\\n"), PEM.strip()),
@@ -196,7 +198,11 @@ BAD = {
     "PORT": ["0", "-1", "65536", "http", "80.5", " "],
     "WEB_CONCURRENCY": ["0", "257", "many"],
     "ENCRYPTION_KEYS": ["short", f"{KEY},short", KEY[:-2], "ü" * 44],
-    "GITLAB_WEBHOOK_SECRET": ["whsec_", "whsec_%%%", "plain,whsec_a b"],
+    "ADMIN_TOKEN": ["admin", "fifteen letters"],
+    "GITHUB_WEBHOOK_SECRET": ["hush", f"{NEW},hush"],
+    "JENKINS_WEBHOOK_SECRET": ["hush", f"{NEW},hush"],
+    "BUILD_EVENT_TOKEN": ["hush", f"{NEW},hush"],
+    "GITLAB_WEBHOOK_SECRET": ["whsec_", "whsec_%%%", f"{NEW},{SIGNING} b", SIGNING[:18], "plain"],
     "GITHUB_API_URL": ["ftp://x", "api.github.com", "https://", "https:///path", "https://[::1", "http://h:p"],
     "GITHUB_REPOS": ["octo", "octo/one,two", "https://github.com/octo/one", "octo/one two/three"],
     "GITHUB_TOKEN": ["ghp_one\nghp_two", "ghp_\x07"],
@@ -247,8 +253,7 @@ BAD = {
     "SQLITE_SYNCHRONOUS": ["OFF"],
 }  # fmt: skip
 ANYTHING_GOES = {
-    "ADMIN_TOKEN", "GITHUB_WEBHOOK_SECRET", "JENKINS_WEBHOOK_SECRET",
-    "DASHBOARD_API_KEY", "BUILD_EVENT_TOKEN", "GITHUB_TOKEN", "GITLAB_TOKEN", "GITLAB_PROJECTS", "JENKINS_USERNAME",
+    "DASHBOARD_API_KEY", "GITHUB_TOKEN", "GITLAB_TOKEN", "GITLAB_PROJECTS", "JENKINS_USERNAME",
     "JENKINS_API_TOKEN", "JENKINS_JOBS", "JENKINS_DEFAULT_JOB", "GITLAB_OAUTH_CLIENT_SECRET",
     "GITLAB_OAUTH_REFRESH_TOKEN",
 }  # fmt: skip
@@ -350,7 +355,7 @@ def test_secrets_and_names_are_taken_as_they_are(name):
 
 
 SECRETS = {
-    name: f"hush-{number}"
+    name: f"hush-hush-hush-{number}"
     for number, name in enumerate(
         name for name in NAMES if BY_NAME[name].secret and name not in COMPANY
         and name not in ("ENCRYPTION_KEYS", "DATABASE_URL", "REDIS_URL")
@@ -417,6 +422,24 @@ def test_the_one_repository_and_the_one_job_count_only_where_there_is_no_list():
     assert source(load({"GITHUB_OWNER": "octo", "GITHUB_REPOS": "octo/two"}), "github").repositories == (
         "octo/two",
     )
+
+
+def test_a_short_secret_is_refused_with_the_way_to_make_one():
+    line = refused({"ADMIN_TOKEN": "fifteen letters"})
+    assert line.startswith(
+        "ADMIN_TOKEN=(secret): a secret of at least 16 characters (as `openssl rand -hex 32`"
+    )
+    assert "fifteen" not in line
+
+
+def test_a_secret_with_a_comma_in_it_is_refused_as_two():
+    line = refused({"GITHUB_WEBHOOK_SECRET": "one secret of its own, of a hook"})
+    assert "a comma separates secrets: 2 are given, one of 9 characters" in line
+
+
+def test_the_secret_of_a_further_source_is_as_long(with_file):
+    line = refused(with_file("sources: [{name: ghe, platform: github, webhook_secret: hush}]"))
+    assert line.startswith("sources: ghe: webhook_secret=(secret): a secret of at least 16 characters")
 
 
 # ---- files
@@ -540,10 +563,10 @@ def test_where_nothing_is_said_all_lives_in_the_data_directory(tmp_path):
 # ---- sources
 
 
-def test_build_scripts_may_speak_for_jenkins_and_themselves():
-    values = load({"BUILD_EVENT_TOKEN": "t", "JENKINS_WEBHOOK_SECRET": "j"})
-    assert source(values, "jenkins").webhook_secrets == ("j", "t")
-    assert source(values, "script").webhook_secrets == ("t",)
+def test_the_token_of_build_scripts_does_not_sign_for_jenkins():
+    values = load({"BUILD_EVENT_TOKEN": OLD, "JENKINS_WEBHOOK_SECRET": NEW})
+    assert source(values, "jenkins").webhook_secrets == (NEW,)
+    assert source(values, "script").webhook_secrets == (OLD,)
     assert not source(values, "script").can_poll
 
 
@@ -623,7 +646,7 @@ def test_plain_yaml_values_mean_what_they_say(with_file):
     values = load(
         with_file(
             "enable_gh: no\npublic_progress: true\nport: 8080\nheartbeat_timeout: 12.5\n"
-            "admin_token: 0123\nbuild_event_token: 12:30\ngithub_repos: [octo/one, octo/two]\n"
+            "admin_token: 0123456701234567\nbuild_event_token: 12:30:00.00000000\ngithub_repos: [octo/one, octo/two]\n"
             "delivery_retry_schedule:\n  - 5\n  - 10\ngitlab_token:\njenkins_username: null\n"
             "worker_poll_interval: 33\npolling:\n"
         )
@@ -631,7 +654,7 @@ def test_plain_yaml_values_mean_what_they_say(with_file):
     assert not source(values, "github").enabled
     assert values.public_progress
     assert (values.port, values.heartbeat_timeout_seconds) == (8080, 12.5)
-    assert (values.admin_token, values.build_event_tokens) == ("0123", ("12:30",)), (
+    assert (values.admin_token, values.build_event_tokens) == ("0123456701234567", ("12:30:00.00000000",)), (
         "no number, no time of day"
     )
     assert source(values, "github").repositories == ("octo/one", "octo/two")
@@ -727,14 +750,14 @@ sources:
     platform: github
     api_url: https://ghe.example.com/api/v3/
     token: abc
-    webhook_secret: [new, old]
+    webhook_secret: [a secret that is new, a secret that is old]
     repositories: [team/app]
     timeout: 5000
     retry_attempts: 4
   - name: gitlab_2
     platform: gitlab
     api_url: https://gitlab.example.com
-    webhook_secret: one, two
+    webhook_secret: a secret that is new, a secret that is old
     repositories: 12, group/project
     enabled: "false"
   - name: ci-3
@@ -750,10 +773,10 @@ def test_further_sources_have_names_of_their_own(with_file):
     assert (ghe.source.name, ghe.source.platform, ghe.source.api_url, ghe.source.token) == (
         "ghe", "github", "https://ghe.example.com/api/v3", "abc",
     )  # fmt: skip
-    assert (ghe.webhook_secrets, ghe.repositories, ghe.timeout_seconds) == (("new", "old"), ("team/app",), 5)
+    assert (ghe.webhook_secrets, ghe.repositories, ghe.timeout_seconds) == ((NEW, OLD), ("team/app",), 5)
     assert ghe.retry_attempts == 4
     assert ghe.can_poll
-    assert gitlab.webhook_secrets == ("one", "two")
+    assert gitlab.webhook_secrets == (NEW, OLD)
     assert gitlab.repositories == ("12", "group/project")
     assert (gitlab.enabled, gitlab.can_poll, gitlab.timeout_seconds) == (False, False, 30)
     assert (jenkins.source.username, jenkins.can_poll, jenkins.webhook_secrets) == ("robot", False, ())

@@ -519,7 +519,8 @@ def _list_sources(_chosen: argparse.Namespace) -> int:
         told = health.snapshot(connection)
     for name, source in values.sources.items():
         row = told.get(name, {})
-        secret = "secret" if source.webhook_secrets else "no secret"
+        count = len(source.webhook_secrets)
+        secret = f"{count} secrets" if count > 1 else "secret" if count else "no secret"
         token = "token" if source.has_token else "no token"
         counts = f"{row.get('pushes', 0)} pushes, {row.get('missed_pushes', 0)} missed"
         failing = f"  can't be read: {row['api_error']}" if api_health.is_failing(row) else ""

@@ -217,6 +217,9 @@ def _source(values: Settings, source: SourceSettings, until: float) -> Iterator[
         secret = "a webhook secret is set" if source.webhook_secrets else "no webhook secret"
         yield Finding(name, OK, f"not in use ({secret}, no token, no repositories)")
         return
+    if len(source.webhook_secrets) > 1:
+        count = len(source.webhook_secrets)
+        yield Finding(name, OK, f"{count} webhook secrets are accepted (a comma separates them)")
     if not source.webhook_secrets:
         mend = "Set its webhook secret, and use `buildrelay sources connect`."
         yield Finding(name, WARN, "no webhook secret: pushes are refused, all is polled", mend)

@@ -313,9 +313,34 @@ def _database(text: str) -> str:
     return url
 
 
+LEAST_SECRET = 16
+"""Characters of a secret that others have to guess; `openssl rand -hex 32` makes 64."""
+
+
+def _secret(text: str) -> str:
+    """One that can't be guessed, or none."""
+    if text and len(text) < LEAST_SECRET:
+        raise ValueError(
+            f"a secret of at least {LEAST_SECRET} characters (as `openssl rand -hex 32` makes one)"
+        )
+    return text
+
+
+def _secrets(text: str) -> tuple[str, ...]:
+    """Comma separated.  A secret that holds a comma becomes two, mostly short ones: the error counts them."""
+    secrets = _words(text)
+    short = [len(one) for one in secrets if len(one.removeprefix(signing.HMAC_PREFIX)) < LEAST_SECRET]
+    if short:
+        raise ValueError(
+            f"a secret of at least {LEAST_SECRET} characters (as `openssl rand -hex 32` makes one; a comma"
+            f" separates secrets: {len(secrets)} are given, one of {min(short)} characters)"
+        )
+    return secrets
+
+
 def _gitlab_secrets(text: str) -> tuple[str, ...]:
     """A signing token that can't be decoded would match nothing, and every push would be refused."""
-    secrets = _words(text)
+    secrets = _secrets(text)
     if not all(signing.is_hmac_secret(one) for one in secrets if one.startswith(signing.HMAC_PREFIX)):
         raise ValueError("base64 after each whsec_, comma separated,")
     return secrets
@@ -356,12 +381,12 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("PORT", "8000", _whole(1, 65535), "port of the web process"),
     Variable("WEB_CONCURRENCY", str(os.cpu_count() or 1), _whole(1, 256), "web processes"),
     Variable("ENCRYPTION_KEYS", "", _fernet_keys, "Fernet keys, comma separated, newest first", secret=True),
-    Variable("ADMIN_TOKEN", "", _text, "bootstrap API token with every scope", secret=True),
-    Variable("GITHUB_WEBHOOK_SECRET", "", _words, "comma separated, all accepted", secret=True),
-    Variable("GITLAB_WEBHOOK_SECRET", "", _gitlab_secrets, "comma separated; `whsec_…` is a signing token", secret=True),
-    Variable("JENKINS_WEBHOOK_SECRET", "", _words, "comma separated, all accepted", secret=True),
+    Variable("ADMIN_TOKEN", "", _secret, "bootstrap API token with every scope; 16 characters or more", secret=True),
+    Variable("GITHUB_WEBHOOK_SECRET", "", _secrets, "comma separated, all accepted; each of 16 characters or more", secret=True),
+    Variable("GITLAB_WEBHOOK_SECRET", "", _gitlab_secrets, "comma separated, each of 16 characters or more; `whsec_…` is a signing token", secret=True),
+    Variable("JENKINS_WEBHOOK_SECRET", "", _secrets, "comma separated, all accepted; each of 16 characters or more", secret=True),
     Variable(
-        "BUILD_EVENT_TOKEN", "", _words, "for build scripts (`X-Build-Token`)",
+        "BUILD_EVENT_TOKEN", "", _secrets, "for build scripts (`X-Build-Token`); comma separated, each of 16 characters or more",
         aliases=("OM_BUILD_EVENT_TOKEN",), secret=True,
     ),
     Variable("GITHUB_TOKEN", "", _header_text, "poll access to GitHub", secret=True),
@@ -681,7 +706,7 @@ def _sources(values: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, So
                 values["JENKINS_USERNAME"],
             ),
             enabled=values["ENABLE_JENKINS"],
-            webhook_secrets=values["JENKINS_WEBHOOK_SECRET"] + values["BUILD_EVENT_TOKEN"],
+            webhook_secrets=values["JENKINS_WEBHOOK_SECRET"],
             timeout_seconds=values["JENKINS_API_TIMEOUT"],
             retry_attempts=values["JENKINS_API_RETRIES"],
             repositories=values["JENKINS_JOBS"] or _the_job(values),
@@ -794,7 +819,7 @@ def _further_source(entry: Any) -> SourceSettings:
             name, platform, read("api_url", web_url), read("token", _header_text), read("username", _text)
         ),
         enabled=read("enabled", _flag, "true"),
-        webhook_secrets=read("webhook_secret", _gitlab_secrets if platform == "gitlab" else _words),
+        webhook_secrets=read("webhook_secret", _gitlab_secrets if platform == "gitlab" else _secrets),
         timeout_seconds=read("timeout", _timeout, "30000"),
         retry_attempts=read("retry_attempts", _retries, "0"),
         repositories=read("repositories", _repositories if platform == "github" else _words),
