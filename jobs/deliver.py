@@ -229,7 +229,7 @@ def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) ->
     own = subscribers.custom_headers(subscriber, keys)
     sent = own | deliveries.headers(message, content_type, content, secrets, int(now.timestamp()), USER_AGENT)
     sent |= deliveries.provider_headers(message, subscriber["format"], content, secrets)
-    url = deliveries.target(subscriber["url"], message, subscriber["format"])
+    url = deliveries.target(subscribers.callback_url(subscriber, keys), message, subscriber["format"])
     if not any(name.lower() == "accept" for name in own):
         sent["accept"] = "*/*"  # some application firewalls refuse a request without it
     try:

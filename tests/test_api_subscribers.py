@@ -179,7 +179,7 @@ def test_headers_that_no_key_opens_do_not_move_either(make_api, migrated_sqlite,
     path = tmp_path / "sealed.db"
     path.write_bytes(migrated_sqlite.read_bytes())
     made = subscribe(make_api(f"sqlite:///{path}"), headers={"X-A": "1"})
-    other = make_api(f"sqlite:///{path}", ENCRYPTION_KEYS="")
+    other = make_api(f"sqlite:///{path}", ENCRYPTION_KEYS=Fernet.generate_key().decode())
     other("PATCH", f"/api/subscribers/{made['id']}", json={"url": "https://hooks.example.org/ci"})
     with db.reading(other.engine) as connection:
         assert subscribers.custom_headers(subscribers.get(connection, made["id"]), (KEY,)) == {}

@@ -186,7 +186,11 @@ def test_a_change_leaves_what_is_not_named_and_clears_what_it_is_told(box):
     assert (row["events"], row["rate_limit_per_second"], row["failures"]) == ([], None, 7)
     assert subscribers.custom_headers(row, (OLD,)) == {}
     box("subscribers", "change", id_, "--url", "https://example.org/other")
-    assert (box.row(id_)["url"], box.row(id_)["failures"]) == ("https://example.org/other", 0)
+    assert subscribers.callback_url(box.row(id_), (OLD,)) == "https://example.org/other"
+    assert box.row(id_)["failures"] == 0
+    (line,) = box("subscribers", "list")
+    assert "https://example.org/ …ther" in line
+    assert "url: https://example.org/other" in box("subscribers", "show", id_)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +424,7 @@ def test_rekey_seals_all_with_the_newest_key_and_then_nothing(box, monkeypatch):
     box.add("--signing", "ed25519")
     assert box("rekey") == ["0 sealed with the newest key"]
     monkeypatch.setenv("ENCRYPTION_KEYS", f"{NEW},{OLD}")
-    assert box("rekey") == ["12 sealed with the newest key"]
+    assert box("rekey") == ["18 sealed with the newest key"]
     assert box("rekey") == ["0 sealed with the newest key"]
     sealing.forget()
     for id_, secret in made.items():
@@ -456,7 +460,10 @@ def test_migrate_makes_the_subscriber_of_the_settings(box, monkeypatch):
     for _ in range(2):
         box("migrate")
     row = box.row("sub_dashboard")
-    assert (row["url"], row["origin"]) == ("http://dashboard.internal:8080/hook/", "settings")
+    assert (subscribers.callback_url(row, (OLD,)), row["origin"]) == (
+        "http://dashboard.internal:8080/hook/",
+        "settings",
+    )
     assert subscribers.custom_headers(row, (OLD,)) == {"Authorization": "Bearer very-secret"}
     assert row["format"] == "standard"
     monkeypatch.setenv("DASHBOARD_API_URL", "http://dashboard.internal:8080")

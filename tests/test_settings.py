@@ -358,7 +358,7 @@ SECRETS = {
     name: f"hush-hush-hush-{number}"
     for number, name in enumerate(
         name for name in NAMES if BY_NAME[name].secret and name not in COMPANY
-        and name not in ("ENCRYPTION_KEYS", "DATABASE_URL", "REDIS_URL")
+        and name not in ("ENCRYPTION_KEYS", "DATABASE_URL", "REDIS_URL", "DASHBOARD_API_URL")
     )
 }  # fmt: skip
 
@@ -366,6 +366,7 @@ SECRETS = {
 def test_no_secret_shows_when_settings_are_printed():
     environ = SECRETS | {
         "ENCRYPTION_KEYS": KEY, "DATABASE_URL": "postgres://u:hush-db@h/d", "REDIS_URL": "redis://:hush-r@h",
+        "DASHBOARD_API_URL": "https://hooks.example.com/hush-d",
     }  # fmt: skip
     shown = repr(load(environ))
     assert "hush" not in shown

@@ -261,7 +261,8 @@ def _list_subscribers(_chosen: argparse.Namespace) -> int:
     with db.reading(_engine(_settings())) as connection:
         for row in connection.execute(select(table).order_by(table.c.created_at)).mappings():
             wants = ", ".join(row["events"]) or "everything"
-            print(f"{row['id']}  {row['state']:<8}  {row['url']}  {wants}")
+            url = subscribers.shown_url(dict(row), (), whole=False)
+            print(f"{row['id']}  {row['state']:<8}  {url}  {wants}")
     return 0
 
 

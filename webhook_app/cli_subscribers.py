@@ -106,7 +106,7 @@ def check(wanted: Mapping[str, Any], allow_private: bool) -> None:
         if "url" in wanted:
             destinations.check_callback_url(wanted["url"], allow_private)
     except destinations.OutboundError as error:
-        raise WrongUse(f"{wanted['url']}: {error}") from None
+        raise WrongUse(f"{destinations.shown(wanted['url'])}: {error}") from None
     try:
         destinations.check_headers(wanted.get("headers") or {})
     except destinations.OutboundError as error:
@@ -168,8 +168,9 @@ _ATTEMPT = ("number", "started_at", "duration_seconds", "status_code", "reason",
 
 
 def subscriber(row: Mapping[str, Any], health: Health, keys: Sequence[str]) -> dict[str, Any]:
-    """A subscriber as it is shown: of its headers only the names, and no secret."""
-    shown = {**row, "headers": None, "public_key": None}
+    """A subscriber as it is shown: its URL whole, of its headers only the names, and no secret."""
+    url = subscribers.shown_url(row, keys, whole=True)
+    shown = {**row, "url": url, "headers": None, "public_key": None}
     try:
         shown["headers"] = dict.fromkeys(subscribers.custom_headers(row, keys), MASK)
         shown["public_key"] = subscribers.public_key(row, keys)

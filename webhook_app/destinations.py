@@ -83,6 +83,33 @@ def check_callback_url(url: str, allow_private: bool) -> None:
     check_written_host(place.host, guard=not allow_private)
 
 
+MASKED = " …"
+"""Stands in a shown URL where its path was.  `parse` refuses a blank, so nothing is ever sent there."""
+TAIL_LENGTH = 4
+
+
+def shown(url: str) -> str:
+    """A callback URL as everybody may see it: `https://HOST[:PORT]/ …` and its last four characters.
+
+    Path and query may be a secret, as they are of Slack and Teams; without any the URL is shown whole.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # was taken by an earlier version
+        return MASKED.strip()
+    host = parts.netloc.rpartition("@")[2]
+    rest = parts._replace(scheme="", netloc="").geturl().lstrip("/")
+    return f"{parts.scheme}://{host}/{MASKED}{rest[-TAIL_LENGTH:]}" if rest or host != parts.netloc else url
+
+
+def origin(url: str) -> tuple[str, str, int] | str:
+    """Scheme, host and port of a URL, whole or in its shown form; the URL itself if it has none."""
+    try:
+        return parse(url.partition(MASKED)[0])[:3]
+    except OutboundError:  # was taken by an earlier version
+        return url
+
+
 def check_headers(headers: Mapping[str, str]) -> None:
     """Judge the custom headers of a subscriber: at most 20, 8 KiB in all, none that BuildRelay or HTTP sets.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from webhook_app.destinations import OutboundError, parse
+from webhook_app import destinations
 
 IN_FLIGHT = 256
 """Requests under way in one worker, each with a thread."""
@@ -77,7 +77,5 @@ class Room:
 
 def host_of(url: str) -> str:
     """The host of a callback URL as it is counted: its name or address, without the port."""
-    try:
-        return parse(url).host
-    except OutboundError:
-        return url  # nothing is sent there anyway
+    origin = destinations.origin(url)
+    return origin if isinstance(origin, str) else origin[1]

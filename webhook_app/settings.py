@@ -85,7 +85,7 @@ class Settings:
     allow_private_callbacks: bool = False
     public_progress: bool = False
     public_url: str = ""
-    dashboard_api_url: str = ""
+    dashboard_api_url: str = field(default="", repr=False)
     dashboard_api_key: str = field(default="", repr=False)
     dashboard_api_format: str = ""
     delivery_retry_schedule: tuple[float, ...] = ()
@@ -430,7 +430,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("ALLOW_PRIVATE_CALLBACKS", "false", _flag, "allow callbacks to loopback and private addresses"),
     Variable("PUBLIC_PROGRESS", "false", _flag, "the two progress endpoints need no token"),
     Variable("PUBLIC_URL", "", web_url, "address of this BuildRelay from outside, to tell its webhooks from others'"),
-    Variable("DASHBOARD_API_URL", "", _callback, "a subscriber that `migrate` and `up` make: gets `build.*`"),
+    Variable("DASHBOARD_API_URL", "", _callback, "a subscriber that `migrate` and `up` make: gets `build.*`", secret=True),
     Variable("DASHBOARD_API_KEY", "", _header_text, "sent to it as `Authorization: Bearer …`", secret=True),
     Variable("DASHBOARD_API_FORMAT", "", _dashboard_format, "`provider` or `standard`; else `provider` where that URL has no path"),
     Variable(

@@ -168,7 +168,7 @@ def create(write: Write, wanted: Mapping[str, Any], keys: Sequence[str], now: da
     secret, shown = _new_secret(wanted["signing"])
     row = {
         "id": wanted.get("id") or f"sub_{random.token_hex(10)}",
-        "url": wanted["url"],
+        **_url_columns(wanted["url"], keys),
         **{name: list(wanted.get(name) or []) for name in _GLOBS},
         "format": wanted.get("format") or "standard",
         "forks": wanted.get("forks", False),
@@ -204,8 +204,10 @@ def _seal(value: Any, keys: Sequence[str]) -> str:
 def change(
     write: Write, subscriber_id: str, values: Mapping[str, Any], keys: Sequence[str], now: datetime
 ) -> bool:
-    """Set columns of a subscriber (`headers` in clear); False if there is no such subscriber."""
+    """Set columns of a subscriber (`headers` and `url` in clear); False if there is no such subscriber."""
     sealed = dict(values)
+    if "url" in sealed:
+        sealed |= _url_columns(sealed["url"], keys)
     if "headers" in sealed:
         sealed["headers"] = _seal(sealed["headers"], keys) if sealed["headers"] else None
     write.new_id("subscribers_revision")
@@ -223,18 +225,12 @@ def edit(write: Write, row: Row, wanted: Mapping[str, Any], keys: Sequence[str],
     A new URL begins without the failures of the old one, and at another origin (scheme, host or port) without
     its headers too, unless they are named: they may hold a secret that is meant for the old one.
     """
-    url = wanted.get("url", row["url"])
-    drops = "headers" not in wanted and _origin(url) != _origin(row["url"]) and _has_headers(row, keys)
-    values = {**UNTRIED, **wanted} if url != row["url"] else wanted
+    url = wanted.get("url")
+    leaves = url is not None and destinations.origin(url) != destinations.origin(row["url"])
+    drops = leaves and "headers" not in wanted and _has_headers(row, keys)
+    values = {**UNTRIED, **wanted} if url not in (None, _opened_url(row, keys)) else wanted
     change(write, row["id"], {**values, "headers": {}} if drops else values, keys, now)
     return drops
-
-
-def _origin(url: str) -> tuple[str, str, int] | str:
-    try:
-        return destinations.parse(url)[:3]
-    except destinations.OutboundError:  # was taken by an earlier version
-        return url
 
 
 def _has_headers(row: Row, keys: Sequence[str]) -> bool:
@@ -266,7 +262,7 @@ def sync_static(
         fixed = {"id": STATIC_ID, "origin": "settings", "events": ["build.*"], "signing": "hmac"}
         create(write, wanted | fixed | {"description": "DASHBOARD_API_URL"}, keys, now)
         return True
-    if (row["url"], row["format"]) == (url, format_) and _is_sealed_in(row, headers, keys):
+    if (_opened_url(row, keys), row["format"]) == (url, format_) and _is_sealed_in(row, headers, keys):
         return False
     return change(write, STATIC_ID, {**CLEAN_RECORD, **wanted}, keys, now)
 
@@ -350,6 +346,50 @@ def custom_headers(row: Row, keys: Sequence[str]) -> dict[str, str]:
     return headers
 
 
+def callback_url(row: Row, keys: Sequence[str]) -> str:
+    """Where a subscriber's messages go, whole.  Raises `SealError`.
+
+    `url` holds what everybody may see of it.  A URL that is there in clear has no path, or an earlier version
+    stored it, perhaps beside us just now: then it counts.
+    """
+    if destinations.MASKED not in row["url"] or not row["sealed_url"]:
+        return str(row["url"])
+    return sealing.unseal(row["sealed_url"], tuple(keys))
+
+
+def _opened_url(row: Row, keys: Sequence[str]) -> str | None:
+    try:
+        return callback_url(row, keys)
+    except sealing.SealError:
+        return None
+
+
+def shown_url(row: Row, keys: Sequence[str], whole: bool) -> str:
+    """A subscriber's URL as it is shown: `whole` to those who may change it, if one of the keys opens it."""
+    opened = _opened_url(row, keys) if whole else None
+    return opened or (row["url"] if destinations.MASKED in row["url"] else destinations.shown(row["url"]))
+
+
+def _url_columns(url: str, keys: Sequence[str]) -> dict[str, str | None]:
+    shown = destinations.shown(url)
+    return {"url": shown, "sealed_url": None if shown == url else sealing.seal(url, tuple(keys))}
+
+
+def seal_urls(engine: Engine, keys: Sequence[str]) -> int:
+    """Seal the callback URLs that an earlier version stored in clear; how many.  Without a key none."""
+    return as_writer(engine, partial(_seal_urls, tuple(keys))) if keys else 0
+
+
+def _seal_urls(keys: tuple[str, ...], write: Write) -> int:
+    columns = models.subscribers.c
+    clear = select(columns.id, columns.url).where(columns.url.not_like(f"%{destinations.MASKED}%"))
+    found = {row.id: _url_columns(row.url, keys) for row in write.connection.execute(clear)}
+    sealed = {id_: values for id_, values in found.items() if values["sealed_url"]}
+    for id_, values in sealed.items():
+        write.connection.execute(update(models.subscribers).where(columns.id == id_).values(**values))
+    return len(sealed)
+
+
 def public_key(row: Row, keys: Sequence[str]) -> str | None:
     """The `whpk_…` that verifies an Ed25519 subscriber's messages; None for HMAC.  Raises `SealError`."""
     if row["signing"] != "ed25519":
@@ -359,9 +399,9 @@ def public_key(row: Row, keys: Sequence[str]) -> str | None:
 
 
 def closed(connection: Connection, keys: Sequence[str]) -> list[str]:
-    """The ids of the subscribers whose secrets or headers open with none of the keys."""
+    """The ids of the subscribers whose secrets, headers or URL open with none of the keys."""
     columns = models.subscribers.c
-    statement = select(columns.id, columns.headers, columns.secrets).order_by(columns.id)
+    statement = select(columns.id, columns.url, *(columns[name] for name in _SEALED)).order_by(columns.id)
     rows = connection.execute(statement).mappings()
     return [row["id"] for row in rows if _is_closed(dict(row), keys)]
 
@@ -369,6 +409,7 @@ def closed(connection: Connection, keys: Sequence[str]) -> list[str]:
 def _is_closed(row: Row, keys: Sequence[str]) -> bool:
     try:
         custom_headers(row, keys)
+        callback_url(row, keys)
         _secrets(row, keys)
     except sealing.SealError:
         return True
@@ -376,16 +417,16 @@ def _is_closed(row: Row, keys: Sequence[str]) -> bool:
 
 
 REKEY_PORTION = 200
-_SEALED = ("headers", "secrets")
+_SEALED = ("headers", "secrets", "sealed_url")
 
 
 def rekey(engine: Engine, keys: Sequence[str]) -> tuple[int, list[str]]:
-    """Seal every secret and header with the newest key; how many, and the ids of those no key opens.
+    """Seal every secret, header and URL with the newest key; how many, and the ids of those no key opens.
 
     In portions, each its own transaction; what has the newest key already is left alone, so it can be
     stopped and repeated at any time.  Raises `SealError` without any key.
     """
-    count, closed, after = 0, list[str](), ""
+    count, closed, after = seal_urls(engine, keys), list[str](), ""
     while True:
         resealed, lost, after = as_writer(engine, partial(_rekey_portion, tuple(keys), after))
         count += resealed
@@ -396,7 +437,7 @@ def rekey(engine: Engine, keys: Sequence[str]) -> tuple[int, list[str]]:
 
 def _rekey_portion(keys: tuple[str, ...], after: str, write: Write) -> tuple[int, list[str], str]:
     columns = models.subscribers.c
-    statement = select(columns.id, columns.headers, columns.secrets).where(columns.id > after)
+    statement = select(columns.id, *(columns[name] for name in _SEALED)).where(columns.id > after)
     rows = write.connection.execute(statement.order_by(columns.id).limit(REKEY_PORTION)).mappings().all()
     count, closed = 0, []
     for row in rows:

@@ -232,7 +232,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def prepare(values: Settings) -> None:
-    """Bring the store to the present schema, and the subscriber of the settings to what they say.
+    """Bring the store to the present schema, seal URLs, and make the settings' subscriber as they say.
 
     Raises `StoreUnavailable`, `NewerSchema`, and `SealError` if there is nothing to seal its key with.
     """
@@ -241,6 +241,7 @@ def prepare(values: Settings) -> None:
         migrations.upgrade(engine)
     except db.UNAVAILABLE as error:
         raise db.unavailable(error) from error
+    subscribers.seal_urls(engine, values.encryption_keys)
     db.as_writer(
         engine,
         lambda write: subscribers.sync_static(

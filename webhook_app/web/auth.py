@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from flask import Response, request
+from flask import Response, g, request
 
 from webhook_app import db, tokens
 from webhook_app.settings import Settings
@@ -34,6 +34,11 @@ def needs(scope: str, *, is_open: Callable[[Settings], bool] | None = None) -> C
     return decorate
 
 
+def may(scope: str) -> bool:
+    """Whether the token of this request includes a scope; False where none was looked at."""
+    return scope in g.get("scopes", ())
+
+
 def _refusal(scope: str) -> Response | None:
     presented = _presented()
     if presented is None:
@@ -42,6 +47,7 @@ def _refusal(scope: str) -> Response | None:
     if scopes is None:
         challenge = f'{REALM}, error="invalid_token"'
         return problem(401, "the token is unknown", {"WWW-Authenticate": challenge})
+    g.scopes = scopes
     if scope not in scopes:
         challenge = f'{REALM}, error="insufficient_scope", scope="{scope}"'
         return problem(403, f"a token with scope {scope} is needed", {"WWW-Authenticate": challenge})

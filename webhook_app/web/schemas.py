@@ -493,7 +493,10 @@ class Subscriber(Schema):
     """A registered callback URL.  Its secret is shown only when it is made."""
 
     id = _out(Text)
-    url = _out(Text)
+    url = _out(
+        Text,
+        about="Whole for tokens with `write`; others see scheme, host and the last four characters.",
+    )
     events = _out(fields.List, Text())
     sources = _out(fields.List, Text())
     repositories = _out(fields.List, Text())

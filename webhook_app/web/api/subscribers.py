@@ -15,7 +15,7 @@ from webhook_app.queries import Row
 from webhook_app.replays import Range, Started
 from webhook_app.sealing import SealError
 from webhook_app.times import utc_now
-from webhook_app.web import schemas
+from webhook_app.web import auth, schemas
 from webhook_app.web.api.masking import MASK
 from webhook_app.web.api.spec import Blueprint, abort, operation, page
 from webhook_app.web.problems import problem
@@ -37,8 +37,9 @@ def _keys() -> tuple[str, ...]:
 
 
 def _shown(row: Row) -> dict[str, Any]:
-    """A subscriber without its secrets; of its headers only the names."""
-    shown = {**row, "headers": None, "public_key": None}
+    """A subscriber without its secrets; of its headers only the names, of its URL what the token may see."""
+    url = subscribers.shown_url(row, _keys(), whole=auth.may("write"))
+    shown = {**row, "url": url, "headers": None, "public_key": None}
     try:
         shown["headers"] = dict.fromkeys(subscribers.custom_headers(row, _keys()), MASK)
         shown["public_key"] = subscribers.public_key(row, _keys())
