@@ -328,6 +328,7 @@ def test_no_spelling_of_an_internal_address_is_accepted(address, spelling):
         {},
         {"Authorization": "Bearer x"},
         {"X-Key": ""},
+        {"X_Api_Key": "x", "X-Gitlab-Token": "x", "x-build-token": "x"},
         {"x-name": "caf\xe9\tz"},
         {f"x-{n}": "v" for n in range(20)},
     ],
@@ -357,14 +358,21 @@ def test_headers_that_would_break_the_line_are_refused_everywhere(serve, headers
     "name",
     ["Host", "Content-Length", "Transfer-Encoding", "Connection", "Keep-Alive", "TE", "Trailer", "Upgrade",
      "Expect", "Proxy-Authorization", "Proxy-Connection", "Webhook-Id", "webhook-anything", "Content-Type",
-     "Content-Encoding", "Accept-Encoding", "User-Agent"],
+     "Content-Encoding", "Accept-Encoding", "User-Agent", "Content_Length", "TRANSFER_ENCODING", "webhook_id",
+     "Webhook.Signature", "X_Hub_Signature_256", "x_hub-signature-256", "X_GitHub_Event", "X.Gitlab.Token",
+     "X_Build_Token", "Proxy_Authorization"],
 )  # fmt: skip
 def test_headers_that_are_ours_or_of_the_connection_are_refused(name):
     assert failing(lambda: check_headers({name: "x"})).reason == "bad_header"
 
 
 def test_too_many_too_large_or_doubled_headers_are_refused():
-    for headers in ({f"x-{n}": "v" for n in range(21)}, {"x": "v" * 9000}, {"X-A": "1", "x-a": "2"}):
+    for headers in (
+        {f"x-{n}": "v" for n in range(21)},
+        {"x": "v" * 9000},
+        {"X-A": "1", "x-a": "2"},
+        {"X-A": "1", "X_A": "2"},
+    ):
         assert failing(lambda headers=headers: check_headers(headers)).reason == "bad_header"
 
 

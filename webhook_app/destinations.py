@@ -120,14 +120,21 @@ def check_headers(headers: Mapping[str, str]) -> None:
     seen: set[str] = set()
     for name, value in headers.items():
         check_header(name, value)
-        lowered = name.lower()
-        if lowered in seen:
+        read = _as_read(name)
+        if read in seen:
             raise bad_header(f"the header {name} is given twice")
-        if lowered in RESERVED_HEADERS or lowered.startswith(RESERVED_PREFIXES):
+        if read in RESERVED_HEADERS or read.startswith(RESERVED_PREFIXES):
             raise bad_header(f"the header {name} is set by BuildRelay or by HTTP itself")
-        seen.add(lowered)
+        if read in PLATFORM_HEADERS and read != name.lower():
+            raise bad_header(f"the header {name} is read as {read} by some receivers: write it so")
+        seen.add(read)
     if sum(len(name) + len(value) for name, value in headers.items()) > CUSTOM_HEADER_BYTES:
         raise bad_header(f"more than {CUSTOM_HEADER_BYTES} bytes of headers")
+
+
+def _as_read(name: str) -> str:
+    """A header's name as programs get it from CGI, WSGI and PHP, where `X_A` and `X-A` are the same."""
+    return re.sub(r"[^a-z0-9]", "-", name.lower())
 
 
 # Headers and URLs, as they are written
@@ -142,6 +149,14 @@ RESERVED_HEADERS = FRAMING_HEADERS | {
 """Hop-by-hop headers (RFC 9110 section 7.6.1) and those that describe the body, which is ours."""
 
 RESERVED_PREFIXES = ("webhook-",)
+
+PLATFORM_HEADERS = frozenset(
+    {
+        "x-hub-signature", "x-hub-signature-256", "x-github-event", "x-github-delivery", "x-gitlab-event",
+        "x-gitlab-token", "x-build-token", "authorization",
+    }
+)  # fmt: skip
+"""What receivers of platforms' webhooks look at: taken as they are written, in no other spelling."""
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")  # RFC 9110 section 5.6.2
 _FIELD_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110 section 5.5, as latin-1
