@@ -273,6 +273,21 @@ def test_public_progress_opens_these_two_and_nothing_else(make_api, migrated_sql
     ]  # fmt: skip
 
 
+def test_to_strangers_a_build_has_the_name_they_asked_for(make_api, migrated_sqlite, tmp_path):
+    path = tmp_path / "public.db"
+    path.write_bytes(migrated_sqlite.read_bytes())
+    stranger = make_api(f"sqlite:///{path}", PUBLIC_PROGRESS="true").as_(None)
+    member = make_api(f"sqlite:///{path}")
+    member.record(github(State.QUEUED))
+    for asked in ("github:octo:repo:1", "github:guessed:name:1"):
+        for what in ("status", "events"):
+            told = stranger.client.get(f"/api/builds/{asked}/{what}")
+            assert told.json["buildId"] == asked
+            assert told.json.get("eventCount", 1) == 1
+            assert "Octo" not in told.text
+    assert member("GET", "/api/builds/github:octo:repo:1/status")["buildId"] == "github:Octo:Repo:1"
+
+
 def test_without_a_store_events_keep_their_shape_and_the_rest_are_problems(make_api, tmp_path):
     away = make_api(f"sqlite:///{tmp_path}/missing/store.db")
     for caller in (away, away.as_("any-other-token")):  # the second one can't even be looked up

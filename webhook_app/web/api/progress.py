@@ -28,6 +28,12 @@ def _is_public(settings: Settings) -> bool:
     return settings.public_progress
 
 
+def _shown_id(build: Row | None, asked: str) -> str:
+    """The build's id; where anybody may ask, as it was asked: a look-up would tell its true name."""
+    public = _is_public(state().settings)
+    return asked if public or build is None else str(build["build_id"])
+
+
 def _find(connection: Connection, build_id: str) -> Row | None:
     return queries.find_build(connection, build_id, github_sources(state().settings))
 
@@ -47,7 +53,7 @@ def list_build_events(asked: dict[str, Any], build_id: str) -> Any:
         build = _find(connection, build_id)
         rows = queries.build_events(connection, build["id"], after, MOST_EVENTS) if build else []
     return {
-        "buildId": build["build_id"] if build else build_id,
+        "buildId": _shown_id(build, build_id),
         "events": [_event(row) for row in rows],
         "lastEventId": rows[-1]["id"] if rows else after,
     }
@@ -109,7 +115,7 @@ def get_build_status(build_id: str) -> Any:
         }  # fmt: skip
     shown = progress.shown(build, now)
     return {
-        "buildId": build["build_id"],
+        "buildId": _shown_id(build, build_id),
         "status": progress.status_word(State(build["state"]), build["report"]),
         "state": build["state"],
         "conclusion": build["conclusion"],
