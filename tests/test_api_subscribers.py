@@ -243,6 +243,18 @@ def test_a_rotated_secret_leaves_the_old_one_valid_for_the_grace(api):
     api("POST", path, 422, json={"grace_seconds": 8 * 86_400})
 
 
+def test_there_is_a_most_of_subscribers(make_api, migrated_sqlite, tmp_path):
+    path = tmp_path / "full.db"
+    path.write_bytes(migrated_sqlite.read_bytes())
+    api = make_api(f"sqlite:///{path}", MAX_SUBSCRIBERS="2")
+    first, _ = subscribe(api), subscribe(api)
+    refused = api("POST", "/api/subscribers", 422, json={"url": "https://hooks.example.com/ci"})
+    assert "MAX_SUBSCRIBERS allows 2" in refused["detail"]
+    api("PATCH", f"/api/subscribers/{first['id']}", json={"description": "still mine"})
+    api("DELETE", f"/api/subscribers/{first['id']}", 204)
+    subscribe(api)
+
+
 def test_subscribers_are_listed_in_pages(api):
     ids = sorted(subscribe(api)["id"] for _ in range(5))
     items, count = pages(api, "/api/subscribers", limit=2)

@@ -444,6 +444,12 @@ def test_rekey_names_what_no_key_opens_and_does_the_rest(box, monkeypatch):
     assert subscribers.live_secrets(box.row(lost), (OLD,), utc_now())
 
 
+def test_one_more_than_the_most_is_refused(box, monkeypatch):
+    monkeypatch.setenv("MAX_SUBSCRIBERS", "1")
+    box.add()
+    assert "MAX_SUBSCRIBERS allows 1" in box("subscribers", "add", "https://example.com/", code=2)
+
+
 def test_without_a_key_nothing_is_stored_and_one_line_says_so(box, monkeypatch):
     monkeypatch.setenv("ENCRYPTION_KEYS", "")
     told = box("subscribers", "add", "https://example.com/", code=2)

@@ -270,10 +270,15 @@ def _add_subscriber(chosen: argparse.Namespace) -> int:
     values = _settings()
     wanted = cli_subscribers.fields(chosen) | {"signing": chosen.signing}
     cli_subscribers.check(wanted, values.allow_private_callbacks)
-    row, secret = db.as_writer(
-        _engine(values),
-        lambda write: subscribers.create(write, wanted, values.encryption_keys, utc_now()),
-    )
+
+    def unit(write: db.Write) -> tuple[Mapping[str, Any], str]:
+        subscribers.need_room(write, values.max_subscribers)
+        return subscribers.create(write, wanted, values.encryption_keys, utc_now())
+
+    try:
+        row, secret = db.as_writer(_engine(values), unit)
+    except subscribers.TooMany as error:
+        raise cli_subscribers.WrongUse(str(error)) from None
     print(f"{row['id']}\nsecret: {secret}")
     return 0
 

@@ -84,6 +84,7 @@ class Settings:
     heartbeat_timeout_seconds: float = 90.0
     allow_private_callbacks: bool = False
     public_progress: bool = False
+    max_subscribers: int = 1000
     public_url: str = ""
     dashboard_api_url: str = field(default="", repr=False)
     dashboard_api_key: str = field(default="", repr=False)
@@ -429,6 +430,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable("HEARTBEAT_TIMEOUT", "90", _number(1, 86400, "seconds"), "seconds without heartbeat, then a script build is failed"),
     Variable("ALLOW_PRIVATE_CALLBACKS", "false", _flag, "allow callbacks to loopback and private addresses"),
     Variable("PUBLIC_PROGRESS", "false", _flag, "the two progress endpoints need no token"),
+    Variable("MAX_SUBSCRIBERS", "1000", _whole(1, 100_000), "callback URLs that may be registered; over it the API answers 422"),
     Variable("PUBLIC_URL", "", web_url, "address of this BuildRelay from outside, to tell its webhooks from others'"),
     Variable("DASHBOARD_API_URL", "", _callback, "a subscriber that `migrate` and `up` make: gets `build.*`", secret=True),
     Variable("DASHBOARD_API_KEY", "", _header_text, "sent to it as `Authorization: Bearer …`", secret=True),
@@ -508,6 +510,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         heartbeat_timeout_seconds=values["HEARTBEAT_TIMEOUT"],
         allow_private_callbacks=values["ALLOW_PRIVATE_CALLBACKS"],
         public_progress=values["PUBLIC_PROGRESS"],
+        max_subscribers=values["MAX_SUBSCRIBERS"],
         public_url=values["PUBLIC_URL"],
         dashboard_api_url=values["DASHBOARD_API_URL"],
         dashboard_api_key=values["DASHBOARD_API_KEY"],

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, Engine, delete, insert, select, update
+from sqlalchemy import Connection, Engine, delete, func, insert, select, update
 
 from webhook_app import destinations, formats, models, provider_shapes, sealing, signing
 from webhook_app.db import Write, as_writer, in_transaction
@@ -158,6 +158,17 @@ def active(write: Write) -> tuple[Filters, ...]:
     if not write.gave("subscribers_revision"):  # else it may yet be rolled back, and the number given again
         _cached = (write.connection.engine, write.last["subscribers_revision"], found)
     return found
+
+
+class TooMany(Exception):
+    """No further subscriber is taken; the message says how many there may be."""
+
+
+def need_room(write: Write, most: int) -> None:
+    """Raises `TooMany` if there are `most` subscribers already: each one costs every push some work."""
+    count = write.connection.execute(select(func.count()).select_from(models.subscribers)).scalar_one()
+    if count >= most:
+        raise TooMany(f"there are {count} subscribers, and MAX_SUBSCRIBERS allows {most}")
 
 
 def create(write: Write, wanted: Mapping[str, Any], keys: Sequence[str], now: datetime) -> tuple[Row, str]:

@@ -89,9 +89,15 @@ def create_subscriber(wanted: dict[str, Any]) -> Any:
     (Standard Webhooks).  For `ed25519` it is a public key.
     """
     _check(wanted)
-    row, secret = db.as_writer(
-        state().engine, lambda write: subscribers.create(write, wanted, _keys(), utc_now())
-    )
+
+    def unit(write: db.Write) -> tuple[Row, str]:
+        subscribers.need_room(write, state().settings.max_subscribers)
+        return subscribers.create(write, wanted, _keys(), utc_now())
+
+    try:
+        row, secret = db.as_writer(state().engine, unit)
+    except subscribers.TooMany as error:
+        abort(422, str(error))
     return _shown(row) | {"secret": secret}, 201, {"Location": f"/api/subscribers/{row['id']}"}
 
 
