@@ -41,7 +41,7 @@ def test_documented_errors_are_problems(local):
     for name, response in document["components"]["responses"].items():
         assert list(response["content"]) == ["application/problem+json"], name
     for _, path, operation in operations(local):
-        expected = set() if operation["security"] == [] else {"401", "403", "503"}
+        expected = set() if operation["security"] == [] else {"401", "403", "429", "503"}
         assert expected <= set(operation["responses"]), path
 
 

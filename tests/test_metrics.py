@@ -252,6 +252,10 @@ def test_scheduler_workers_and_build(api):
     assert {bell: found[("buildrelay_workers", bell)] for bell in queues.JOBS} == dict.fromkeys(
         queues.JOBS, 0
     )
+    assert found[("buildrelay_wrong_tokens_total",)] == 0
+    for _ in range(2):
+        api.as_("brt_wrong")("GET", "/api/builds", 401)
+    assert scrape(api)[("buildrelay_wrong_tokens_total",)] == 2
     redis.set(queues.BEAT_KEY, str(int(time.time()) - 7))
     _register_worker(redis, [queues.DELIVER, queues.POLL])
     _register_worker(redis, [queues.DELIVER])

@@ -11,6 +11,7 @@ from webhook_app.settings import Settings
 from webhook_app.times import utc_now
 from webhook_app.web import hooks, problems
 from webhook_app.web.api import register as register_api
+from webhook_app.web.guesses import Guesses
 from webhook_app.web.state import State
 
 REDIS_TIMEOUT_SECONDS = 0.5
@@ -47,4 +48,4 @@ def _state(values: Settings) -> State:
             bell.ring(queues.POLL)
 
     take_together = db.GroupCommit(take, after=ring)
-    return State(values, engine, redis, bell, pace, take_together, Refusals(engine))
+    return State(values, engine, redis, bell, pace, take_together, Refusals(engine), Guesses(redis))

@@ -88,8 +88,9 @@ METRICS: Mapping[str, About] = {
     "messages_dead": About("Messages that were given up.", ("reason",)),
     "subscribers": About("Subscribers.", ("state",)),
     "inbound_unreadable": About("Verified deliveries that could not be read."),
-    "redis_up": About("1 if Redis answers; if not, the next two are absent."),
+    "redis_up": About("1 if Redis answers; if not, the next three are absent."),
     "scheduler_beat_age_seconds": About("Since the last pass of the scheduler; absent: none is running."),
+    "wrong_tokens_total": About("API requests with a token that nobody has."),
     "workers": About("Living workers that serve this bell.", ("bell",)),
 }
 """Every metric less `buildrelay_`, in the order told.  Names in `_total` are counters, others gauges, unless
@@ -272,11 +273,13 @@ def of_redis(redis: Redis, now: datetime) -> list[Sample]:
     """What Redis tells of scheduler and workers; that it is away is no error."""
     try:
         beat, workers = queues.beat(redis), queues.workers(redis)
+        wrong = float(queues.wrong_tokens(redis))
     except RedisError:
         return [("redis_up", (), 0)]
     age = max(now.timestamp() - beat, 0.0) if beat else None
     served = [("workers", (bell,), float(workers[bell])) for bell in queues.JOBS]
-    return [("redis_up", (), 1), ("scheduler_beat_age_seconds", (), age), *served]
+    told: list[Sample] = [("redis_up", (), 1), ("wrong_tokens_total", (), wrong)]
+    return [*told, ("scheduler_beat_age_seconds", (), age), *served]
 
 
 # ---- telling ---------------------------------------------------------------------------------

@@ -40,6 +40,10 @@ BEAT_KEY = "buildrelay:scheduler:beat"
 """Set, and renewed, by a living scheduler to the Unix time of its last pass (`beat` reads it)."""
 
 
+WRONG_TOKENS_KEY = "buildrelay:wrong_tokens"
+"""How many API requests came with a wrong token, to all web processes."""
+
+
 def connect(url: str, timeout_seconds: float | None = None) -> Redis:
     """A Redis client; nothing is opened yet.
 
@@ -106,6 +110,12 @@ def beat(redis: Redis) -> int | None:
     """Unix time of the last pass of a living scheduler; None if there is none.  Raises `RedisError`."""
     told = redis.get(BEAT_KEY)
     return int(told) if isinstance(told, bytes) and told.isdigit() else None
+
+
+def wrong_tokens(redis: Redis) -> int:
+    """How many API requests came with a wrong token since Redis was emptied.  Raises `RedisError`."""
+    told = redis.get(WRONG_TOKENS_KEY)
+    return int(told) if isinstance(told, bytes) and told.isdigit() else 0
 
 
 def workers(redis: Redis) -> Counter[str]:

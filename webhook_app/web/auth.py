@@ -19,8 +19,8 @@ REALM = 'Bearer realm="buildrelay"'
 def needs(scope: str, *, is_open: Callable[[Settings], bool] | None = None) -> Callable[[View], View]:
     """Decorate a view: 401 without a known token, 403 if its scopes don't include `scope`.
 
-    `is_open`: settings under which the view needs no token at all.  Raises `StoreUnavailable` if a
-    token can't be looked up; the bootstrap token needs no look-up.
+    429 after many wrong tokens.  `is_open`: settings under which the view needs no token at all.  Raises
+    `StoreUnavailable` if a token can't be looked up; the bootstrap token needs no look-up.
     """
 
     def decorate(view: View) -> View:
@@ -45,13 +45,20 @@ def _refusal(scope: str) -> Response | None:
         return problem(401, "a token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": REALM})
     scopes = _scopes(presented)
     if scopes is None:
-        challenge = f'{REALM}, error="invalid_token"'
-        return problem(401, "the token is unknown", {"WWW-Authenticate": challenge})
+        return _unknown()
     g.scopes = scopes
     if scope not in scopes:
         challenge = f'{REALM}, error="insufficient_scope", scope="{scope}"'
         return problem(403, f"a token with scope {scope} is needed", {"WWW-Authenticate": challenge})
     return None
+
+
+def _unknown() -> Response:
+    """401, or 429 if many wrong tokens came from this address; right ones from there pass all the same."""
+    wait = state().guesses.note(request.remote_addr or "")
+    if wait:
+        return problem(429, "too many wrong tokens came from this address", {"Retry-After": str(wait)})
+    return problem(401, "the token is unknown", {"WWW-Authenticate": f'{REALM}, error="invalid_token"'})
 
 
 def _presented() -> str | None:

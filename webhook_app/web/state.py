@@ -15,6 +15,7 @@ from webhook_app.platforms import Source
 from webhook_app.polling import Pace
 from webhook_app.queues import Bell
 from webhook_app.settings import Settings
+from webhook_app.web.guesses import Guesses
 
 MOST_WAITING = 4
 """Requests that may wait for a subscriber's answer at a time: the other threads are for webhooks."""
@@ -31,6 +32,7 @@ class State:
     pace: Pace
     take: GroupCommit[Arrival, Receipt]
     refusals: Refusals
+    guesses: Guesses
     waiting: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(MOST_WAITING))
 
     @property

@@ -1,6 +1,6 @@
 """The HTTP API: `register()` puts it, `/openapi.json` and `/docs` into an application."""
 
-from flask import Flask, Response, redirect
+from flask import Flask, Response, redirect, request
 from werkzeug.wrappers import Response as BaseResponse
 
 from webhook_app import VERSION
@@ -22,6 +22,13 @@ def register(app: Flask) -> None:
     for module in (builds, leavings, progress, subscribers, operations):
         api.register_blueprint(module.blueprint, url_prefix="/api")
     api.register_blueprint(health.blueprint)
+
+    @app.after_request
+    def keep_from_caches(answer: Response) -> Response:
+        """Some answers hold a fresh secret, and all depend on the token."""
+        if request.path.startswith("/api/"):
+            answer.headers.setdefault("Cache-Control", "no-store")
+        return answer
 
     @app.get("/docs")
     def show_docs() -> Response:

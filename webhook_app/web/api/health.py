@@ -53,6 +53,7 @@ def get_metrics() -> Any:
     held, now = state(), utc_now()
     with db.reading(held.engine) as connection:
         told = metrics.of_store(connection, held.settings.sources, now)
+    held.guesses.flush()
     told += metrics.of_redis(held.redis, now)
     return Response(metrics.exposition(told), content_type=metrics.CONTENT_TYPE)
 

@@ -160,7 +160,7 @@ def _answering(
 
 
 def _problems(scope: str | None, body: Shape | None, errors: Iterable[int]) -> set[int]:
-    guarded = {401, 403, 503} if scope else set()
+    guarded = {401, 403, 429, 503} if scope else set()
     return guarded | ({400, 415} if body else set()) | set(errors)
 
 
