@@ -75,12 +75,6 @@ def test_the_socket_of_a_short_directory_lies_in_it():
     assert embedded.redis_url(Path("/srv/relay")) == "unix:///srv/relay/redis.sock"
 
 
-def test_the_url_survives_characters_that_mean_something_in_urls():
-    url = embedded.redis_url(Path("/srv/my relay 100%?#"))
-    pool = Redis.from_url(url).connection_pool
-    assert pool.connection_kwargs["path"] == "/srv/my relay 100%?#/redis.sock"
-
-
 def test_a_long_directory_gets_a_short_private_socket_directory(long_dir):
     path = embedded.socket_path(long_dir)
     assert len(str(path)) <= embedded.LONGEST_SOCKET_PATH

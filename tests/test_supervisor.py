@@ -29,7 +29,10 @@ def child(name, command, ready, ends_last=False):
     return Child(name, ("/bin/sh", "-c", command), ready=ready, ends_last=ends_last)
 def on_ready():
     print("all ready", flush=True)
+def missing(pids):
+    return "" if Path("served").exists() else f"{len(pids)} serve nobody"
 sys.exit(supervise([child(*entry) for entry in spec["children"]], on_ready=on_ready,
+                   missing=missing if Path("missing").exists() else None,
                    pid_dir=Path(spec["pid_dir"]), timing=Timing(**spec["timing"])))
 """
 QUICK = {"first_wait_seconds": 0.05, "longest_wait_seconds": 0.2}
@@ -135,6 +138,26 @@ def test_all_is_over_within_ten_seconds_at_the_default_timing():
     most = supervisor.TIMING.stop_seconds + supervisor.KILL_SECONDS + supervisor.LAST_WORDS_SECONDS
     assert most < 10
     assert supervisor.TIMING.stop_seconds == settings.load({}).stop_grace_seconds
+
+
+def test_all_is_ready_when_nothing_is_missing_any_more(start, tmp_path):
+    (tmp_path / "missing").touch()
+    with start(
+        ("a", "sleep 0.5; touch served; exec sleep 600", None), ("b", "exec sleep 600", None)
+    ) as process:
+        read_until(process, "all ready")
+        assert (tmp_path / "served").exists()
+
+
+def test_what_is_missing_for_long_is_said_and_a_stop_waits_for_nothing(start, tmp_path, monkeypatch):
+    (tmp_path / "missing").touch()
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", "from webhook_app import supervisor\n"
+                        "supervisor.NOT_READY_SECONDS = 0\n" + SCRIPT)  # fmt: skip
+    with start(("a", "exec sleep 600", None), ("b", "exec sleep 600", None)) as process:
+        read_until(process, "up | not ready yet: 2 serve nobody")
+        process.terminate()
+        assert process.wait(60) == 0
+        assert "all ready" not in process.stdout.read()
 
 
 def test_children_print_line_by_line_with_their_name(start, pid_of):

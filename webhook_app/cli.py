@@ -116,7 +116,7 @@ def _add_processes(commands: Any) -> None:
     started = _command(commands, "up", _up, "Run everything on this machine, in this terminal.")
     started.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     started.add_argument("--port", type=int, help="port to listen on (default: PORT, or 8000)")
-    started.add_argument("--data-dir", type=Path, help="where data and secrets live (default: ./data)")
+    started.add_argument("--data-dir", type=_directory, help="where data and secrets live (default: ./data)")
     demo = _command(
         commands, "demo", _demo, "Run everything against simulated CI platforms and a subscriber."
     )
@@ -126,10 +126,19 @@ def _add_processes(commands: Any) -> None:
     )
     demo.add_argument("--loss", type=float, default=0.1, help="share of pushes lost, doubled, reordered")
     demo.add_argument("--seed", type=int, default=1, help="another seed, other builds")
-    demo.add_argument("--data-dir", type=Path, help="where data lives (default: a new temporary directory)")
+    demo.add_argument(
+        "--data-dir", type=_directory, help="where data lives (default: a new temporary directory)"
+    )
     _command(commands, "migrate", _migrate, "Bring the database to the present schema.")
     _command(commands, "worker", _worker, "Run the workers (deliveries; polling).")
     _command(commands, "scheduler", _scheduler, "Run the scheduler.")
+
+
+def _directory(text: str) -> Path:
+    try:
+        return settings.directory(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error} is needed") from None
 
 
 def _up(chosen: argparse.Namespace) -> int:

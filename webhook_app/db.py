@@ -6,6 +6,7 @@ transactions at once, ids are given out in the order they become visible, and a 
 event ids has no gaps.  Group commit gives back the throughput that this costs.
 """
 
+import os
 import sqlite3
 import threading
 import time
@@ -15,10 +16,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import orjson
 from sqlalchemy import Connection, Engine, create_engine, event, select
-from sqlalchemy.engine import Dialect, ExceptionContext
+from sqlalchemy.engine import URL, Dialect, ExceptionContext, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
@@ -87,8 +89,18 @@ def connect(url: str, synchronous: str = "FULL", pool_size: int = 16) -> Engine:
 
 def missing_file(engine: Engine) -> str | None:
     """The file of SQLite, if it is not there: whoever opened it would make an empty store."""
-    file = engine.url.database if engine.dialect.name == "sqlite" else None
-    return file if file and not Path(file).exists() else None
+    file = sqlite_file(engine.url)
+    return str(file) if file and not file.exists() else None
+
+
+def sqlite_file(url: str | URL) -> Path | None:
+    """The file of a SQLite store, also where the URL holds a SQLite URI; None for PostgreSQL."""
+    made = make_url(url)
+    if made.get_backend_name() != "sqlite" or not made.database:
+        return None
+    if "uri" not in made.query:
+        return Path(made.database)
+    return Path(os.fsdecode(unquote_to_bytes(urlsplit(made.database).path)))
 
 
 def _dump(value: Any) -> str:

@@ -13,6 +13,7 @@ Redis is a cache and a wake-up call here; what must not be lost is in the databa
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import socket
 import sys
@@ -23,6 +24,7 @@ from urllib.parse import quote
 # The kernel's field for a socket path holds 104 bytes on macOS and 108 on Linux.
 LONGEST_SOCKET_PATH = 100
 PING_SECONDS = 1.0
+_PLAIN = re.compile(r"[A-Za-z0-9/._+,:@~-]+")
 _NAMES = ("valkey-server", "redis-server")
 # One fixed place and not $TMPDIR: each process must come to the same path, whatever its environment.
 _RUN_DIR = Path("/tmp")  # noqa: S108
@@ -57,13 +59,21 @@ def _wheel_binary() -> Path | None:
     return binary if os.access(binary, os.X_OK) else None
 
 
+def is_plain(path: str) -> bool:
+    """Can a client read this path of a socket in the answer to `CLIENT INFO`?
+
+    That is one line of `key=value`, split at blanks and taken for UTF-8, and each RQ worker asks for it.
+    """
+    return _PLAIN.fullmatch(path) is not None
+
+
 def socket_path(data_dir: Path) -> Path:
     """Where the server of `data_dir` listens: the same answer in every process.
 
-    Inside `data_dir`, or under /tmp in a directory named after `data_dir` when that is too long.
+    Inside `data_dir`, or under /tmp in a directory named after `data_dir` when that is too long or not plain.
     """
     own = data_dir.absolute() / "redis.sock"
-    if len(os.fsencode(own)) <= LONGEST_SOCKET_PATH:
+    if len(os.fsencode(own)) <= LONGEST_SOCKET_PATH and is_plain(str(own)):
         return own
     digest = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()
     return _RUN_DIR / f"buildrelay-{digest[:16]}" / "redis.sock"

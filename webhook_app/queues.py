@@ -4,9 +4,12 @@ RQ takes a job by its dotted name, so the core never imports `jobs`; a test reso
 """
 
 import logging
+import os
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from redis import Redis
 from redis.backoff import NoBackoff
@@ -124,6 +127,20 @@ def workers(redis: Redis) -> Counter[str]:
     RQ forgets a worker whose heartbeat stayed away, so those it knows are alive.
     """
     return Counter(bell for worker in Worker.all(connection=redis) for bell in worker.queue_names())
+
+
+def bells_served_by(redis: Redis, pids: Collection[int], since: datetime) -> set[str]:
+    """The bells that these processes of this machine serve, of workers born `since`.  Raises `RedisError`.
+
+    A worker that was killed is known for some seconds yet, and its pid may be given again.
+    """
+    return {
+        bell
+        for worker in Worker.all(connection=redis)
+        if worker.pid in pids and worker.hostname == os.uname().nodename
+        if worker.birth_date is not None and worker.birth_date >= since
+        for bell in worker.queue_names()
+    }
 
 
 def is_served(redis: Redis, bell: str) -> bool:

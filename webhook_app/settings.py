@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import yaml
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -192,10 +192,16 @@ def _word(text: str) -> str:
 
 
 def _directory(text: str) -> Path:
+    """An absolute path; only a `~` that begins the text stands for a home."""
     try:
-        return Path(text).expanduser().absolute()
+        return (Path(text).expanduser() if text.startswith("~") else Path(text)).absolute()
     except RuntimeError:  # ~somebody who isn't there
         raise ValueError("a directory") from None
+
+
+def directory(text: str) -> Path:
+    """The data directory that a command line names.  Raises `ValueError`."""
+    return _directory(text)
 
 
 def _repositories(text: str) -> tuple[str, ...]:
@@ -217,6 +223,8 @@ def _url(*schemes: str) -> Callable[[str], str]:
         except ValueError:
             raise ValueError(allowed) from None
         web = parts.scheme.startswith("http")
+        if parts.scheme == "unix" and not embedded.is_plain(unquote(parts.path)):
+            raise ValueError("a socket whose path has only letters, digits and /._+,:@~- in it")
         if parts.scheme not in schemes or not (parts.hostname if web else parts.netloc or parts.path):
             raise ValueError(allowed)
         if web and "@" in parts.netloc:
@@ -308,9 +316,11 @@ def _database(text: str) -> str:
         raise ValueError(allowed)
     url = f"{drivers[scheme]}://{rest}"
     try:
-        make_url(url)
+        made = make_url(url)
     except (ArgumentError, ValueError):  # a port that is no number
         raise ValueError(allowed) from None
+    if scheme == "sqlite" and "?" in rest and "uri" not in made.query:
+        raise ValueError("sqlite:///PATH, with %3F for ? and %25 for %,")
     return url
 
 
@@ -490,7 +500,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     data_dir = values["BUILDRELAY_DATA_DIR"]
     return Settings(
         data_dir=data_dir,
-        database_url=values["DATABASE_URL"] or f"sqlite:///{data_dir / 'buildrelay.db'}",
+        database_url=values["DATABASE_URL"] or _sqlite_url(data_dir / "buildrelay.db"),
         redis_url=values["REDIS_URL"] or embedded.redis_url(data_dir),
         port=values["PORT"],
         web_concurrency=values["WEB_CONCURRENCY"],
@@ -524,6 +534,16 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         log_level=values["LOG_LEVEL"],
         log_format=values["LOG_FORMAT"],
     )
+
+
+def _sqlite_url(file: Path) -> str:
+    """The URL of a SQLite file, whatever its path; SQLAlchemy takes a URL for UTF-8, SQLite a URI for bytes."""
+    path = str(file)
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return f"sqlite:///{quote('file://' + quote(os.fsencode(file)))}?uri=true"
+    return f"sqlite:///{quote(path)}"
 
 
 def data_dir(environ: Mapping[str, str]) -> Path:

@@ -34,6 +34,8 @@ from typing import IO, BinaryIO, NoReturn
 DIES_WITH = "BUILDRELAY_DIES_WITH"
 LONGEST_LINE = 65_536  # bytes kept while waiting for the end of a line
 READY_CHECK_SECONDS = 0.05
+NOT_READY_SECONDS = 15.0
+"""All have started and yet something is missing: after so long that is said."""
 KILL_SECONDS = 0.3
 """Between the end of the time that the children have, and KILL for those that did not keep it."""
 LAST_WORDS_SECONDS = 0.4
@@ -184,6 +186,7 @@ def supervise(
     *,
     out: BinaryIO | None = None,
     on_ready: Callable[[], None] | None = None,
+    missing: Callable[[Sequence[int]], str] | None = None,
     pid_dir: Path | None = None,
     timing: Timing = TIMING,
     labelled: bool = True,
@@ -193,7 +196,8 @@ def supervise(
 
     `labelled`: each line begins with the name of its child.  `own_line`: how our own lines are written.
     `out` (default: standard output) gets every line of every child, prefixed.  `on_ready` is called
-    once, when all are ready.  `pid_dir` holds one small file per running supervisor.
+    once, when all are ready and nothing is `missing`: that is given the pids of the living children and says
+    what is (empty: nothing), within a second.  `pid_dir` holds one small file per running supervisor.
     """
     out = sys.stdout.buffer if out is None else out
     if pid_dir is not None:
@@ -206,7 +210,7 @@ def supervise(
             _take_labels_off(house)
         selector.register(wake_up, selectors.EVENT_READ, partial(_note_signals, house, wake_up))
         try:
-            return _start_and_watch(house, on_ready)
+            return _start_and_watch(house, on_ready, missing)
         finally:
             _stop(house)
             if house.pid_file is not None:
@@ -262,11 +266,17 @@ def _note_signals(house: _House, wake_up: socket.socket) -> None:
         house.stopping = True
 
 
-def _start_and_watch(house: _House, on_ready: Callable[[], None] | None) -> int:
+def _start_and_watch(
+    house: _House,
+    on_ready: Callable[[], None] | None,
+    missing: Callable[[Sequence[int]], str] | None,
+) -> int:
     for seat in house.seats:
         if not _start(house, seat):
             return 0 if house.stopping else 1
-    if on_ready is not None:
+    if missing is not None:
+        _await(house, missing)
+    if on_ready is not None and not house.stopping:
         on_ready()
     while not house.stopping:
         _turn(house, _until_next_restart(house))
@@ -290,6 +300,21 @@ def _start(house: _House, seat: _Seat) -> bool:
             return False
         _turn_for(house, READY_CHECK_SECONDS, lambda: seat.process is None or house.stopping)
     return False
+
+
+def _await(house: _House, missing: Callable[[Sequence[int]], str]) -> None:
+    """Keep things going until nothing is missing, and say once what is, if that takes long."""
+    say_at: float | None = time.monotonic() + NOT_READY_SECONDS
+    while not house.stopping and (what := missing(_pids(house))):
+        if say_at is not None and time.monotonic() > say_at:
+            _say(house, f"not ready yet: {what}")
+            say_at = None
+        _turn_for(house, READY_CHECK_SECONDS, lambda: house.stopping)
+
+
+def _pids(house: _House) -> list[int]:
+    """Those of the living children."""
+    return [seat.process.pid for seat in house.seats if seat.process is not None]
 
 
 def _turn_for(house: _House, seconds: float, enough: Callable[[], bool]) -> None:
@@ -484,8 +509,7 @@ def _write_pid_file(house: _House) -> None:
     """Note who runs.  A full disk must not end what does: on Linux nobody needs the file."""
     if house.pid_file is None:
         return
-    pids = [seat.process.pid for seat in house.seats if seat.process is not None]
-    content = {"supervisor": _identified(os.getpid()), "children": [_identified(pid) for pid in pids]}
+    content = {"supervisor": _identified(os.getpid()), "children": [*map(_identified, _pids(house))]}
     draft = house.pid_file.with_suffix(".draft")
     with suppress(OSError):
         draft.write_text(json.dumps(content), encoding="utf-8")

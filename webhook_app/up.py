@@ -10,7 +10,7 @@ import secrets
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from ipaddress import ip_address
@@ -26,6 +26,8 @@ from webhook_app.times import utc_now
 
 SECRETS_FILE = "secrets.env"
 RUN_DIRECTORY = "run"
+READY_SECONDS = 1.0
+"""For Redis to say which workers serve; it is asked again."""
 
 
 def read_secrets(data_dir: Path) -> dict[str, str]:
@@ -132,7 +134,7 @@ def environment(data_dir: Path, host: str, environ: Mapping[str, str]) -> dict[s
     """The whole environment of the children: secrets, Redis, what a loopback host allows."""
     told = {
         **under(environ, ensure_secrets(data_dir, environ)),
-        "BUILDRELAY_DATA_DIR": str(data_dir),
+        "BUILDRELAY_DATA_DIR": f"{data_dir}/",  # a blank at its end counts
         "PYTHONUNBUFFERED": "1",
     }
     given = settings.given(told)
@@ -167,7 +169,7 @@ def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] |
     environ = dict(os.environ if environ is None else environ)
     if port is not None:
         environ["PORT"] = str(port)
-    data_dir = data_dir.expanduser().absolute()
+    data_dir = data_dir.absolute()
     if not host:
         raise CannotStart("--host: an address is needed, or 0.0.0.0 for all of them")
     make_data_dir(data_dir)
@@ -183,10 +185,31 @@ def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] |
     return supervisor.supervise(
         children(env, data_dir, url, own_redis="REDIS_URL" not in given),
         on_ready=lambda: print(banner(url, values, first=first, private=private), flush=True),
+        missing=_missing(values.redis_url),
         pid_dir=data_dir / RUN_DIRECTORY,
         timing=timing(values),
         **log_lines(values),
     )
+
+
+def _missing(redis_url: str) -> Callable[[Sequence[int]], str]:
+    """What keeps our processes, given by their pids, from doing all they are for; empty: nothing."""
+    from redis.exceptions import RedisError
+
+    from webhook_app import queues  # RQ: not for those who only migrate
+
+    since = utc_now().replace(microsecond=0)
+
+    def missing(pids: Sequence[int]) -> str:
+        try:
+            with queues.connect(redis_url, READY_SECONDS) as redis:
+                served = queues.bells_served_by(redis, pids, since)
+        except RedisError as error:
+            return f"Redis does not answer ({type(error).__name__})"
+        unserved = [bell for bell in queues.JOBS if bell not in served]
+        return f"no worker serves {', '.join(unserved)}" if unserved else ""
+
+    return missing
 
 
 def timing(values: Settings) -> Timing:
@@ -294,6 +317,12 @@ def _is_healthy(url: str) -> bool:
         return False
 
 
+def _shown(path: Path) -> str:
+    """A path as a terminal can show it."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return text if text.isprintable() else repr(text)
+
+
 _BUILT_IN = ("github", "gitlab", "jenkins")
 
 
@@ -321,7 +350,7 @@ def banner(url: str, values: Settings, *, first: bool, private: bool) -> str:
         "",
         *(f"  {what:<{wide[0]}}  {where:<{wide[1]}}  {secret}" for what, where, secret in rows),
         "",
-        f"Secrets are in {values.data_dir / SECRETS_FILE}" + (" (just made)" if first else "") + ".",
+        f"Secrets are in {_shown(values.data_dir / SECRETS_FILE)}" + (" (just made)" if first else "") + ".",
     ]
     if private:
         lines.append("Callbacks to private addresses are allowed, because this host is a loopback address.")
