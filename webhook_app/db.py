@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -93,10 +93,17 @@ def missing_file(engine: Engine) -> str | None:
     return str(file) if file and not file.exists() else None
 
 
+def open_to_others(url: str | URL) -> Path | None:
+    """A file of SQLite that other users of this machine may read or write."""
+    file = sqlite_file(url)
+    found = [Path(f"{file}{end}") for end in ("", "-wal", "-shm")] if file else []
+    return next((one for one in found if one.exists() and one.stat().st_mode & 0o077), None)
+
+
 def sqlite_file(url: str | URL) -> Path | None:
     """The file of a SQLite store, also where the URL holds a SQLite URI; None for PostgreSQL."""
     made = make_url(url)
-    if made.get_backend_name() != "sqlite" or not made.database:
+    if made.get_backend_name() != "sqlite" or made.database in (None, "", ":memory:"):
         return None
     if "uri" not in made.query:
         return Path(made.database)
@@ -119,6 +126,11 @@ def _prepare_sqlite(engine: Engine, synchronous: str) -> None:
         ):
             connection.execute(f"PRAGMA {pragma}")
 
+    @event.listens_for(engine, "do_connect")
+    def keep_private(*_: Any) -> None:
+        if (file := sqlite_file(engine.url)) and "mode" not in engine.url.query:
+            _make_private(file)
+
     @event.listens_for(engine, "handle_error")
     def damaged(context: ExceptionContext) -> None:
         """A file that is no database, or a broken one, has no name in Python; to us the store is away."""
@@ -131,6 +143,14 @@ def _prepare_sqlite(engine: Engine, synchronous: str) -> None:
     def begin(connection: Connection) -> None:
         writing = connection.get_execution_options().get("writing")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+
+
+def _make_private(file: Path) -> None:
+    """Make the file of a new store for its owner alone, whatever the umask; -wal and -shm get that mode."""
+    with suppress(OSError):  # it is there, and stays as it is; or SQLite says what is wrong
+        made = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        os.fchmod(made, 0o600)
+        os.close(made)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Every check ends by itself or is given up, none may crash, and each finding that
 No finding holds a secret.
 """
 
+import shlex
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -85,6 +86,7 @@ def examine(values: Settings, time_seconds: float = TIME_SECONDS) -> list[Findin
     until = monotonic() + time_seconds
     checks: dict[str, Check] = {
         "settings": partial(_settings, values),
+        "files": partial(_modes, values),
         "database": partial(_database, values),
         "redis": partial(_redis, values),
     }
@@ -165,6 +167,16 @@ def _database(values: Settings) -> Iterator[Finding]:
     except (*db.UNAVAILABLE, db.StoreUnavailable) as error:
         mend = "Look whether it runs, and at DATABASE_URL."
         yield Finding("database", FAIL, f"the database does not answer: {_one_line(error)}", mend)
+
+
+def _modes(values: Settings) -> Iterator[Finding]:
+    """What other users of this machine may read."""
+    secrets = values.data_dir / up.SECRETS_FILE
+    found = [db.open_to_others(values.database_url), secrets if secrets.exists() else None]
+    for file in found:
+        if file is not None and file.stat().st_mode & 0o077:
+            mend = f"Run `chmod 600 {shlex.quote(str(file))}`, and look who has read it."
+            yield Finding("files", WARN, f"{file} is open to other users of this machine", mend)
 
 
 def _closed(ids: Sequence[str]) -> Iterator[Finding]:

@@ -138,6 +138,7 @@ def answers(data_dir: Path) -> bool:
 def run(data_dir: Path) -> None:
     """Wait for the lock of `data_dir`, then become its server; returns only by `EmbeddedError`."""
     server = find_server()
+    os.umask(0o077)  # for every file that the server makes
     directory = data_dir.absolute() / "redis"
     redis_url(data_dir)
     try:

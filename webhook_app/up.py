@@ -6,7 +6,10 @@ Secrets that are missing are made once and kept in `DIR/secrets.env` (0600); env
 import base64
 import fcntl
 import os
+import re
 import secrets
+import shlex
+import stat
 import sys
 import urllib.error
 import urllib.request
@@ -172,7 +175,14 @@ def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] |
     data_dir = data_dir.absolute()
     if not host:
         raise CannotStart("--host: an address is needed, or 0.0.0.0 for all of them")
-    make_data_dir(data_dir)
+    os.umask(0o077)
+    if make_data_dir(data_dir):
+        _warn(settings.log_format(environ), f"{data_dir} was open to other users: its mode is 0700 now")
+    with _only_one(data_dir):
+        return _up(host, data_dir, environ)
+
+
+def _up(host: str, data_dir: Path, environ: Mapping[str, str]) -> int:
     first = not (data_dir / SECRETS_FILE).exists()
     env = environment(data_dir, host, environ)
     given = settings.given(under(environ, read_secrets(data_dir)))
@@ -190,6 +200,10 @@ def up(host: str, port: int | None, data_dir: Path, environ: Mapping[str, str] |
         timing=timing(values),
         **log_lines(values),
     )
+
+
+def _warn(log_format: str, text: str) -> None:
+    print(loglines.line(log_format, text), file=sys.stderr, flush=True)
 
 
 def _missing(redis_url: str) -> Callable[[Sequence[int]], str]:
@@ -234,17 +248,76 @@ class CannotStart(Exception):
     """The machine does not let us; the message is the one line a person needs."""
 
 
-def make_data_dir(data_dir: Path) -> None:
-    """Make the directory, and in it the one of the pid files; or `CannotStart` if we may not write there."""
+def make_data_dir(data_dir: Path) -> bool:
+    """Make the directory, and in it the one of the pid files; nobody else may open them.
+
+    Returns whether it was there, open to others, and is closed now, with what is ours in it.  Raises
+    `CannotStart` if we may not write there, or if it is open and holds other things too.
+    """
     try:
-        for directory in (data_dir, data_dir / RUN_DIRECTORY):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        was_open = _close(data_dir)
+        (data_dir / RUN_DIRECTORY).mkdir(mode=0o700, exist_ok=True)
+        tighten(data_dir)
         probe = data_dir / ".probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
         where = "" if error.filename == str(data_dir) else f" ({error.filename})"
         raise CannotStart(f"{data_dir} can't be used as data directory: {error.strerror}{where}") from error
+    return was_open
+
+
+_OURS = re.compile(r"buildrelay\.db.*|secrets\.env(\.draft)?|redis|redis\.sock|run|\.probe|lost\+found")
+"""What we keep in a data directory, and what a file system has in each."""
+
+
+def _close(data_dir: Path) -> bool:
+    """Close the directory to other users; were they let in?"""
+    status = data_dir.stat()
+    was_open = bool(status.st_mode & 0o077)
+    strange = status.st_uid != os.geteuid() or not all(
+        _OURS.fullmatch(path.name) for path in data_dir.iterdir()
+    )
+    if was_open and strange:
+        raise CannotStart(
+            f"{data_dir} is open to other users of this machine: "
+            f"run `chmod 700 {shlex.quote(str(data_dir))}`, or name a new directory in it as data directory"
+        )
+    if not strange:
+        data_dir.chmod(0o700)
+    return was_open
+
+
+def tighten(data_dir: Path) -> None:
+    """Let nobody else read what is ours in the data directory; a link's target is left as it is."""
+    for top in data_dir.glob("*"):
+        for path in [top, *top.rglob("*")] if _OURS.fullmatch(top.name) and not top.is_symlink() else []:
+            with suppress(OSError):  # it went, or is another user's
+                mode = path.lstat().st_mode
+                if mode & 0o077 and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    path.chmod(0o600 if stat.S_ISREG(mode) else 0o700)
+
+
+@contextmanager
+def _only_one(data_dir: Path) -> Iterator[None]:
+    """Hold the data directory, until the end of the process at most; `CannotStart` if another `up` does."""
+    held = os.open(data_dir / RUN_DIRECTORY / "up.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        _lock(held, data_dir)
+        yield
+    finally:
+        os.close(held)
+
+
+def _lock(held: int, data_dir: Path) -> None:
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.read(held, 20).decode(errors="replace")
+        raise CannotStart(f"another `buildrelay up` (process {pid}) runs in {data_dir}") from None
+    os.ftruncate(held, 0)
+    os.write(held, str(os.getpid()).encode())
 
 
 def _check_port(host: str, port: int) -> None:
@@ -259,6 +332,11 @@ def prepare(values: Settings) -> None:
 
     Raises `StoreUnavailable`, `NewerSchema`, and `SealError` if there is nothing to seal its key with.
     """
+    tighten(values.data_dir)
+    if file := db.open_to_others(values.database_url):
+        _warn(
+            values.log_format, f"{file} can be read by other users of this machine: its mode should be 0600"
+        )
     engine = db.connect(values.database_url, values.sqlite_synchronous)
     try:
         migrations.upgrade(engine)
