@@ -8,10 +8,11 @@ While it waits for slow answers it listens for the bell, so a subscriber that ha
 import logging
 import queue
 import random
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -30,6 +31,7 @@ from webhook_app import (
     queues,
     settings,
     subscribers,
+    workers,
 )
 from webhook_app.deliveries import Claim, Claimed, Tried
 from webhook_app.destinations import OutboundError
@@ -70,6 +72,31 @@ def leave_desk(held: Resources) -> None:
         _Drain(held).leave()
     except db.StoreUnavailable as error:
         log.warning("tries are not noted, their messages will be sent again: %s", error)
+
+
+def attend(held: Resources, over: threading.Event) -> None:
+    """Until `over`, show that this worker lives while it has messages, and free those of dead workers.
+
+    For a thread of its own: a job may wait for the store or for Redis.
+    """
+    watch = workers.Watch(held.desk.worker)
+    while not over.wait(workers.LOOK_SECONDS):
+        try:
+            _show_life(held)
+            freed = sum([workers.free(held.engine, late, utc_now()) for late in watch.late(held.engine)])
+        except db.StoreUnavailable as error:
+            log.debug("the store is away: %s", error)
+            continue
+        if freed:
+            log.warning("a worker is gone: %d messages of it are due again", freed)
+            queues.Bell(held.redis).ring(queues.DELIVER)
+
+
+def _show_life(held: Resources) -> None:
+    desk = held.desk
+    if desk.under_way and time.monotonic() - desk.shown_at >= workers.BEAT_SECONDS:
+        workers.renew(held.engine, desk.worker, utc_now())
+        desk.shown_at = time.monotonic()
 
 
 def _come_back(held: Resources) -> None:
@@ -125,21 +152,45 @@ class _Drain:
         return count
 
     def _turn(self, tried: Sequence[Tried], claims: bool = True) -> Claim:
-        """Settle and claim in one transaction; then do to subscribers what follows from the tries."""
+        """Settle and claim in one transaction; then do to subscribers what follows from the tries.
+
+        Tries that can't be settled because the store is away are settled with the next ones.
+        """
+        tried, self.desk.unsettled = [*self.desk.unsettled, *tried], []
         if not tried and not claims:
             return Claim()
         room, timeout = self.desk.room, self.held.settings.delivery_timeout_seconds
 
-        def unit(connection: Connection) -> tuple[Claim, list[Sentence]]:
+        def unit(connection: Connection) -> tuple[Claim, list[Sentence], frozenset[int] | None]:
             now = utc_now()
             deliveries.settle(connection, tried, now, self.policy)
             sentences = endpoints.note(connection, tried, now)
-            return deliveries.claim(connection, now, room, timeout) if claims else Claim(), sentences
+            claim = Claim()
+            if claims:
+                claim = deliveries.claim(connection, now, room, timeout, self.desk.worker)
+            return claim, sentences, self._show(connection, tried, claim, now)
 
-        claim, sentences = db.in_transaction(self.held.engine, unit)
+        try:
+            claim, sentences, under_way = db.in_transaction(self.held.engine, unit)
+        except db.StoreUnavailable:
+            self.desk.unsettled += tried
+            raise
+        if under_way is not None:
+            self.desk.under_way, self.desk.shown_at = under_way, time.monotonic()
         for sentence in sentences:
             self._carry_out(sentence)
         return claim
+
+    def _show(
+        self, connection: Connection, tried: Sequence[Tried], claim: Claim, now: datetime
+    ) -> frozenset[int] | None:
+        """Note what this worker has under way now; the ids of the messages, None if nothing has changed."""
+        if not tried and not claim.messages:
+            return None
+        over = {one.message.id for one in tried}
+        under_way = (self.desk.under_way - over) | {message.id for message in claim.messages}
+        workers.show(connection, self.desk.worker, under_way, now)
+        return under_way
 
     def _collect(self) -> list[Tried]:
         """What came back; empty when the bell rang first, or it is time to look what is due."""
@@ -196,7 +247,7 @@ class _Drain:
             try:
                 self._turn([tried], claims=False)
             except db.StoreUnavailable as error:
-                log.warning("a try is not noted, its message will be sent again: %s", error)
+                log.warning("a try is not noted yet: %s", error)
         self._ring(queues.DELIVER)
 
     def _ring(self, job: str) -> None:

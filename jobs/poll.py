@@ -7,7 +7,6 @@ that comes twice, late, or beside another finds the lane owned, or nothing due.
 
 import logging
 import random
-import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -21,7 +20,7 @@ from pollers.adaptive import Trust
 from pollers.client import Client, Purse
 from pollers.repository import Findings, Terms
 from pollers.stale import Place
-from webhook_app import api_health, budget, builds, credentials, db, loglines, queues, settings
+from webhook_app import api_health, budget, builds, credentials, db, loglines, queues, settings, workers
 from webhook_app.budget import Ledger, Spent
 from webhook_app.credentials import Keyring
 from webhook_app.platforms import Manners, PollError, PollFault, Source
@@ -83,7 +82,7 @@ class _Lane:
     held: Resources
     name: str
     sources: dict[str, SourceSettings]
-    owner: str = field(default_factory=lambda: secrets.token_hex(8))
+    owner: str = field(default_factory=workers.token)
     ready_at: datetime | None = None
     trust: dict[str, Trust] = field(default_factory=dict)
     has_plenty: bool = False

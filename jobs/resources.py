@@ -12,7 +12,7 @@ from typing import Any
 from redis import Redis
 from sqlalchemy import Engine
 
-from webhook_app import db, queues, settings
+from webhook_app import db, queues, settings, workers
 from webhook_app.deliveries import Tried
 from webhook_app.polling import Pace
 from webhook_app.room import IN_FLIGHT, Room
@@ -26,7 +26,9 @@ class Desk:
     A delivery job attends it; requests that outlast one job are taken over by the next.  While nobody
     attends it a thread settles its own try.  `lock` is held for handing in, and to come and go;
     `room` belongs to whoever attends, else to the holder of the lock.  `closing`: no job of
-    this process takes anything new.
+    this process takes anything new.  `worker`: the id in its claims.  `under_way`: the ids of the messages
+    that it has, as they stand in its row of `workers`, and `shown_at` when that was written (monotonic).
+    `unsettled`: tries that the store could not take, for the next transaction.
     """
 
     room: Room = field(default_factory=Room)
@@ -35,6 +37,10 @@ class Desk:
     closing: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
     one_job: threading.Lock = field(default_factory=threading.Lock)
+    worker: str = field(default_factory=workers.own_id)
+    under_way: frozenset[int] = frozenset()
+    shown_at: float = 0.0
+    unsettled: list[Tried] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,9 @@ from jobs import (  # noqa: F401  imported before the first job needs them
     sweep,
 )
 from jobs.resources import Resources, resources
-from webhook_app import loglines, queues
+from webhook_app import loglines, queues, workers
 from webhook_app.supervisor import end_process
+from webhook_app.times import utc_now
 
 log = logging.getLogger(__name__)
 
@@ -131,10 +132,27 @@ def main() -> None:
     held = resources()
     loglines.setup(held.settings.log_format, held.settings.log_level)
     threading.Thread(target=_end_in_time, args=(held,), name="end", daemon=True).start()
+    _begin(held, names)
     with suppress(StopRequested):  # RQ's signal handler raises it, also while we wait
         _work(names, held.redis)
     held.threads.shutdown()  # deliveries under way, each of which notes how it went
     end_process(0)
+
+
+def _begin(held: Resources, names: Sequence[str]) -> None:
+    """Take over what a dead predecessor held; where messages are delivered, do so at once and keep watch."""
+    freed = workers.begin(held.engine, held.settings.data_dir, names[0], utc_now())
+    held.desk.worker = workers.own_id()
+    if freed:
+        log.warning("the worker before this one was killed: %d messages are due again", freed)
+    if queues.DELIVER not in names:
+        return
+    threading.Thread(
+        target=deliver.attend, args=(held, threading.Event()), name="attend", daemon=True
+    ).start()
+    with suppress(RedisError):  # a tick finds the work
+        queues.answer(held.redis, queues.DELIVER)
+        queues.enqueue_once(held.redis, queues.DELIVER)
 
 
 def _work(names: Sequence[str], redis: Redis) -> None:

@@ -11,7 +11,6 @@ read twice at once.  What else is asked (`account`) is charged to it one by one.
 """
 
 import math
-import secrets
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
@@ -19,7 +18,7 @@ from typing import Any
 
 from sqlalchemy import Connection, insert, select, update
 
-from webhook_app import credentials, health, models, platforms
+from webhook_app import credentials, health, models, platforms, workers
 from webhook_app.db import Write
 from webhook_app.platforms import Limits, Manners, PollError, PollFault
 from webhook_app.settings import SourceSettings
@@ -252,7 +251,7 @@ def _is_wanted(row: Row, owner: str, now: datetime) -> bool:
 
 def turn_owner() -> str:
     """A name for who makes one request."""
-    return _TURN + secrets.token_hex(8)
+    return _TURN + workers.token()
 
 
 def _is_turn(owner: str | None) -> bool:

@@ -5,7 +5,6 @@ collecting job's, as for messages: `due_at` is the only clock, a claim moves it 
 possible read, so a killed worker needs no clean-up; the claim's token keeps a late one from settling.
 """
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -13,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, tuple_, update
 
-from webhook_app import logs, models
+from webhook_app import logs, models, workers
 from webhook_app.db import Write
 from webhook_app.lifecycle import State
 from webhook_app.logs import Log
@@ -156,7 +155,7 @@ def claim(connection: Connection, source: str, now: datetime, *, asked_only: boo
 
 
 def _take(connection: Connection, row: Row, now: datetime) -> Claimed:
-    token = secrets.token_hex(8)
+    token = workers.token()
     connection.execute(
         update(models.collections)
         .where(_c.build == row["build"], _c.attempt == row["attempt"])

@@ -1,8 +1,8 @@
 """The outbox: `plan()` writes messages with the event, `claim()` takes them, `settle()` says how they went.
 
 A message row is the truth; Redis only rings the bell.  A claim is a lease: it moves `due_at` past
-the longest try, so a worker that dies gives its messages back by itself.  A message is marked only
-after it was sent.
+the longest try, so a worker that dies gives its messages back by itself; `workers` frees them sooner.  A
+message is marked only after it was sent.
 
 Order: an ordered subscriber's messages of one build form a lane.  Only the first pending message of
 a lane is sent; the others wait with it (`due_at` of the first) and are woken when it is settled.
@@ -35,7 +35,7 @@ from sqlalchemy import (
     update,
 )
 
-from webhook_app import bulk, formats, models, provider_shapes, signing, subscribers
+from webhook_app import bulk, formats, models, provider_shapes, signing, subscribers, workers
 from webhook_app.db import Write
 from webhook_app.formats import Told
 from webhook_app.retries import RetryPolicy, slow_down
@@ -300,10 +300,13 @@ class Claim:
     subscribers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def claim(connection: Connection, now: datetime, room: Room, timeout_seconds: float) -> Claim:
+def claim(
+    connection: Connection, now: datetime, room: Room, timeout_seconds: float, worker: str = ""
+) -> Claim:
     """Take due messages for `timeout_seconds` plus a margin: as many as `room` allows, at most one per lane.
 
     Run in a write transaction; the caller sends after the commit, and keeps the books of `room` itself.
+    `worker`: the id that their claim begins with; default that of this process.
     """
     taken: list[int] = []
     rows: dict[str, Mapping[str, Any]] = {}
@@ -317,7 +320,7 @@ def claim(connection: Connection, now: datetime, room: Room, timeout_seconds: fl
             room.began(row, len(due))
         if room.free <= 0:
             break
-    return Claim(_lease(connection, taken, rows, now, timeout_seconds), rows)
+    return Claim(_lease(connection, taken, rows, now, timeout_seconds, workers.token(worker)), rows)
 
 
 def _take_due(connection: Connection, row: Mapping[str, Any], now: datetime, most: int) -> list[int]:
@@ -437,10 +440,10 @@ def _lease(
     rows: Mapping[str, Mapping[str, Any]],
     now: datetime,
     timeout_seconds: float,
+    token: str,
 ) -> list[Claimed]:
     if not ids:
         return []
-    token = random.token_hex(8)
     until = now + timedelta(seconds=timeout_seconds + LEASE_MARGIN_SECONDS)
     store = connection.dialect.name
     taken = bulk.run(connection, _TAKE[store], {"ids": ids, "until": until, "token": token})

@@ -6,7 +6,6 @@ first refresh token), so settings that change begin a row of their own and never
 holds a lock of the database while a platform is asked, and a lease whose holder died ends by itself.
 """
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -15,7 +14,7 @@ from typing import Any
 import orjson
 from sqlalchemy import ColumnElement, Connection, Engine, Row, and_, delete, insert, select, update
 
-from webhook_app import models, sealing
+from webhook_app import models, sealing, workers
 from webhook_app.db import Write, as_writer
 from webhook_app.platforms import Grant, PollError, PollFault
 
@@ -108,7 +107,7 @@ def lease(write: Write, owner: Owner, version: int, now: datetime, until: dateti
         )
     elif row.version != version or (row.leased_until is not None and row.leased_until > now):
         return None
-    taken = secrets.token_hex(8)
+    taken = workers.token()
     write.connection.execute(
         update(models.credentials).where(_is(owner)).values(lease=taken, leased_until=until)
     )
