@@ -4,7 +4,19 @@ import argparse
 import time
 from datetime import UTC, datetime
 
-from bench import claiming, fairness, latency, machine, memory, polling, reception, relay, start, table
+from bench import (
+    claiming,
+    fairness,
+    latency,
+    machine,
+    memory,
+    polling,
+    reception,
+    relay,
+    start,
+    starvation,
+    table,
+)
 
 PARTS = {
     module.PART: module.run
@@ -13,6 +25,7 @@ PARTS = {
         latency,
         relay,
         fairness,
+        starvation,
         claiming,
         memory,
         start,
