@@ -33,7 +33,8 @@ def create_app(values: Settings | None = None) -> Flask:
 
 
 def _state(values: Settings) -> State:
-    engine = db.connect(values.database_url, values.sqlite_synchronous)
+    url, synchronous = values.database_url, values.sqlite_synchronous
+    engine = db.connect(url, synchronous, busy_seconds=db.RECEPTION_BUSY_SECONDS)
     redis = queues.connect(values.redis_url, REDIS_TIMEOUT_SECONDS)
     bell = queues.Bell(redis)
     pace = settings.pace(values)

@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
 from webhook_app import bulk, models
+from webhook_app.turnstile import Turnstile
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -37,6 +38,11 @@ LACKS = {"42P01", "42703"}
 """PostgreSQL's undefined_table and undefined_column."""
 
 TRIES = 5
+
+BUSY_SECONDS = 30.0
+RECEPTION_BUSY_SECONDS = 3.0
+"""How long a transaction waits for SQLite's lock once it has its turn.  A push that waited for a group
+before its own is answered in 10 s; a worker that gave up would send again what it can't note."""
 
 UNAVAILABLE = (OperationalError, InterfaceError, ProgrammingError, PoolTimeout)
 """Away, locked, or (ProgrammingError) without our tables: nothing can be stored."""
@@ -56,10 +62,13 @@ class SchemaMissing(StoreUnavailable):
     """The database answers, but has not our tables, or not as this program knows them."""
 
 
-def connect(url: str, synchronous: str = "FULL", pool_size: int = 16) -> Engine:
+def connect(
+    url: str, synchronous: str = "FULL", pool_size: int = 16, busy_seconds: float = BUSY_SECONDS
+) -> Engine:
     """An engine for `url`; opens nothing yet.
 
-    `synchronous` is SQLite's pragma: FULL survives a power cut, NORMAL a killed process.
+    `synchronous` is SQLite's pragma: FULL survives a power cut, NORMAL a killed process.  `busy_seconds`:
+    how long a transaction waits for SQLite's lock.
     """
     if url.startswith("sqlite"):
         engine = create_engine(
@@ -70,7 +79,8 @@ def connect(url: str, synchronous: str = "FULL", pool_size: int = 16) -> Engine:
             pool_use_lifo=True,
             pool_size=pool_size,
             max_overflow=pool_size,
-            connect_args={"timeout": 30, "check_same_thread": False},
+            connect_args={"timeout": busy_seconds, "check_same_thread": False},
+            execution_options={"turnstile": _turnstile(url)},
         )
         _prepare_sqlite(engine, synchronous)
         return engine
@@ -85,6 +95,17 @@ def connect(url: str, synchronous: str = "FULL", pool_size: int = 16) -> Engine:
         pool_pre_ping=True,  # a read is not repeated, and the database may have been restarted since
         connect_args={"connect_timeout": 5, "options": "-c timezone=utc"},
     )
+
+
+def _turnstile(url: str) -> Turnstile | None:
+    """The order of those that write to this file of SQLite; None for a store in memory."""
+    file = sqlite_file(url)
+    return Turnstile(str(file)) if file else None
+
+
+def _turn(engine: Engine, first: bool) -> AbstractContextManager[None]:
+    turnstile: Turnstile | None = engine.get_execution_options().get("turnstile")
+    return turnstile.turn(first) if turnstile is not None else nullcontext()
 
 
 def missing_file(engine: Engine) -> str | None:
@@ -163,20 +184,26 @@ def reading(engine: Engine) -> Iterator[Connection]:
         raise unavailable(error) from error
 
 
-def in_transaction(engine: Engine, unit: Callable[[Connection], Result]) -> Result:
+def in_transaction(engine: Engine, unit: Callable[[Connection], Result], *, first: bool = False) -> Result:
     """Run `unit` in one write transaction and commit; repeat the whole unit after a lost race.
 
-    The unit must have no other effect than on its connection, or by `after_commit`.  Raises
-    `StoreUnavailable` when the store can't be reached or stays locked.
+    The unit must have no other effect than on its connection, or by `after_commit`.  `first`: before
+    those that are not, where writers take turns (`turnstile`).  Raises `StoreUnavailable` when the store
+    can't be reached or stays locked.
     """
+    began = time.monotonic()
     for tried in range(1, TRIES + 1):
         later: list[Callable[[], object]] = []
         options = {"writing": True, "after_commit": later}
         try:
-            with engine.connect().execution_options(**options) as connection, connection.begin():
+            with (
+                _turn(engine, first),
+                engine.connect().execution_options(**options) as connection,
+                connection.begin(),
+            ):
                 result = unit(connection)
         except UNAVAILABLE as error:
-            if tried == TRIES or not _worth_repeating(error):
+            if tried == TRIES or not _worth_repeating(error, time.monotonic() - began):
                 raise unavailable(error) from error
             time.sleep(0.01 * 2**tried)
         else:
@@ -195,14 +222,17 @@ def after_commit(connection: Connection, effect: Callable[[], object]) -> None:
     later.append(effect)
 
 
-def _worth_repeating(error: Exception) -> bool:
-    """A lost race, or a pooled connection that had died unnoticed (after a restart of the database)."""
+def _worth_repeating(error: Exception, seconds: float) -> bool:
+    """A lost race, or a pooled connection that had died unnoticed (after a restart of the database).
+
+    Not a lock that was waited for already; `seconds`: since the first try.
+    """
     if not isinstance(error, DBAPIError):
         return False
     if error.connection_invalidated:
         return True
     state = getattr(error.orig, "sqlstate", None)
-    return state in LOST_RACES or "locked" in str(error.orig)
+    return state in LOST_RACES or ("locked" in str(error.orig) and seconds < RECEPTION_BUSY_SECONDS)
 
 
 def unavailable(error: Exception) -> StoreUnavailable:
@@ -248,7 +278,7 @@ def _lock_counters(dialect: Dialect) -> str:
     return str(_LOCK_COUNTERS.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
 
 
-def as_writer(engine: Engine, unit: Callable[[Write], Result]) -> Result:
+def as_writer(engine: Engine, unit: Callable[[Write], Result], *, first: bool = False) -> Result:
     """`in_transaction`, as the one writer."""
 
     def locked(connection: Connection) -> Result:
@@ -258,7 +288,7 @@ def as_writer(engine: Engine, unit: Callable[[Write], Result]) -> Result:
         write.finish()
         return result
 
-    return in_transaction(engine, locked)
+    return in_transaction(engine, locked, first=first)
 
 
 class GroupCommit(Generic[Argument, Result]):

@@ -84,7 +84,7 @@ def read(source: Source, headers: Headers, body: bytes) -> Arrival:
 
 def take(engine: Engine, arrivals: Sequence[Arrival], now: datetime, pace: Pace) -> list[Receipt]:
     """Keep and apply deliveries in one committed transaction; one receipt each, in order."""
-    return as_writer(engine, lambda write: _take(write, arrivals, now, pace))
+    return as_writer(engine, lambda write: _take(write, arrivals, now, pace), first=True)
 
 
 def _take(write: Write, arrivals: Sequence[Arrival], now: datetime, pace: Pace) -> list[Receipt]:
