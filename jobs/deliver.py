@@ -46,6 +46,8 @@ USER_AGENT = f"BuildRelay/{VERSION}"
 LONGEST_DRAIN_SECONDS = 60.0
 LISTEN_SECONDS = 0.02
 """While answers are awaited, the bell is looked at so often."""
+MOST_TRIES = 64
+"""Tries that are settled in one transaction: the other processes' pushes wait for its end."""
 LOOK_SECONDS = 0.25
 """And what is due without a bell: retries, and messages held back by a rate limit."""
 SOON = timedelta(hours=1)
@@ -134,7 +136,8 @@ class _Drain:
         """Settle what lies on the desk; from now on each sending thread settles its own try."""
         with self.desk.lock:
             self.desk.attended = False
-            self._turn(self._take(), claims=False)
+            while tried := self._take():
+                self._turn(tried, claims=False)
 
     def _drain(self, until: float) -> int:
         count = 0
@@ -204,9 +207,9 @@ class _Drain:
         return []
 
     def _take(self, *first: tuple[Tried, Mapping[str, Any]]) -> list[Tried]:
-        """Note these as over, and all else that lies on the desk."""
+        """Note these as over, and what else lies on the desk, up to `MOST_TRIES`."""
         back = list(first)
-        while not self.desk.results.empty():
+        while len(back) < MOST_TRIES and not self.desk.results.empty():
             back.append(self.desk.results.get())
         for tried, subscriber in back:
             self.desk.room.ended(subscriber, tried.reason is None)

@@ -1,9 +1,12 @@
 """The sweeping job: we live, pushes come or not; silent script builds; rows past their retention."""
 
 import logging
+import time
+from collections.abc import Callable
 from datetime import datetime, timedelta
+from functools import partial
 
-from sqlalchemy import delete, exists, select, true
+from sqlalchemy import Column, ColumnElement, Engine, Table, delete, exists, select, true
 
 from jobs.resources import Resources, resources
 from pollers import client
@@ -14,7 +17,13 @@ from webhook_app.times import utc_now
 
 log = logging.getLogger(__name__)
 
-MOST_AT_ONCE = 500
+MOST_AT_ONCE = 100
+"""Rows of one transaction: pushes wait for its end."""
+BUSY_SECONDS = 0.5
+"""How long it deletes; then other jobs of this worker get their turn, and the bell brings us back."""
+
+Portion = Callable[[db.Write], int]
+"""Does a part of some work in one transaction; how many rows, at most `MOST_AT_ONCE`."""
 
 
 def sweep(held: Resources | None = None) -> None:
@@ -27,13 +36,31 @@ def sweep(held: Resources | None = None) -> None:
     queues.answer(held.redis, queues.SWEEP)
     now = utc_now()
     _wake_up(held, now)
-    lost = db.as_writer(held.engine, lambda write: fail_silent(write, now, pace))
+    bell = queues.Bell(held.redis)
+    until = time.monotonic() + BUSY_SECONDS
+    lost, left = in_portions(held.engine, [lambda write: fail_silent(write, now, pace)], until)
     if lost:
         log.info("heartbeat lost builds=%d", lost)
-        queues.Bell(held.redis).ring(queues.DELIVER)
-    db.as_writer(held.engine, lambda write: client.forget(write, now - timedelta(days=1)))
+        bell.ring(queues.DELIVER)
     before = now - timedelta(days=held.settings.retention_days)
-    db.as_writer(held.engine, lambda write: forget(write, before))
+    _, old = in_portions(held.engine, retention(before, now - timedelta(days=1)), until)
+    if left or old:
+        bell.ring(queues.SWEEP)
+
+
+def in_portions(engine: Engine, work: list[Portion], until: float) -> tuple[int, bool]:
+    """Do these by turns, each at least once, until nothing is left or it is `until` (`time.monotonic`).
+
+    How many rows that were, and whether more are left.
+    """
+    count = 0
+    while work:
+        done = [(portion, db.as_writer(engine, portion)) for portion in work]
+        count += sum(number for _, number in done)
+        work = [portion for portion, number in done if number >= MOST_AT_ONCE]
+        if time.monotonic() >= until:
+            break
+    return count, bool(work)
 
 
 def _wake_up(held: Resources, now: datetime) -> None:
@@ -79,25 +106,32 @@ def fail_silent(write: db.Write, now: datetime, pace: Pace) -> int:
 _AWAITED = exists().where(models.messages.c.event == models.events.c.id, models.messages.c.state == "pending")
 
 
-def forget(write: db.Write, before: datetime) -> None:
-    """Delete a portion of the bodies, events, delivery attempts, logs and notices from before that time.
+def retention(before: datetime, tags_before: datetime) -> list[Portion]:
+    """What deletes bodies, events, delivery attempts, logs and notices from before that time, and old ETags.
 
     An event that some subscriber is still to get is kept until its message is delivered or dead.
     """
-    for table, moment, is_over in (
-        (models.inbound, models.inbound.c.received_at, true()),
-        (models.events, models.events.c.timestamp, ~_AWAITED),
-        (models.artifacts, models.artifacts.c.listed_at, true()),
-    ):
-        old = select(table.c.id).where(moment < before, is_over).order_by(moment).limit(MOST_AT_ONCE)
-        write.connection.execute(delete(table).where(table.c.id.in_(old.scalar_subquery())))
-    collection.forget(write, before, MOST_AT_ONCE)
-    _forget_notices(write, before)
+    inbound, events, artifacts = models.inbound, models.events, models.artifacts
+    return [
+        partial(_forget, inbound, inbound.c.received_at, true(), before),
+        partial(_forget, events, events.c.timestamp, ~_AWAITED, before),
+        partial(_forget, artifacts, artifacts.c.listed_at, true(), before),
+        lambda write: collection.forget(write, before, MOST_AT_ONCE),
+        lambda write: _forget_notices(write, before),
+        lambda write: client.forget(write, tags_before, MOST_AT_ONCE),
+    ]
 
 
-def _forget_notices(write: db.Write, before: datetime) -> None:
+def _forget(
+    table: Table, moment: Column[datetime], is_over: ColumnElement[bool], before: datetime, write: db.Write
+) -> int:
+    old = select(table.c.id).where(moment < before, is_over).order_by(moment).limit(MOST_AT_ONCE)
+    return write.connection.execute(delete(table).where(table.c.id.in_(old.scalar_subquery()))).rowcount
+
+
+def _forget_notices(write: db.Write, before: datetime) -> int:
     """Their ids are in the order of their times, which no index has: only the oldest are looked at."""
     columns = models.notices.c
     oldest = select(columns.id, columns.created_at).order_by(columns.id).limit(MOST_AT_ONCE).subquery()
     old = select(oldest.c.id).where(oldest.c.created_at < before)
-    write.connection.execute(delete(models.notices).where(columns.id.in_(old)))
+    return write.connection.execute(delete(models.notices).where(columns.id.in_(old))).rowcount

@@ -8,7 +8,7 @@ from datetime import datetime
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import Engine, bindparam, delete, insert, select
+from sqlalchemy import Engine, bindparam, delete, insert, select, tuple_
 
 from webhook_app import calls, db, models, platforms
 from webhook_app.api_health import Measured
@@ -214,6 +214,10 @@ def keep(write: Write, lane: str, tags: Sequence[Tag], now: datetime) -> None:
         write.connection.execute(insert(models.unchanged), rows)
 
 
-def forget(write: Write, before: datetime) -> None:
-    """Delete ETags that nobody was told since then: most are those of builds that have ended."""
-    write.connection.execute(delete(models.unchanged).where(_u.read_at < before))
+def forget(write: Write, before: datetime, most: int) -> int:
+    """Delete up to `most` ETags that nobody was told since then: most are those of builds that have ended.
+
+    How many were deleted.
+    """
+    old = select(_u.lane, _u.url).where(_u.read_at < before).order_by(_u.read_at).limit(most)
+    return write.connection.execute(delete(models.unchanged).where(tuple_(_u.lane, _u.url).in_(old))).rowcount

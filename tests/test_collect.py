@@ -780,6 +780,7 @@ def test_a_build_that_another_has_replaced_has_left_nothing(make_stand, platform
 
 def test_logs_and_lists_go_with_their_retention(make_stand, monkeypatch):
     monkeypatch.setattr(sweep_job, "MOST_AT_ONCE", 2)
+    monkeypatch.setattr(sweep_job, "BUSY_SECONDS", 0.0)
     stand = pushed_ends(make_stand, 3, ("success",))
     collect(stand, after=collection.LIST_DELAY_SECONDS)
     assert artifacts(stand, stand.world.builds[0])

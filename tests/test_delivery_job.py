@@ -21,7 +21,7 @@ from jobs.resources import Desk, Resources
 from tests.facts import PACE, github
 from tests.hub import own_redis
 from tests.wire import OK
-from webhook_app import builds, db, models, queues, settings, subscribers
+from webhook_app import builds, db, deliveries, models, queues, settings, subscribers
 from webhook_app.lifecycle import State
 from webhook_app.room import Room
 from webhook_app.simulated.subscriber import Subscriber
@@ -99,6 +99,29 @@ def test_while_one_hangs_new_messages_of_others_are_sent(make_held, pair, wait_u
     finally:
         hanging.close()
         worker.join(60)
+
+
+def test_what_came_back_is_noted_in_portions(make_held, pair, monkeypatch, wait_until):
+    """All ten answers are there before the first is noted, and other writers come between the portions."""
+    held, settled = make_held(), []
+    settle = deliveries.settle
+
+    def note(connection, tries, *more):
+        settled.append(len(tries))
+        settle(connection, tries, *more)
+
+    def collect(drain):
+        wait_until(lambda: held.desk.results.qsize() == held.desk.room.subscribers.total())
+        return drain._take()
+
+    monkeypatch.setattr(job, "MOST_TRIES", 3)
+    monkeypatch.setattr(deliveries, "settle", note)
+    monkeypatch.setattr(job._Drain, "_collect", collect)
+    good = subscribe(held, pair[0])
+    record(held, *[github(State.QUEUED, run=run) for run in range(10)])
+    job.deliver(held)
+    assert [number for number in settled if number] == [3, 3, 3, 1]
+    assert {row[0] for row in states(held, good)} == {"delivered"}
 
 
 def test_what_falls_due_meanwhile_is_sent_without_a_bell(make_held, pair, wait_until):

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 
 import pytest
 from cryptography.fernet import Fernet
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import event, func, insert, select, update
 
 from jobs import sweep as sweep_job
 from tests.facts import github
@@ -168,8 +169,49 @@ def test_what_is_past_its_retention_goes_in_portions_and_the_rest_stays(make_sta
 
 
 def forget(stand):
+    """One portion of each kind."""
     before = stand.now() - timedelta(days=stand.held.settings.retention_days)
-    db.as_writer(stand.engine, lambda write: sweep_job.forget(write, before))
+    sweep_job.in_portions(stand.engine, sweep_job.retention(before, stand.now()), until=0.0)
+
+
+def test_a_sweep_of_many_rows_lets_others_write_in_between(make_stand, monkeypatch):
+    """No transaction has more rows than a portion, however many there are."""
+    monkeypatch.setattr(sweep_job, "MOST_AT_ONCE", 10)
+    monkeypatch.setattr(sweep_job, "BUSY_SECONDS", 600.0)
+    stand = make_stand(("jenkins",), 0, RETENTION_DAYS="1")
+    add_inbound(stand, 300)
+    left = []
+    event.listen(stand.engine, "commit", lambda _: left.append(number_of_inbound(stand)))
+    sweep(stand, after=2 * 86_400)
+    assert left[-1] == 0
+    assert max(before - after for before, after in pairwise(left)) == 10
+
+
+def test_a_sweep_that_is_not_done_in_its_time_comes_again(make_stand, monkeypatch):
+    monkeypatch.setattr(sweep_job, "MOST_AT_ONCE", 10)
+    monkeypatch.setattr(sweep_job, "BUSY_SECONDS", 0.0)
+    stand = make_stand(("jenkins",), 0, RETENTION_DAYS="1")
+    add_inbound(stand, 15)
+    found = []
+    for days in (2, 0):
+        sweep(stand, after=days * 86_400)
+        found.append((number_of_inbound(stand), stand.redis.exists(queues.bell_key(queues.SWEEP))))
+        stand.redis.flushall()
+    assert found == [(5, 1), (0, 0)]
+
+
+def add_inbound(stand, count):
+    rows = [
+        {"id": number, "source": "script", "hook_id": "", "event": "x", "delivery_id": str(number), "headers": {},
+         "body": b"", "status": "accepted", "received_at": stand.now()}
+        for number in range(count)
+    ]  # fmt: skip
+    db.as_writer(stand.engine, lambda write: write.connection.execute(insert(models.inbound), rows))
+
+
+def number_of_inbound(stand):
+    with db.reading(stand.engine) as connection:
+        return connection.execute(select(func.count()).select_from(models.inbound)).scalar_one()
 
 
 def test_old_notices_go_in_portions(make_stand, monkeypatch):

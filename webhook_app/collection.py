@@ -309,7 +309,11 @@ def note_asked(write: Write, build: Row) -> None:
     write.connection.execute(update(models.collections).where(*here).values(asked=True))
 
 
-def forget(write: Write, before: datetime, most: int) -> None:
-    """Delete up to `most` logs, and what else is known of them, of attempts that ended before that time."""
+def forget(write: Write, before: datetime, most: int) -> int:
+    """Delete up to `most` logs, and what else is known of them, of attempts that ended before that time.
+
+    How many were deleted.
+    """
     old = select(_c.build, _c.attempt).where(_c.noted_at < before).order_by(_c.noted_at).limit(most)
-    write.connection.execute(delete(models.collections).where(tuple_(_c.build, _c.attempt).in_(old)))
+    old_ones = delete(models.collections).where(tuple_(_c.build, _c.attempt).in_(old))
+    return write.connection.execute(old_ones).rowcount

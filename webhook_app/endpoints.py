@@ -24,7 +24,7 @@ _WHY_DEAD = case((_m.reason == "http_410", _m.reason), else_="subscriber_disable
 
 GONE = "the endpoint answered 410 Gone"
 TOO_LONG = "the endpoint failed for too long"
-PORTION = 500
+PORTION = 100
 """Messages that are given up in one transaction, at most."""
 ANSWER_SECONDS = 10.0
 """How long whoever sends a test waits for its answer."""

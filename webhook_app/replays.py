@@ -20,7 +20,8 @@ from webhook_app import deliveries, endpoints, formats, models, subscribers
 from webhook_app.db import Write, as_writer, reading
 from webhook_app.subscribers import Filters
 
-PORTION = 500
+PORTION = 100
+"""Messages of one transaction: pushes wait for its end."""
 _e, _m, _r = models.events.c, models.messages.c, models.recoveries.c
 _DEAD: ColumnElement[str] = literal_column("'dead'")
 """Written into the statement: only so can every planner see that the partial index fits."""

@@ -285,7 +285,7 @@ def _is_sealed_in(row: Row, headers: Any, keys: Sequence[str]) -> bool:
         return False  # sealed with a key that is gone: what the settings say is sealed anew
 
 
-REMOVED_AT_ONCE = 2_000
+REMOVED_AT_ONCE = 200
 
 
 def remove(engine: Engine, subscriber_id: str, now: datetime) -> bool:
@@ -427,7 +427,7 @@ def _is_closed(row: Row, keys: Sequence[str]) -> bool:
     return False
 
 
-REKEY_PORTION = 200
+REKEY_PORTION = 20
 _SEALED = ("headers", "secrets", "sealed_url")
 
 
