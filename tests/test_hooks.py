@@ -12,6 +12,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from random import Random
 
 import pytest
@@ -466,6 +467,60 @@ def test_many_senders_that_take_their_time_hold_no_thread(server, begun, missing
             connection.sendall(missing)
         answers = {connection.recv(12) for connection in slow}
     assert answers == {b"HTTP/1.1 200" if b"GET" in begun + missing else b"HTTP/1.1 415"}
+
+
+@pytest.mark.parametrize("one_server", ["sqlite"], indirect=True)
+def test_a_body_that_comes_too_slowly_is_told_so_and_not_that_its_signature_is_wrong(server):
+    hook = b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    api = b"POST /api/subscribers HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    token = b"Authorization: Bearer " + ADMIN + b"\r\n"
+    begun = {
+        "small": hook + b"Content-Length: 9\r\n\r\n{",
+        "large": hook + b"Content-Length: 9000000\r\n\r\n" + b"x" * 300_000,
+        "chunked": hook + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab",
+        "told to go on": hook + b"Expect: 100-continue\r\nContent-Length: 9\r\n\r\n{",
+        "of the API": api + token + b"Content-Length: 900\r\n\r\n{",
+    }
+    with ExitStack() as stack:
+        slow = {
+            name: stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60))
+            for name in begun
+        }
+        for name, connection in slow.items():
+            connection.sendall(begun[name])
+        said = {name: b"".join(iter(partial(one.recv, 65536), b"")) for name, one in slow.items()}
+    for name, answer in said.items():
+        head, _, body = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 "), (name, answer)
+        assert json.loads(body)["detail"] == "the body came too slowly"
+
+
+@pytest.mark.parametrize("one_server", ["sqlite"], indirect=True)
+def test_a_sender_that_hangs_up_was_not_too_slow(server):
+    head = b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(head + b"Content-Length: 9\r\n\r\n{")
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(12) == b"HTTP/1.1 401"
+
+
+@pytest.mark.parametrize("one_server", ["sqlite"], indirect=True)
+def test_each_answer_ends_with_a_newline(server):
+    typed = {"Content-Type": "application/json"}
+    replies = [
+        server.github(run()),
+        server.post("/webhooks/github", b"{}", typed),
+        server.post("/webhooks/nobody", b"{}", typed),
+        *(
+            server.http.get(server.base + path, timeout=60)
+            for path in ("/healthz", "/api/builds", "/nowhere")
+        ),
+    ]
+    assert [reply.status_code for reply in replies] == [202, 401, 404, 200, 401, 404]
+    assert all(reply.content.endswith(b"}\n") for reply in replies)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert b"".join(iter(partial(connection.recv, 65536), b"")).endswith(b"}\n")
 
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"

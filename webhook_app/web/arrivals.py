@@ -50,6 +50,7 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._until: dict[socket.socket, Deadline] = {}
+        self._late: set[socket.socket] = set()
         self._mutex = threading.Lock()
 
     def begin(self, sock: socket.socket) -> None:
@@ -79,10 +80,18 @@ class Arrivals:
             else:
                 self._until[sock] = before
 
-    def end(self, sock: socket.socket | None) -> None:
-        """It is here, or it is over."""
+    def end(self, sock: socket.socket | None) -> bool:
+        """It is here, or it is over; was its reading ended because it was late?"""
         with self._mutex:
             self._until.pop(sock, None)  # type: ignore[arg-type]
+            was_late = sock in self._late
+            self._late.discard(sock)
+        return was_late
+
+    def came_late(self, sock: socket.socket) -> None:
+        """The reading of a request was ended before it was here; `end` tells."""
+        with self._mutex:
+            self._late.add(sock)
 
     def cut_late(self) -> int:
         """Cut all that is late; how many."""
@@ -91,6 +100,8 @@ class Arrivals:
             late = [(sock, how) for sock, (until, how) in self._until.items() if until < now]
             for sock, how in late:
                 del self._until[sock]
+                if how == socket.SHUT_RD:
+                    self._late.add(sock)
                 with contextlib.suppress(OSError):  # it is closed already
                     sock.shutdown(how)
         return len(late)

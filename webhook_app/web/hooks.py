@@ -20,7 +20,7 @@ from webhook_app.inbox import Arrival, Receipt
 from webhook_app.platforms import BadSignature, NotJson
 from webhook_app.settings import SourceSettings
 from webhook_app.web.arrivals import ARRIVALS, PIECE_BYTES
-from webhook_app.web.problems import fault, invalid, problem, store_unavailable
+from webhook_app.web.problems import fault, invalid, problem, store_unavailable, too_slow
 from webhook_app.web.state import State
 
 Environ = dict[str, Any]
@@ -62,7 +62,7 @@ def in_front_of(flask: WSGI, held: State) -> WSGI:
         if isinstance(answer, Response):
             return answer(environ, start_response)
         status, content = answer
-        body = orjson.dumps(content)
+        body = orjson.dumps(content, option=orjson.OPT_APPEND_NEWLINE)
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
         start_response(_STATUS[status], headers)
         return [body]
@@ -124,6 +124,8 @@ def _receive(held: State, source: str, environ: Environ) -> Response | Answer:
         return refused
     try:
         body = _read_body(environ)
+    except TooSlow:
+        return too_slow()
     except (OSError, ParseException) as error:  # a sender that hangs up, or whose chunks are broken
         return problem(400, f"the body can't be read: {error}")
     if len(body) > MOST_BYTES:
@@ -160,6 +162,10 @@ def _length(environ: Environ) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
+class TooSlow(Exception):
+    """The reading of a body was ended because it came too slowly: what there is of it proves nothing."""
+
+
 def _read_body(environ: Environ) -> bytes:
     """The raw body, at most one byte more than allowed; a chunked one has no length and ends by itself."""
     length = _length(environ)
@@ -167,11 +173,17 @@ def _read_body(environ: Environ) -> bytes:
         return b""
     left = MOST_BYTES + 1 if length is None else length
     pieces: list[bytes] = []
-    while left > 0 and (piece := environ["wsgi.input"].read(min(left, PIECE_BYTES))):
-        pieces.append(piece)
-        left -= len(piece)
-        ARRIVALS.goes_on(environ.get("gunicorn.socket"))
-    ARRIVALS.end(environ.get("gunicorn.socket"))
+    try:
+        while left > 0 and (piece := environ["wsgi.input"].read(min(left, PIECE_BYTES))):
+            pieces.append(piece)
+            left -= len(piece)
+            ARRIVALS.goes_on(environ.get("gunicorn.socket"))
+    except (OSError, ParseException) as error:
+        if ARRIVALS.end(environ.get("gunicorn.socket")):
+            raise TooSlow from error
+        raise
+    if ARRIVALS.end(environ.get("gunicorn.socket")) and left > 0:
+        raise TooSlow
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 

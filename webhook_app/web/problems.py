@@ -5,12 +5,13 @@ from http import HTTPStatus
 from typing import Any
 
 import orjson
-from flask import Flask, Response
+from flask import Flask, Response, request
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import HTTPException
 
 from webhook_app.db import StoreUnavailable
 from webhook_app.platforms import Invalid
+from webhook_app.web.arrivals import ARRIVALS
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None, **m
     """A problem document: type, title, status, detail, and `more` members."""
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     return Response(
-        orjson.dumps(content | more, option=orjson.OPT_NON_STR_KEYS),
+        orjson.dumps(content | more, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE),
         status,
         headers=headers,
         content_type="application/problem+json",
@@ -38,8 +39,18 @@ def store_unavailable(error: StoreUnavailable) -> Response:
     )
 
 
+def too_slow() -> Response:
+    """408: the reading of the body was ended."""
+    return problem(408, "the body came too slowly")
+
+
 def http_error(error: HTTPException) -> Response:
-    """Whatever Flask, Werkzeug or flask-smorest raise, in our form; validation messages under `errors`."""
+    """Whatever Flask, Werkzeug or flask-smorest raise, in our form; validation messages under `errors`.
+
+    Half a body is no JSON, and 408 where it is half because it came too slowly.
+    """
+    if error.code in (400, 422) and ARRIVALS.end(request.environ.get("gunicorn.socket")):
+        return too_slow()
     data = getattr(error, "data", None) or {}
     messages = data.get("messages")
     headers = {

@@ -122,6 +122,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         for conn, (count, until) in list(self.collecting.items()):
             if until < now or (count == 1 and not self.alive):
                 self._let_go(conn)
+                ARRIVALS.came_late(conn.sock)
                 with contextlib.suppress(OSError):  # it is closed already
                     conn.sock.shutdown(socket.SHUT_RD)
                 self._begin(conn, count)
@@ -171,7 +172,8 @@ def _peek(sock: socket.socket, most: int) -> bytes | None:
 def _write_problem(sock: Any, status: int, reason: str, detail: str) -> None:
     """What gunicorn says to a request that it refuses itself (RFC 9457)."""
     known = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else reason
-    body = orjson.dumps({"type": "about:blank", "title": known, "status": status, "detail": detail[:500]})
+    problem = {"type": "about:blank", "title": known, "status": status, "detail": detail[:500]}
+    body = orjson.dumps(problem, option=orjson.OPT_APPEND_NEWLINE)
     head = (
         f"HTTP/1.1 {status} {known}\r\nConnection: close\r\n"
         f"Content-Type: application/problem+json\r\nContent-Length: {len(body)}\r\n\r\n"
