@@ -19,6 +19,6 @@ WORKDIR /data
 VOLUME /data
 EXPOSE 8000
 
-# `docker run --init`: the processes that `up` starts have children of their own.
+# No `--init` is needed: `up` sees the processes gone whose parent died.
 ENTRYPOINT ["buildrelay"]
 CMD ["up", "--host", "0.0.0.0"]

@@ -29,6 +29,9 @@ def child(name, command, ready, ends_last=False):
     return Child(name, ("/bin/sh", "-c", command), ready=ready, ends_last=ends_last)
 def on_ready():
     print("all ready", flush=True)
+if Path("subreaper").exists():
+    import ctypes
+    ctypes.CDLL(None).prctl(36, 1)
 def missing(pids):
     return "" if Path("served").exists() else f"{len(pids)} serve nobody"
 sys.exit(supervise([child(*entry) for entry in spec["children"]], on_ready=on_ready,
@@ -158,6 +161,24 @@ def test_what_is_missing_for_long_is_said_and_a_stop_waits_for_nothing(start, tm
         process.terminate()
         assert process.wait(60) == 0
         assert "all ready" not in process.stdout.read()
+
+
+def test_whose_parent_died_leaves_no_zombie_where_we_adopt_it(start, pid_of, tmp_path, wait_until):
+    (tmp_path / "subreaper").touch()
+    orphan = "sh -c 'read line < go & echo $! > orphan.pid'"
+    os.mkfifo(tmp_path / "go")
+    with start(("a", lasting("a", orphan), None), ("b", lasting("b"), None)) as process:
+        read_until(process, "all ready")
+        first, adopted = pid_of("a"), pid_of("orphan")
+        stat = Path(f"/proc/{adopted}/stat")
+        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[1] == str(process.pid))
+        (tmp_path / "go").write_text("\n")
+        wait_until(lambda: not stat.exists())
+        os.kill(first, signal.SIGKILL)
+        assert "a ended (SIGKILL)" in read_until(process, "a ended")[-1], "its own end is still told"
+        pid_of("a", but=first)
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 def test_children_print_line_by_line_with_their_name(start, pid_of):

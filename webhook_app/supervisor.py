@@ -41,6 +41,7 @@ KILL_SECONDS = 0.3
 LAST_WORDS_SECONDS = 0.4
 _COLOURS = (36, 33, 32, 35, 34, 31)
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PR_GET_CHILD_SUBREAPER = 37
 _PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 
 
@@ -152,6 +153,15 @@ def tied_to_parent() -> Callable[[], None] | None:
     return tie
 
 
+def _adopts_orphans() -> bool:
+    """Are we given the processes whose parent died?  So is the first one of a container, and a subreaper."""
+    if sys.platform != "linux":
+        return False
+    is_subreaper = ctypes.c_int()
+    ctypes.CDLL(None).prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(is_subreaper))
+    return os.getpid() == 1 or bool(is_subreaper.value)
+
+
 @dataclass(slots=True)
 class _Seat:
     """A child and what became of it; times are monotonic."""
@@ -179,6 +189,7 @@ class _House:
     pipes: set[IO[bytes]] = field(default_factory=set)
     stopping: bool = False
     own_line: Callable[[str], str] = str
+    adopts: bool = field(default_factory=_adopts_orphans)
 
 
 def supervise(
@@ -334,6 +345,18 @@ def _turn(house: _House, timeout_seconds: float | None) -> None:
             _note_end(house, seat, seat.process)
         if seat.restart is not None and time.monotonic() >= seat.restart and not house.stopping:
             _spawn(house, seat)
+    if house.adopts:
+        _reap_orphans(house)
+
+
+def _reap_orphans(house: _House) -> None:
+    """See adopted processes that ended gone; those of `subprocess` are left to it."""
+    ours = set(_pids(house))
+    with suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if ended.si_pid in ours:  # ended just now: the next turn notes it
+                return
+            os.waitpid(ended.si_pid, 0)
 
 
 def _has_ended(seat: _Seat) -> bool:
