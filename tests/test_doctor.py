@@ -223,6 +223,26 @@ def test_each_fault_of_an_api_has_its_line(clinic, platform, answer, level, text
 
 
 @ON_SQLITE
+@pytest.mark.parametrize("answer", [Response(401, b"{}"), html(), Response(502), dropped()])
+def test_an_api_that_nobody_set_up_fails_nothing(clinic, answer):
+    clinic.serve()
+    clinic.servers["github"].inject(answer)
+    alone = {"GITHUB_TOKEN": "", "GITHUB_REPOS": ""}
+    code, out = clinic.run(**alone)
+    assert code == 0, out
+    assert "warn  github: the API: " in out
+    assert "github: no token" in out
+
+
+@ON_SQLITE
+def test_a_source_without_token_and_repositories_that_nobody_uses_is_not_set_up(clinic):
+    clinic.servers["github"].close()
+    alone = {"GITHUB_TOKEN": "", "GITHUB_REPOS": "", "GITHUB_WEBHOOK_SECRET": ""}
+    _, out = clinic.run(**alone)
+    assert "ok    github: not set up (no webhook secret, no token, no repositories)" in out
+
+
+@ON_SQLITE
 @pytest.mark.parametrize(("skew", "words"), [(-90, "90 s ahead of"), (90, "90 s behind"), (50, "")])
 def test_a_clock_that_is_off_is_a_warning(clinic, skew, words):
     clinic.servers["github"].date_skew_seconds = skew

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 from time import monotonic
@@ -227,7 +227,7 @@ def _source(values: Settings, source: SourceSettings, until: float) -> Iterator[
     in_use = bool(source.has_token or source.repositories or told.get("pushes") or told.get("polls"))
     if not in_use:
         secret = "a webhook secret is set" if source.webhook_secrets else "no webhook secret"
-        yield Finding(name, OK, f"not in use ({secret}, no token, no repositories)")
+        yield Finding(name, OK, f"not set up ({secret}, no token, no repositories)")
         return
     if len(source.webhook_secrets) > 1:
         count = len(source.webhook_secrets)
@@ -240,10 +240,16 @@ def _source(values: Settings, source: SourceSettings, until: float) -> Iterator[
         if not source.has_token:
             mend = "Set a token: without one only public builds can be read, and few of them an hour."
             yield Finding(name, WARN, "no token: builds are polled as anybody may", mend)
-        yield from _access(values, source, until)
+        yield from map(partial(_eased, source), _access(values, source, until))
     elif source.enabled:
         mend = "Set its address, so that builds whose pushes are lost still end."
         yield Finding(name, WARN, "no API address: builds are not polled", mend)
+
+
+def _eased(source: SourceSettings, finding: Finding) -> Finding:
+    """A failing API is only a warning while nobody has set up that it is read."""
+    is_wanted = source.has_token or source.repositories
+    return finding if is_wanted or finding.level != FAIL else replace(finding, level=WARN)
 
 
 def _told(values: Settings, name: str) -> dict[str, Any]:
@@ -267,7 +273,8 @@ def _health(name: str, source: SourceSettings, told: dict[str, Any]) -> Iterator
             f"can't be read since {iso(told['api_failing_since'])}, {told['api_failures']} rounds of polling "
             f"failed in a row: {told['api_error_kind']}: {told['api_error']}"
         )
-        yield Finding(name, FAIL, what, "Look at the platform, the network between, and its token.")
+        mend = "Look at the platform, the network between, and its token."
+        yield _eased(source, Finding(name, FAIL, what, mend))
     if told.get("deaf_since"):
         what = f"deaf since {iso(told['deaf_since'])}: polls are first to tell what changes"
         yield Finding(name, FAIL, what, hooks)
