@@ -11,7 +11,7 @@ NOT_AGAIN = 3
 
 try:
     _values = settings.load()
-    loglines.setup(_values.log_format, _values.log_level)
+    loglines.setup(_values.log_format, _values.log_level, settings.redact(_values))
     app = create_app(_values)
 except SettingsError as error:
     sys.stderr.write(f"buildrelay: {error}\n")

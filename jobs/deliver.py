@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any
 
 from redis.exceptions import RedisError
@@ -36,6 +37,7 @@ from webhook_app import (
 from webhook_app.deliveries import Claim, Claimed, Tried
 from webhook_app.destinations import OutboundError
 from webhook_app.endpoints import Sentence
+from webhook_app.redaction import SHORTEST_SECRET, Redactor, redactor
 from webhook_app.retries import RetryPolicy
 from webhook_app.sealing import SealError
 from webhook_app.times import utc_now
@@ -281,6 +283,7 @@ def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) ->
     content_type, content = deliveries.body(message, subscriber["format"])
     secrets = subscribers.live_secrets(subscriber, keys, now)
     own = subscribers.custom_headers(subscriber, keys)
+    telling = _secrets(own, secrets)
     sent = own | deliveries.headers(message, content_type, content, secrets, int(now.timestamp()), USER_AGENT)
     sent |= deliveries.provider_headers(message, subscriber["format"], content, secrets)
     url = deliveries.target(subscribers.callback_url(subscriber, keys), message, subscriber["format"])
@@ -298,25 +301,53 @@ def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) ->
             rest_seconds=deliveries.REST_SECONDS,
         )
     except OutboundError as error:
-        return Tried(message, now, time.monotonic() - started, reason=error.reason, response=str(error))
+        told = _masked(held, str(error), telling)
+        return Tried(message, now, time.monotonic() - started, reason=error.reason, response=told)
     return Tried(
         message,
         now,
         time.monotonic() - started,
         reply.status,
         None if 200 <= reply.status < 300 else f"http_{reply.status}",
-        reply.body.decode("utf-8", "replace").replace("\0", ""),
+        _response(held, reply, telling),
         reply.headers.get("retry-after"),
-        _note(held, url, reply, own),
+        _note(held, url, reply, telling),
     )
 
 
-def _note(held: Resources, url: str, reply: outbound.Reply, own: Mapping[str, str]) -> str | None:
+def _secrets(own: Mapping[str, str], secrets: Sequence[str]) -> tuple[str, ...]:
+    """What we send that an answer must not show: custom headers, whole and by word, and webhook secrets."""
+    words = [word for value in own.values() for word in value.split() if word.lower() not in _SCHEMES]
+    keys = [secret.removeprefix("whsec_") for secret in secrets]
+    return tuple(dict.fromkeys([*own.values(), *words, *secrets, *keys]))
+
+
+_SCHEMES = ("basic", "bearer", "digest", "token")
+
+
+@lru_cache(256)
+def _knows(secrets: tuple[str, ...]) -> Redactor:
+    return redactor(secrets)
+
+
+def _masked(held: Resources, text: str, secrets: tuple[str, ...]) -> str:
+    """A text of the other side without its subscriber's secrets, those of the settings, and what looks so."""
+    return held.redact(_knows(secrets).known(text)) if len(text) >= SHORTEST_SECRET else text
+
+
+def _response(held: Resources, reply: outbound.Reply, secrets: tuple[str, ...]) -> str:
+    """The body of an answer as it is kept; of one that was cut the end goes, which may be half a secret."""
+    text = reply.body.decode("utf-8", "replace").replace("\0", "")
+    if len(reply.body) >= deliveries.RESPONSE_CAP_BYTES:
+        text = _knows(secrets).whole(held.redact.whole(text))
+    return _masked(held, text, secrets)
+
+
+def _note(held: Resources, url: str, reply: outbound.Reply, telling: Sequence[str]) -> str | None:
     """What the log says of an answer beside its status: where it redirects to, and what was odd."""
     location = reply.headers.get("location") if 300 <= reply.status < 400 else None
     if location is None:
         return reply.note
-    secrets = [word for value in own.values() for word in value.split()]
-    secrets += settings.secret_texts(held.settings)
+    secrets = [*telling, *settings.secret_texts(held.settings)]
     target = f"redirects to {answers.redirect_target(url, location, secrets)}"
     return f"{target}; {reply.note}" if reply.note else target

@@ -20,11 +20,10 @@ from pollers.adaptive import Trust
 from pollers.client import Client, Purse
 from pollers.repository import Findings, Terms
 from pollers.stale import Place
-from webhook_app import api_health, budget, builds, credentials, db, loglines, queues, settings, workers
+from webhook_app import api_health, budget, builds, credentials, db, loglines, queues, workers
 from webhook_app.budget import Ledger, Spent
 from webhook_app.credentials import Keyring
 from webhook_app.platforms import Manners, PollError, PollFault, Source
-from webhook_app.redaction import redactor
 from webhook_app.settings import SourceSettings
 from webhook_app.times import utc_now
 
@@ -256,8 +255,8 @@ def _terms(lane: _Lane, source: str) -> Terms:
 
 
 def _masked(lane: _Lane, findings: list[Findings]) -> list[Findings]:
-    """The findings without secrets: what a platform or the network says of an error is stored and shown."""
-    mask = redactor([*settings.secret_texts(lane.held.settings), *lane.tokens])
+    """The findings without secrets: what a platform or the network says is stored and shown."""
+    mask = lane.held.redact.also(lane.tokens)
     return [troubles.masked(found, mask) for found in findings]
 
 

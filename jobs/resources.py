@@ -15,6 +15,7 @@ from sqlalchemy import Engine
 from webhook_app import db, queues, settings, workers
 from webhook_app.deliveries import Tried
 from webhook_app.polling import Pace
+from webhook_app.redaction import Redactor
 from webhook_app.room import IN_FLIGHT, Room
 from webhook_app.times import utc_now
 
@@ -53,6 +54,11 @@ class Resources:
     threads: ThreadPoolExecutor
     started_at: datetime = field(default_factory=utc_now)
     desk: Desk = field(default_factory=Desk)
+    redact: Redactor = field(init=False)
+    """What masks the secrets of the settings, and what looks like one."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "redact", settings.redact(self.settings))
 
     @property
     def pace(self) -> Pace:

@@ -206,7 +206,7 @@ class Metronome(Scheduler):  # type: ignore[misc]
 def main() -> None:
     """The scheduler process."""
     values = settings.load()
-    loglines.setup(values.log_format, values.log_level)
+    loglines.setup(values.log_format, values.log_level, settings.redact(values))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("queues", nargs="*", default=list(queues.JOBS), help="queues to serve")
     names = parser.parse_args().queues
     held = resources()
-    loglines.setup(held.settings.log_format, held.settings.log_level)
+    loglines.setup(held.settings.log_format, held.settings.log_level, held.redact)
     threading.Thread(target=_end_in_time, args=(held,), name="end", daemon=True).start()
     _begin(held, names)
     with suppress(StopRequested):  # RQ's signal handler raises it, also while we wait

@@ -131,7 +131,8 @@ class _Reader:
         request = self.platform.artifacts_request(self.source, self.claimed.target)
         if request is None or not self.claimed.is_current:
             raise Never("not_offered" if request is None else "not_kept")
-        return platforms.newest(self._items(request, self.platform.parse_artifacts))
+        found = platforms.newest(self._items(request, self.platform.parse_artifacts))
+        return tuple(replace(one, name=self.redact.identity(one.name)) for one in found)
 
     # Logs ---------------------------------------------------------------------------------------
 
@@ -154,7 +155,8 @@ class _Reader:
         missing: Exception | None = None
         for file in files:
             try:
-                found += self._zipped(file) if file.zipped else [(file.title, self._plain(file, head, tail))]
+                texts = self._zipped(file) if file.zipped else [(file.title, self._plain(file, head, tail))]
+                found += [(self.redact.name(title), text) for title, text in texts]
             except Never as reason:
                 missing = reason
             except PollError as fault:
@@ -228,7 +230,7 @@ class _Reader:
         except (Never, PollError):
             return None
         texts = [self.redact(note) for note in notes if not logs.says_nothing(note)]
-        return (job.name, "; ".join(texts[: logs.MOST_ERROR_LINES])) if texts else None
+        return (self.redact.name(job.name), "; ".join(texts[: logs.MOST_ERROR_LINES])) if texts else None
 
     # The wire -----------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ A list of one repository can fail for ever while the others are read; admins hea
 row, and when it can be read again.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,12 +13,13 @@ from sqlalchemy import select, update
 
 from pollers import discovery
 from pollers.repository import Findings
-from webhook_app import api_health, health, models
+from webhook_app import api_health, health, models, redaction
 from webhook_app.api_health import Round
 from webhook_app.builds import Fact, PollFailed
 from webhook_app.db import Write
 from webhook_app.lifecycle import Observation
 from webhook_app.platforms import PollError, PollFault
+from webhook_app.redaction import Redactor
 from webhook_app.times import iso
 
 FAILED_LISTS = 3
@@ -34,14 +35,13 @@ _GRAVITY = (
 """Kinds of errors, the gravest for a whole source last."""
 
 _p = models.places.c
-Mask = Callable[[str], str]
 
 
 # ---- errors of a round -----------------------------------------------------------------------
 
 
-def masked(found: Findings, mask: Mask) -> Findings:
-    """The findings with secrets masked in all texts of errors."""
+def masked(found: Findings, mask: Redactor) -> Findings:
+    """The findings with secrets masked, in errors and in what builds tell of themselves."""
     return replace(
         found,
         facts=[_masked_fact(fact, mask) for fact in found.facts],
@@ -52,16 +52,14 @@ def masked(found: Findings, mask: Mask) -> Findings:
     )
 
 
-def _masked_fact(fact: Fact, mask: Mask) -> Fact:
-    """A fact without secrets in our own words about an error, which hold those of the platform."""
+def _masked_fact(fact: Fact, mask: Redactor) -> Fact:
+    """A fact without secrets in its texts, names and refs, be they the platform's or ours about an error."""
     if isinstance(fact, PollFailed):
         return replace(fact, message=mask(fact.message))
-    if isinstance(fact, Observation) and fact.ours and fact.error:
-        return replace(fact, error=mask(fact.error))
-    return fact
+    return redaction.masked(fact, mask) if isinstance(fact, Observation) else fact
 
 
-def _masked_error(error: PollError | None, mask: Mask) -> PollError | None:
+def _masked_error(error: PollError | None, mask: Redactor) -> PollError | None:
     return error and PollError(error.fault, mask(str(error)), error.retry_after_seconds)
 
 

@@ -49,4 +49,5 @@ def _state(values: Settings) -> State:
             bell.ring(queues.POLL)
 
     take_together = db.GroupCommit(take, after=ring)
-    return State(values, engine, redis, bell, pace, take_together, Refusals(engine), Guesses(redis))
+    refusals, guesses, redact = Refusals(engine), Guesses(redis), settings.redact(values)
+    return State(values, engine, redis, bell, pace, take_together, refusals, guesses, redact)

@@ -37,6 +37,7 @@ from webhook_app.account import Account
 from webhook_app.embedded import EmbeddedError
 from webhook_app.migrations import NewerSchema
 from webhook_app.platforms import PollError
+from webhook_app.redaction import SHAPES, redactor
 from webhook_app.sealing import SealError
 from webhook_app.settings import Settings, SettingsError, SourceSettings, secret_texts
 from webhook_app.times import iso, utc_now
@@ -80,7 +81,7 @@ WRONG = (
 
 
 def _complain(reason: object, code: int) -> int:
-    print(f"buildrelay: {reason}", file=sys.stderr)
+    print(f"buildrelay: {SHAPES.name(str(reason))}", file=sys.stderr)
     return code
 
 
@@ -158,7 +159,7 @@ def _demo(chosen: argparse.Namespace) -> int:
 def _migrate(_chosen: argparse.Namespace) -> int:
     _warn_of_misspelt()
     values = _settings()
-    loglines.setup(values.log_format, values.log_level)
+    loglines.setup(values.log_format, values.log_level, settings.redact(values))
     up.prepare(values)
     print("The database has the present schema.")
     return 0
@@ -570,7 +571,7 @@ def _connect(chosen: argparse.Namespace) -> int:
         if source.app or source.oauth:  # a token of our own needs no store
             source = credentials.with_token(_engine(values), values.encryption_keys, source)
     except PollError as error:
-        print(f"buildrelay: {chosen.source}: {error}", file=sys.stderr)
+        print(f"buildrelay: {chosen.source}: {settings.redact(values)(str(error))}", file=sys.stderr)
         return 1
     account = Account(source, _engine_if_any(values), values.api_budget_reserve, secrets=secret_texts(values))
     done = [_connect_one(account, repository, address, chosen) for repository in chosen.repositories]
@@ -594,7 +595,8 @@ def _connect_one(
     try:
         done = act(account, repository, address, dry_run=chosen.dry_run)
     except (PollError, registration.RegistrationError) as error:
-        print(f"buildrelay: {repository}: {error}", file=sys.stderr)
+        redact = redactor([*account.secrets, account.settings.source.token])
+        print(f"buildrelay: {repository}: {redact(str(error))}", file=sys.stderr)
         if isinstance(error, PollError) and error.fault in registration.HIDDEN:
             print(f"  the token needs: {registration.permission(account.settings)}", file=sys.stderr)
         return False

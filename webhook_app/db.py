@@ -75,6 +75,7 @@ def connect(
             url,
             json_serializer=_dump,
             json_deserializer=orjson.loads,
+            hide_parameters=True,  # errors are logged, and what is stored is not for the log
             poolclass=QueuePool,
             pool_use_lifo=True,
             pool_size=pool_size,
@@ -88,6 +89,7 @@ def connect(
         url,
         json_serializer=_dump,
         json_deserializer=orjson.loads,
+        hide_parameters=True,
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_timeout=10,

@@ -33,6 +33,7 @@ from webhook_app import (
 )
 from webhook_app.account import Account
 from webhook_app.platforms import Answer, Hook, PollError, PollFault, TokenFacts
+from webhook_app.redaction import redactor
 from webhook_app.registration import Address, RegistrationError
 from webhook_app.settings import Settings, SourceSettings, secret_texts
 from webhook_app.times import http_date, iso, utc_now
@@ -94,8 +95,10 @@ def examine(values: Settings, time_seconds: float = TIME_SECONDS) -> list[Findin
         if source.source.platform != "script":
             checks[name] = partial(_source, values, source, until)
     running = [(name, *_begin(name, check)) for name, check in checks.items()]
+    redact = redactor(secret_texts(values)).name  # errors quote what platforms and servers say
     return [
-        finding for name, done, found in running for finding in _collect(name, done, found, until)
+        replace(finding, what=redact(finding.what))
+        for name, done, found in running for finding in _collect(name, done, found, until)
     ]  # fmt: skip
 
 

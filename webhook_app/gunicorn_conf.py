@@ -31,7 +31,7 @@ class logger_class(Logger):  # type: ignore[misc]  # noqa: N801  the name of gun
         """As gunicorn does, with our formatter."""
         super().setup(cfg)
         for handler in (*self.error_log.handlers, *self.access_log.handlers):
-            handler.setFormatter(loglines.Formatter(_values.log_format))
+            handler.setFormatter(loglines.Formatter(_values.log_format, settings.redact(_values)))
 
 
 def on_starting(server: Any) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 from isal import isal_zlib
 from sqlalchemy import Engine, RowMapping, bindparam, select, update
 
-from webhook_app import builds, bulk, models, platforms
+from webhook_app import builds, bulk, models, platforms, redaction
 from webhook_app.db import Write, as_writer
 from webhook_app.lifecycle import Observation, ObservedBy
 from webhook_app.platforms import Headers, Invalid, Source, Unreadable, Webhook
 from webhook_app.polling import Pace
+from webhook_app.redaction import SHAPES, Redactor
 
 COMPRESSION = 1
 """ISA-L's: smaller than zlib's own 1, in a third of the time; `zlib` reads it."""
@@ -69,8 +70,11 @@ class Receipt:
     events: int = 0
 
 
-def read(source: Source, headers: Headers, body: bytes) -> Arrival:
-    """Parse a verified delivery.  Raises `NotJson`; what is merely unreadable is an Arrival with a reason."""
+def read(source: Source, headers: Headers, body: bytes, redact: Redactor = SHAPES) -> Arrival:
+    """Parse a verified delivery.  Raises `NotJson`; what is merely unreadable is an Arrival with a reason.
+
+    What it says is masked here, where it enters; its body stays as it was signed, for `reprocess`.
+    """
     platform = platforms.find()[source.platform]
     envelope = platform.envelope(headers, body)
     webhook, reason, invalid = None, None, None
@@ -79,7 +83,42 @@ def read(source: Source, headers: Headers, body: bytes) -> Arrival:
     except Unreadable as error:
         reason, invalid = str(error), error if isinstance(error, Invalid) else None
     packed = isal_zlib.compress(body, COMPRESSION)
-    return Arrival(source.name, envelope, headers, packed, webhook, reason, invalid)
+    return _masked(Arrival(source.name, envelope, headers, packed, webhook, reason, invalid), redact)
+
+
+def _masked(arrival: Arrival, redact: Redactor) -> Arrival:
+    """An arrival without secrets in what is stored of it beside its body; one search where it holds none."""
+    envelope, webhook = arrival.envelope, arrival.webhook
+    seen = webhook.observations if webhook else ()
+    names = [envelope.event, envelope.hook_id, envelope.delivery_id, *(webhook.dropped if webhook else ())]
+    names += [name for one in seen for name in redaction.names_of(one)]
+    joined = "\n".join(names)
+    has_texts = (
+        arrival.reason or (webhook and webhook.ignored) or any(one.error or one.detail for one in seen)
+    )
+    if not has_texts and redact.name(joined) == joined:
+        return arrival
+    invalid = arrival.invalid
+    return replace(
+        arrival,
+        envelope=platforms.Envelope(
+            redact.name(envelope.event),
+            redact.identity(envelope.hook_id),
+            redact.identity(envelope.delivery_id),
+        ),
+        webhook=webhook and _masked_webhook(webhook, redact),
+        reason=arrival.reason and redact(arrival.reason),
+        invalid=invalid and Invalid(invalid.field, redact(invalid.message), invalid.allowed),
+    )
+
+
+def _masked_webhook(webhook: Webhook, redact: Redactor) -> Webhook:
+    return replace(
+        webhook,
+        observations=tuple(redaction.masked(seen, redact) for seen in webhook.observations),
+        ignored=webhook.ignored and redact(webhook.ignored),
+        dropped=tuple(map(redact.name, webhook.dropped)),
+    )
 
 
 def take(engine: Engine, arrivals: Sequence[Arrival], now: datetime, pace: Pace) -> list[Receipt]:
@@ -194,7 +233,12 @@ def _receipt(arrival: Arrival, row_id: int, outcomes: Sequence[builds.Outcome]) 
 
 
 def reprocess(
-    engine: Engine, sources: Mapping[str, Source], inbound_id: int, now: datetime, pace: Pace
+    engine: Engine,
+    sources: Mapping[str, Source],
+    inbound_id: int,
+    now: datetime,
+    pace: Pace,
+    redact: Redactor = SHAPES,
 ) -> Receipt | None:
     """Take a kept delivery once more, through the same code; None if there is no such row.
 
@@ -219,7 +263,7 @@ def reprocess(
             return Receipt(
                 "unreadable", inbound_id, reason=f"source {row['source']!r} is no longer configured"
             )
-        arrival = _kept(source, row)
+        arrival = _kept(source, row, redact)
         if row["status"] != "unreadable" and _is_report(arrival):
             status = "accepted" if row["status"] == "applied" else row["status"]
             return Receipt(status, inbound_id, row["build_id"], row["reason"])
@@ -231,9 +275,9 @@ def reprocess(
     return as_writer(engine, again)
 
 
-def _kept(source: Source, row: RowMapping) -> Arrival:
+def _kept(source: Source, row: RowMapping, redact: Redactor) -> Arrival:
     """A kept delivery, parsed.  A report without a time of its own is as old as its arrival."""
-    arrival = read(source, row["headers"], zlib.decompress(row["body"]))
+    arrival = read(source, row["headers"], zlib.decompress(row["body"]), redact)
     if arrival.webhook is None or not _is_report(arrival):
         return arrival
     dated = tuple(_dated(seen, row["received_at"]) for seen in arrival.webhook.observations)

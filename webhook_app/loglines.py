@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, TextIO
 
+from webhook_app.redaction import SHAPES, Redactor
+
 FORMATS = ("logfmt", "json")
 LONGEST_VALUE = 4_000
 """Characters of one value; tracebacks of a deep recursion are longer than any collector takes."""
@@ -32,10 +34,13 @@ def warning(log: logging.Logger, name: str, **fields: object) -> None:
     log.warning(name, extra={"fields": fields})
 
 
-def setup(format_: str, level: str) -> None:
-    """Write all records of this process to its standard error in this format, faults that end it included."""
+def setup(format_: str, level: str, redact: Redactor = SHAPES) -> None:
+    """Write all records of this process to its standard error in this format, faults that end it included.
+
+    `redact`: what masks secrets in messages and traces; fields of events are masked where they enter.
+    """
     handler = _StandardError()
-    handler.setFormatter(Formatter(format_))
+    handler.setFormatter(Formatter(format_, redact))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     # No line shows them, and each push would pay for them.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -65,8 +70,9 @@ def _log_fault(kind: type[BaseException], error: BaseException, trace: Traceback
 class Formatter(logging.Formatter):
     """Records as lines of `logfmt` or `json`."""
 
-    def __init__(self, format_: str) -> None:
+    def __init__(self, format_: str, redact: Redactor = SHAPES) -> None:
         super().__init__()
+        self._redact = redact.name
         self._write: Callable[[Iterable[tuple[str, object]]], str] = _WRITERS[format_]
 
     def format(self, record: logging.LogRecord) -> str:
@@ -79,12 +85,12 @@ class Formatter(logging.Formatter):
         fields: Mapping[str, object] | None = getattr(record, "fields", None)
         if fields is None:
             yield "logger", record.name
-            yield "msg", record.getMessage()
+            yield "msg", self._redact(record.getMessage())
         else:
             yield "event", record.msg
             yield from fields.items()
         if record.exc_info:
-            yield "trace", self.formatException(record.exc_info)
+            yield "trace", self._redact(self.formatException(record.exc_info))
 
 
 def line(format_: str, text: str, level: str = "warning") -> str:

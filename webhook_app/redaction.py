@@ -52,14 +52,21 @@ class Redactor:
         A private key that begins and does not end goes to the end of the text; one that only ends, from
         the beginning of the text on: it was cut.
         """
-        text = self.name(text)
-        for secret in self.short:
-            if secret in text:
-                text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", MASK, text)
+        text = self.name(self.known(text))
         lowered = text.lower()
         for rule in AROUND:
             if any(hint in lowered for hint in rule.hints):
                 text = rule.pattern.sub(rule.shown, text)
+        return text
+
+    def known(self, text: str) -> str:
+        """A text without the known secrets, and nothing else masked."""
+        for form in self.forms:
+            if form in text:
+                text = text.replace(form, MASK)
+        for secret in self.short:
+            if secret in text:
+                text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", MASK, text)
         return text
 
     def name(self, text: str) -> str:

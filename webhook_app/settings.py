@@ -25,10 +25,14 @@ from sqlalchemy.exc import ArgumentError
 from webhook_app import destinations, embedded, loglines, signing
 from webhook_app.platforms import Source, github, gitlab
 from webhook_app.polling import Pace
+from webhook_app.redaction import SHAPES, Redactor, redactor
 
 
 class SettingsError(Exception):
-    """A value that can't be used; the message is the one line a person needs."""
+    """A value that can't be used; the message is the one line a person needs, without what looks secret."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(SHAPES.name(message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -870,6 +874,11 @@ def secret_texts(settings: Settings) -> list[str]:
         found += [source.oauth.client_secret, source.oauth.refresh_token] if source.oauth else []
     found += [urlsplit(url).password or "" for url in (settings.database_url, settings.redis_url)]
     return [text for text in found if text]
+
+
+def redact(settings: Settings) -> Redactor:
+    """What masks these settings' secrets, beside everything that looks like one."""
+    return redactor(secret_texts(settings))
 
 
 def pace(settings: Settings) -> Pace:

@@ -84,6 +84,7 @@ class Invalid(Unreadable):
     def __init__(self, field: str, message: str, allowed: Sequence[str] = ()) -> None:
         super().__init__(f"{field}: {message}")
         self.field = field
+        self.message = message
         self.allowed = tuple(allowed)
 
 

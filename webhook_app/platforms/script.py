@@ -36,6 +36,7 @@ from webhook_app.platforms import (
     Webhook,
     _read,
 )
+from webhook_app.redaction import SHAPES
 
 NAME = "script"
 CONTENT_TYPES = ("application/json",)
@@ -176,14 +177,16 @@ def _run_id(report: Mapping[str, Any], written: Mapping[str, Any]) -> str:
 def _part(run_id: str) -> str:
     """A run id as part of a build id.
 
-    One that is too long when escaped is cut and ends in `~~` and a digest, which no other run id has.
+    One that is too long when escaped is cut and ends in `~~` and a digest, which no other run id has; so does
+    one that holds a secret, which is masked.
     """
     if not run_id.strip("."):  # a path must not climb
         return "~2E" * len(run_id)
-    part = _read.name_part(run_id)
-    if len(part) <= _LONGEST_PART:
-        return part
-    return f"{re.sub('~.?$', '', part[:300])}~~{sha256(part.casefold().encode()).hexdigest()}"
+    part, shown = _read.name_part(run_id), _read.name_part(SHAPES.name(run_id))
+    digest = sha256(part.casefold().encode()).hexdigest()
+    if shown != part:
+        return f"{re.sub('~.?$', '', shown[:300])}~~{digest[:16]}"
+    return part if len(part) <= _LONGEST_PART else f"{re.sub('~.?$', '', part[:300])}~~{digest}"
 
 
 def run_id_of(build_id: str) -> str:

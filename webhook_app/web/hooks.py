@@ -18,6 +18,7 @@ from webhook_app import inbox, loglines, platforms
 from webhook_app.db import StoreUnavailable
 from webhook_app.inbox import Arrival, Receipt
 from webhook_app.platforms import BadSignature, NotJson
+from webhook_app.redaction import SHAPES
 from webhook_app.settings import SourceSettings
 from webhook_app.web.arrivals import ARRIVALS, PIECE_BYTES
 from webhook_app.web.problems import fault, invalid, problem, store_unavailable, too_slow
@@ -73,7 +74,9 @@ def in_front_of(flask: WSGI, held: State) -> WSGI:
 def _log_push(source: str, answer: Response | Answer, seconds: float) -> None:
     """One line per push, after its transaction: whether it was accepted or refused, with its ids."""
     if log.isEnabledFor(logging.INFO):
-        fields = {"source": source[:MOST_NAME]} | _log_fields(answer)
+        name = source[:MOST_NAME]
+        shown = SHAPES.name(name) if isinstance(answer, Response) else name
+        fields = {"source": shown} | _log_fields(answer)
         loglines.event(log, "push", **fields, duration_ms=round(seconds * 1000, 1))
 
 
@@ -210,7 +213,7 @@ def _header_name(variable: str) -> str:
 
 def _take(held: State, settings: SourceSettings, headers: dict[str, str], body: bytes) -> Response | Answer:
     try:
-        arrival = inbox.read(settings.source, headers, body)
+        arrival = inbox.read(settings.source, headers, body, held.redact)
     except NotJson as error:
         return problem(400, f"the body is not the JSON it says it is: {error}")
     if arrival.webhook is not None and arrival.webhook.pong:

@@ -11,6 +11,7 @@ from werkzeug.exceptions import HTTPException
 
 from webhook_app.db import StoreUnavailable
 from webhook_app.platforms import Invalid
+from webhook_app.redaction import SHAPES
 from webhook_app.web.arrivals import ARRIVALS
 
 log = logging.getLogger(__name__)
@@ -19,14 +20,22 @@ RETRY_AFTER_SECONDS = 5
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> Response:
-    """A problem document: type, title, status, detail, and `more` members."""
+    """A problem document: type, title, status, detail, and `more` members, without what looks secret."""
     content = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     return Response(
-        orjson.dumps(content | more, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE),
+        orjson.dumps(_masked(content | more), option=orjson.OPT_NON_STR_KEYS | orjson.OPT_APPEND_NEWLINE),
         status,
         headers=headers,
         content_type="application/problem+json",
     )
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_masked(name): _masked(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_masked(inner) for inner in value]
+    return SHAPES.name(value) if isinstance(value, str) else value
 
 
 def store_unavailable(error: StoreUnavailable) -> Response:

@@ -14,6 +14,7 @@ from webhook_app.inbox import Arrival, Receipt
 from webhook_app.platforms import Source
 from webhook_app.polling import Pace
 from webhook_app.queues import Bell
+from webhook_app.redaction import Redactor
 from webhook_app.settings import Settings
 from webhook_app.web.guesses import Guesses
 
@@ -33,6 +34,7 @@ class State:
     take: GroupCommit[Arrival, Receipt]
     refusals: Refusals
     guesses: Guesses
+    redact: Redactor
     waiting: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(MOST_WAITING))
 
     @property

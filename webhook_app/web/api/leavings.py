@@ -11,7 +11,7 @@ from flask import Response, request
 from sqlalchemy import Connection
 from werkzeug.wsgi import FileWrapper
 
-from webhook_app import artifacts, collection, db, logs, queries, queues, redaction
+from webhook_app import artifacts, collection, db, logs, queries, queues
 from webhook_app import settings as settings_
 from webhook_app.account import Account
 from webhook_app.artifacts import Download, NoDownload, TokenRefused
@@ -130,7 +130,7 @@ def _as_text(
 
 def _reported(connection: Connection, build: Row, attempt: int) -> list[str]:
     """What a script has reported is its log."""
-    redact = redaction.redactor(settings_.secret_texts(state().settings))
+    redact = state().redact
     rows = queries.build_events(connection, build["id"], 0, MOST_REPORTS)
     told = [row["data"].get("detail") or {} for row in rows if row["data"]["attempt"] == attempt]
     return (

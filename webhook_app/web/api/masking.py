@@ -7,7 +7,10 @@ from urllib.parse import parse_qs
 
 import orjson
 
-MASK = "***"
+from webhook_app import secret_shapes
+from webhook_app.redaction import SHAPES, Redactor
+
+MASK = secret_shapes.MASK
 MOST_CHARACTERS = 256 * 1024
 DEEPEST = 60
 
@@ -18,13 +21,9 @@ _SECRET_NAME = re.compile(
 _VALUES = {"variables", "parameters"}
 """GitLab's and Jenkins' fields whose names are harmless and whose values may be anything."""
 _WHOLE = {"log"}
-_USER_INFO = re.compile(r"(?<=://)[^/@\s?#]+@")
-_SECRET_QUERY = re.compile(
-    r"([?&][^=&?\s]{0,40}(?:token|secret|passw|key|sig)[^=&?\s]{0,40}=)[^&#\s]+", re.IGNORECASE
-)
 
 
-def readable(body: bytes, content_type: str) -> tuple[str, bool]:
+def readable(body: bytes, content_type: str, redact: Redactor = SHAPES) -> tuple[str, bool]:
     """A body as text, masked, and whether it was cut.  What is no JSON is not shown at all."""
     if content_type.partition(";")[0].strip().lower() == "application/x-www-form-urlencoded":
         body = _form_payload(body)
@@ -32,7 +31,7 @@ def readable(body: bytes, content_type: str) -> tuple[str, bool]:
         value = orjson.loads(body)
     except orjson.JSONDecodeError:
         return "(not shown: it is not JSON)", False
-    text = orjson.dumps(masked(value), option=orjson.OPT_INDENT_2).decode()
+    text = orjson.dumps(masked(value, redact), option=orjson.OPT_INDENT_2).decode()
     return text[:MOST_CHARACTERS], len(text) > MOST_CHARACTERS
 
 
@@ -41,18 +40,18 @@ def _form_payload(body: bytes) -> bytes:
     return fields.get("payload", [""])[0].encode("utf-8", "replace")
 
 
-def masked(value: Any, depth: int = 0) -> Any:
-    """A JSON value with everything masked that may be secret."""
+def masked(value: Any, redact: Redactor = SHAPES, depth: int = 0) -> Any:
+    """A JSON value with everything masked that may be secret: by the name of its field, or by its form."""
     if depth > DEEPEST:
         return MASK
     if isinstance(value, Mapping):
-        return {name: _field(name, inner, depth) for name, inner in value.items()}
+        return {redact.name(name): _field(name, inner, redact, depth) for name, inner in value.items()}
     if isinstance(value, list):
-        return [masked(inner, depth + 1) for inner in value]
-    return _text(value) if isinstance(value, str) else value
+        return [masked(inner, redact, depth + 1) for inner in value]
+    return redact(value) if isinstance(value, str) else value
 
 
-def _field(name: str, value: Any, depth: int) -> Any:
+def _field(name: str, value: Any, redact: Redactor, depth: int) -> Any:
     folded = name.casefold()
     if value is None or isinstance(value, bool):
         return value
@@ -60,7 +59,7 @@ def _field(name: str, value: Any, depth: int) -> Any:
         return _values(value)
     if folded in _WHOLE or _SECRET_NAME.search(name):
         return MASK
-    return masked(value, depth + 1)
+    return masked(value, redact, depth + 1)
 
 
 def _values(value: Any) -> Any:
@@ -75,8 +74,3 @@ def _values(value: Any) -> Any:
             for entry in value
         ]
     return MASK
-
-
-def _text(value: str) -> str:
-    """Credentials inside addresses."""
-    return _SECRET_QUERY.sub(rf"\1{MASK}", _USER_INFO.sub(f"{MASK}@", value))

@@ -69,7 +69,7 @@ def list_inbound(asked: dict[str, Any]) -> Any:
     statement = queries.inbound(source, asked.get("status"), before, limit + 1)
     with db.reading(state().engine) as connection:
         rows = connection.execute(statement).mappings().all()
-    return page(rows, limit, lambda row: row["id"])
+    return page([_shown(row) for row in rows], limit, lambda row: row["id"])
 
 
 @operation(
@@ -82,8 +82,17 @@ def get_inbound(inbound_id: int) -> Any:
         row = queries.one_inbound(connection, inbound_id)
     if row is None:
         abort(404, "there is no such delivery, or it is past its retention")
-    body, cut = masking.readable(zlib.decompress(row["body"]), row["headers"].get("content-type", ""))
-    return {**row, "headers": masking.masked(row["headers"]), "body": body, "truncated": cut}
+    redact = state().redact
+    body, cut = masking.readable(zlib.decompress(row["body"]), row["headers"].get("content-type", ""), redact)
+    headers = masking.masked(row["headers"], redact)
+    return {**_shown(row), "headers": headers, "body": body, "truncated": cut}
+
+
+def _shown(row: Row) -> dict[Any, Any]:
+    """A delivery as it may be seen, also if it was kept before its texts were masked at the entry."""
+    redact = state().redact.name
+    texts = ("event", "hook_id", "delivery_id", "delivery_key", "reason")
+    return {**row, **{name: redact(row[name]) for name in texts if row.get(name)}}
 
 
 @operation(
@@ -93,7 +102,7 @@ def get_inbound(inbound_id: int) -> Any:
 def reprocess_inbound(inbound_id: int) -> Any:
     """Take a kept delivery once more, as if it had just come.  Harmless for one that was applied."""
     held = state()
-    receipt = inbox.reprocess(held.engine, held.sources, inbound_id, utc_now(), held.pace)
+    receipt = inbox.reprocess(held.engine, held.sources, inbound_id, utc_now(), held.pace, held.redact)
     if receipt is None:
         abort(404, "there is no such delivery, or it is past its retention")
     _ring_for(receipt)
