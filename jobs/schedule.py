@@ -39,7 +39,7 @@ REDIS_SECONDS = 2.0
 """A Redis that says nothing for so long is away: waiting on would keep the ticks from everybody."""
 
 TICK, ONCE = "tick-", "once-"
-"""How the ids of our entries begin, periodic and single; others belong to whoever shares this Redis."""
+"""How the ids of our entries begin, periodic and single."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,20 @@ def table(values: Settings) -> tuple[Periodic, ...]:
     )
 
 
+class _Entries(Scheduler):  # type: ignore[misc]
+    """What is scheduled here, under keys of our own: in a Redis that is shared, others' entries are theirs.
+
+    They may be pickles, which are not read here, and theirs can't read our JSON.
+    """
+
+    scheduled_jobs_key = "buildrelay:scheduler:scheduled_jobs"
+    scheduler_lock_key = "buildrelay:scheduler:lock"
+
+
 def ring_at(redis: Redis, bell: str, when: datetime) -> None:
     """Ring a bell once at an aware time, rounded up to whole seconds; each second is asked for once."""
     second = int(when.timestamp()) + 1
-    Scheduler(queue_name=bell, connection=redis).enqueue_at(
+    _Entries(queue_name=bell, connection=redis, job_class=queues.WakeUp).enqueue_at(
         datetime.fromtimestamp(second, UTC).replace(tzinfo=None),
         queues.JOBS[bell],
         job_id=f"{ONCE}{bell}-{second}",
@@ -91,11 +101,13 @@ return 0
 """
 
 
-class Metronome(Scheduler):  # type: ignore[misc]
+class Metronome(_Entries):
     """rq-scheduler's `Scheduler`, healed; `run_until` takes the place of its `run`."""
 
     def __init__(self, redis: Redis, periodic: tuple[Periodic, ...]) -> None:
-        super().__init__(queue_name=queues.POLL, connection=redis, interval=PASS_SECONDS)
+        super().__init__(
+            queue_name=queues.POLL, connection=redis, interval=PASS_SECONDS, job_class=queues.WakeUp
+        )
         self.periodic = periodic
         self.owner = secrets.token_hex(8)
 
@@ -138,10 +150,10 @@ class Metronome(Scheduler):  # type: ignore[misc]
         if due is None or due > latest:
             return False
         try:
-            job = Job.fetch(line.id, connection=self.connection)
+            job = queues.WakeUp.fetch(line.id, connection=self.connection)
         except NoSuchJobError:
             return False
-        return bool(job.origin == line.bell and job.meta.get("interval") == line.interval_seconds)
+        return bool(job.origin == line.bell and job.meta == {"interval": line.interval_seconds})
 
     def _remove(self, job_id: str) -> None:
         """The job first: an entry without one is dropped by the next pass, a job without one would stay."""
@@ -158,26 +170,20 @@ class Metronome(Scheduler):  # type: ignore[misc]
         )
 
     def enqueue_job(self, job: Job) -> None:
-        """Ring the bell of a due entry; a tick moves on and is never absent, a single one goes then."""
-        if not job.id.startswith((TICK, ONCE)):
-            super().enqueue_job(job)
-            return
+        """Ring the bell of a due entry; a tick moves on and is never absent, anything else goes then."""
         self._ring(job.origin)
-        if job.id.startswith(ONCE):
+        line = next((line for line in self.periodic if line.id == job.id), None)
+        if line is None:
             self._remove(job.id)
             return
-        due = int(time.time() + job.meta["interval"] + self._jitter(job.id))
-        self.connection.zadd(self.scheduled_jobs_key, {job.id: due})
+        wait = line.interval_seconds + random.uniform(0, line.jitter_seconds)  # noqa: S311  spreads load, guards nothing
+        self.connection.zadd(self.scheduled_jobs_key, {job.id: int(time.time() + wait)})
 
     def _ring(self, bell: str) -> None:
         """Queue the bell's job unless one waits there already, whatever a ring cut short has left behind."""
         if bell in queues.JOBS:
             queues.answer(self.connection, bell)
             queues.enqueue_once(self.connection, bell)
-
-    def _jitter(self, job_id: str) -> float:
-        most = next((line.jitter_seconds for line in self.periodic if line.id == job_id), 0.0)
-        return random.uniform(0, most)  # noqa: S311  spreads load, guards nothing
 
     def beat(self) -> None:
         """Show that a metronome is alive (`/readyz`)."""

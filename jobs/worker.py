@@ -25,6 +25,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 from rq import SimpleWorker, worker_registration
 from rq.exceptions import StopRequested
+from rq.serializers import JSONSerializer
 from rq.worker import DequeueStrategy, WorkerStatus
 
 from jobs import (  # noqa: F401  imported before the first job needs them
@@ -64,6 +65,7 @@ class PatientWorker(SimpleWorker):
     * RQ forgets a stop signal when Redis is away at its end: here it is remembered
     * RQ kills its job at a second stop signal: here it changes nothing
     * RQ takes the first queue that has a job, so a busy one starves those behind it: here they take turns
+    * RQ reads jobs as pickles and runs what they name: here they are JSON and ours (`queues.WakeUp`)
     * RQ listens for remote commands in a thread that holds up each end by a second: nobody gives any here
     """
 
@@ -159,7 +161,13 @@ def _work(names: Sequence[str], redis: Redis) -> None:
     told = -queues.NEWS_SECONDS
     while not _asked_to_end.is_set():
         try:
-            worker = PatientWorker(names, connection=redis, worker_ttl=TTL_SECONDS)
+            worker = PatientWorker(
+                names,
+                connection=redis,
+                worker_ttl=TTL_SECONDS,
+                job_class=queues.WakeUp,
+                serializer=JSONSerializer,
+            )
             worker.log_job_description = False
             worker.work(
                 logging_level="WARNING", with_scheduler=False, dequeue_strategy=DequeueStrategy.ROUND_ROBIN

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 from redis import Redis
-from rq import Queue, Worker
-from rq.job import Job
+from rq import Callback, Queue, Worker
+from rq.serializers import JSONSerializer
+from rq.webhook import Webhook
 
+from tests.slow_jobs import Pickled
 from webhook_app import queues
-from webhook_app.queues import DELIVER, POLL, SWEEP, Bell
+from webhook_app.queues import DELIVER, POLL, SWEEP, Bell, WakeUp
 
 
 def waiting(redis, bell):
@@ -67,7 +69,7 @@ def test_each_bell_is_by_itself(redis_client):
     assert Bell(redis_client).ring(*queues.JOBS)
     for bell, name in queues.JOBS.items():
         (job_id,) = waiting(redis_client, bell)
-        assert Job.fetch(job_id, connection=redis_client).func_name == name
+        assert WakeUp.fetch(job_id, connection=redis_client).func_name == name
     before = {bell: waiting(redis_client, bell) for bell in queues.JOBS}
     begin(redis_client, POLL)
     Bell(redis_client).ring(*queues.JOBS)
@@ -78,7 +80,7 @@ def test_each_bell_is_by_itself(redis_client):
 
 def test_a_queued_job_leaves_nothing_behind_but_its_failure(redis_client):
     queues.enqueue_once(redis_client, POLL)
-    job = Job.fetch(waiting(redis_client, POLL)[0], connection=redis_client)
+    job = WakeUp.fetch(waiting(redis_client, POLL)[0], connection=redis_client)
     assert (job.result_ttl, job.failure_ttl, job.timeout) == (0, 86_400, queues.JOB_TIMEOUT_SECONDS)
 
 
@@ -178,6 +180,20 @@ def test_a_time_limit_holds_for_connecting_and_for_each_command():
     assert made["retry"].get_retries() == 0
 
 
+WORKER = """
+from jobs import worker
+from webhook_app import queues
+queues.JOBS |= {"short": "tests.slow_jobs.short", "long": "tests.slow_jobs.long"}
+worker.main()
+"""
+
+
+def enqueue(redis, bell, name):
+    """Queue a job of these tests; the worker of `working` takes it for one of ours."""
+    queue = Queue(bell, connection=redis, job_class=WakeUp, serializer=JSONSerializer)
+    return queue.enqueue(f"tests.slow_jobs.{name}")
+
+
 @pytest.fixture
 def working(redis_client, redis_url, tmp_path, wait_until):
     """`with working(bell, …) as process`: a worker process that serves these bells, and has signed on."""
@@ -186,11 +202,12 @@ def working(redis_client, redis_url, tmp_path, wait_until):
         "REDIS_URL": redis_url,
         "DATABASE_URL": f"sqlite:///{path}",
         "BUILDRELAY_DATA_DIR": str(tmp_path),
+        "TRACE": str(tmp_path / "trace"),
     }
 
     @contextmanager
     def start(*bells):
-        with subprocess.Popen([sys.executable, "-m", "jobs.worker", *bells], env=env) as process:
+        with subprocess.Popen([sys.executable, "-c", WORKER, *bells], env=env) as process:
             try:
                 wait_until(lambda: queues.is_served(redis_client, bells[0]), 30)
                 yield process
@@ -207,19 +224,80 @@ def worker(working):
 
 
 def test_a_busy_queue_keeps_no_other_from_its_turn(redis_client, working, wait_until):
-    first, second, other = (
-        Queue(bell, connection=redis_client).enqueue("time.sleep", 0) for bell in (POLL, POLL, SWEEP)
-    )
+    first, second, other = (enqueue(redis_client, bell, "short") for bell in (POLL, POLL, SWEEP))
     with working(POLL, SWEEP):
         wait_until(lambda: all(job.refresh() or job.is_finished for job in (first, second, other)), 30)
     assert first.started_at < other.started_at < second.started_at
 
 
-@pytest.mark.parametrize("job", [None, "time.sleep"])
+def of_an_earlier_version(redis):
+    Queue(POLL, connection=redis).enqueue(queues.JOBS[POLL])
+
+
+def as_pickle(redis):
+    Queue(POLL, connection=redis).enqueue("tests.slow_jobs.short", Pickled())
+
+
+def with_pickled_meta(redis):
+    Queue(POLL, connection=redis).enqueue("tests.slow_jobs.short", meta={"a": Pickled()})
+
+
+def by_another_name(redis):
+    Queue(POLL, connection=redis, serializer=JSONSerializer).enqueue("tests.slow_jobs.trace")
+
+
+def with_arguments(redis):
+    Queue(POLL, connection=redis, serializer=JSONSerializer).enqueue("tests.slow_jobs.short", 1)
+
+
+def with_callbacks(redis):
+    call = Callback("tests.slow_jobs.trace")
+    queue = Queue(POLL, connection=redis, serializer=JSONSerializer)
+    for name in ("tests.slow_jobs.short", "tests.slow_jobs.trace"):
+        queue.enqueue(name, on_success=call, on_failure=call, on_stopped=call)
+
+
+def abandoned_with_a_callback(redis):
+    queue = Queue(POLL, connection=redis, serializer=JSONSerializer)
+    job = queue.enqueue("tests.slow_jobs.short", on_failure=Callback("tests.slow_jobs.trace"))
+    redis.lrem(queue.key, 0, job.id)
+    redis.hset(job.key, "status", "started")
+    redis.zadd(queue.started_job_registry.key, {f"{job.id}:gone": 1})
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        of_an_earlier_version, as_pickle, with_pickled_meta, by_another_name, with_arguments, with_callbacks,
+        abandoned_with_a_callback,
+    ],
+)  # fmt: skip
+def test_what_others_put_into_a_queue_runs_nothing_and_stops_nobody(
+    redis_client, working, wait_until, tmp_path, put
+):
+    put(redis_client)
+    after = enqueue(redis_client, POLL, "short")
+    with working(POLL):
+        wait_until(lambda: after.refresh() or after.is_finished)
+    assert not (tmp_path / "trace").exists()
+    assert waiting(redis_client, POLL) == []
+
+
+def test_no_url_that_a_job_names_is_called(redis_client, serve, working, wait_until):
+    server = serve(lambda connection: connection.say(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"))
+    queue = Queue(POLL, connection=redis_client, serializer=JSONSerializer)
+    queue.enqueue("tests.slow_jobs.short", webhooks=[Webhook(server.url, "finished")])
+    after = enqueue(redis_client, POLL, "short")
+    with working(POLL):
+        wait_until(lambda: after.refresh() or after.is_finished)
+    assert server.connections == 0
+
+
+@pytest.mark.parametrize("job", [None, "long"])
 def test_a_killed_worker_is_soon_no_longer_counted(redis_client, worker, wait_until, job):
     (known,) = Worker.all(connection=redis_client)
     if job:
-        Queue(POLL, connection=redis_client).enqueue(job, 60)
+        enqueue(redis_client, POLL, job)
         wait_until(lambda: redis_client.hget(known.key, "state") == b"busy", 30)
     worker.kill()
     worker.wait()
@@ -229,7 +307,7 @@ def test_a_killed_worker_is_soon_no_longer_counted(redis_client, worker, wait_un
 
 def test_a_worker_with_a_long_job_is_counted_all_the_while(redis_client, worker, wait_until):
     (known,) = Worker.all(connection=redis_client)
-    Queue(POLL, connection=redis_client).enqueue("time.sleep", 60)
+    enqueue(redis_client, POLL, "long")
     wait_until(lambda: redis_client.hget(known.key, "state") == b"busy", 30)
     for _ in range(2):
         redis_client.expire(known.key, 8)

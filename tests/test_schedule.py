@@ -14,11 +14,13 @@ import pytest
 from redis import ConnectionPool, Redis, UnixDomainSocketConnection
 from rq import Queue, SimpleWorker
 from rq.job import Job
+from rq_scheduler import Scheduler
 
 from jobs import schedule
 from jobs.resources import resources
 from jobs.schedule import LOCK_SECONDS, Metronome, Periodic, ring_at, table
 from tests.hub import clean_environment
+from tests.slow_jobs import Pickled
 from webhook_app import embedded, queues, settings
 from webhook_app.queues import DELIVER, POLL, SWEEP
 from webhook_app.supervisor import tied_to_parent
@@ -217,13 +219,13 @@ def test_a_lost_job_is_put_back_by_the_next_pass(redis_client):
 def test_a_job_that_is_lost_between_two_looks_ends_no_metronome(redis_client, monkeypatch):
     metronome = Metronome(redis_client, LINES)
     metronome.heal()
-    fetch = Job.fetch
+    fetch = queues.WakeUp.fetch
 
     def lost(job_id, connection):
         connection.delete(Job.key_for(job_id))
         return fetch(job_id, connection=connection)
 
-    monkeypatch.setattr(schedule.Job, "fetch", lost)
+    monkeypatch.setattr(queues.WakeUp, "fetch", lost)
     metronome.heal()
     monkeypatch.undo()
     assert all(Job.exists(line.id, connection=redis_client) for line in LINES)
@@ -255,7 +257,7 @@ def test_a_changed_line_is_taken_over_and_due_at_once(redis_client, changed):
     Metronome(redis_client, LINES[:1]).enqueue_jobs()
     take(redis_client, POLL)
     Metronome(redis_client, (changed,)).enqueue_jobs()
-    job = Job.fetch("tick-poll", connection=redis_client)
+    job = queues.WakeUp.fetch("tick-poll", connection=redis_client)
     assert (job.origin, job.meta["interval"]) == (changed.bell, changed.interval_seconds)
     assert entries(redis_client)["tick-poll"] <= time.time() + changed.interval_seconds
     assert take(redis_client, changed.bell) == 1
@@ -270,13 +272,28 @@ def test_a_tick_that_left_the_table_is_removed(redis_client):
 
 
 def test_what_others_scheduled_in_a_shared_redis_is_theirs(redis_client):
-    from rq_scheduler import Scheduler
-
     theirs = Scheduler("elsewhere", connection=redis_client)
     job = theirs.schedule(datetime(2020, 1, 1), "os.getcwd", interval=60)  # noqa: DTZ001  theirs is naive
     Metronome(redis_client, LINES).enqueue_jobs()
+    assert theirs.acquire_lock()
+    theirs.enqueue_jobs()
     assert Queue("elsewhere", connection=redis_client).job_ids == [job.id]
-    assert entries(redis_client)[job.id] > time.time()
+    assert set(entries(redis_client)) == {line.id for line in LINES}
+
+
+def test_an_entry_of_an_earlier_version_or_of_an_attacker_runs_nothing(redis_client, monkeypatch, tmp_path):
+    """Both may be pickles: the first is put right, the second is dropped unread."""
+    monkeypatch.setenv("TRACE", str(tmp_path / "trace"))
+    old = Scheduler("poll", connection=redis_client)
+    old.scheduled_jobs_key = ENTRIES
+    for job_id in ("tick-poll", "once-poll-1", "theirs"):
+        old.schedule(datetime(2020, 1, 1), "tests.slow_jobs.short", [Pickled()], interval=60, id=job_id)  # noqa: DTZ001
+    for _ in range(2):
+        Metronome(redis_client, LINES).enqueue_jobs()
+    assert set(entries(redis_client)) == {line.id for line in LINES}
+    assert queues.WakeUp.fetch("tick-poll", connection=redis_client).meta == {"interval": 15}
+    assert not (tmp_path / "trace").exists()
+    assert take(redis_client, POLL) == 1
 
 
 # ---- fault: a crash between enqueue, ZREM and ZADD
@@ -522,7 +539,7 @@ def test_each_tick_is_run_by_a_real_worker(redis_client, redis_url, store_url, m
     monkeypatch.setenv("BUILDRELAY_DATA_DIR", str(tmp_path))
     resources.cache_clear()
     Metronome(redis_client, table(settings.load())).enqueue_jobs()
-    worker = SimpleWorker(list(queues.JOBS), connection=redis_client)
+    worker = SimpleWorker(list(queues.JOBS), connection=redis_client, job_class=queues.WakeUp)
     worker.log_job_description = False
     worker.work(burst=True, logging_level="ERROR")
     assert not any(redis_client.exists(queues.bell_key(bell)) for bell in queues.JOBS), "each has begun"

@@ -10,12 +10,16 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 from rq import Queue, Worker
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from rq.utils import decode_redis_hash
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +45,39 @@ NEWS_SECONDS = 60.0
 
 BEAT_KEY = "buildrelay:scheduler:beat"
 """Set, and renewed, by a living scheduler to the Unix time of its last pass (`beat` reads it)."""
+
+
+_NEVER_READ = (
+    "success_callback_name", "failure_callback_name", "stopped_callback_name", "webhooks",
+    "dependency_id", "dependency_ids",
+)  # fmt: skip
+"""Fields of a job in Redis that name what else RQ is to call; ours have none."""
+
+
+class NotOurJob(Exception):
+    """A queue held a job that is none of `JOBS`; it was not run."""
+
+
+class WakeUp(Job):
+    """A queued job that is JSON and one of `JOBS`, without arguments.
+
+    RQ's own reads pickles, and calls whatever functions and URLs the job in Redis names: whoever can write to
+    Redis could run any code here.
+    """
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        """As RQ calls it: id, connection, and a serializer, which does not count."""
+        super().__init__(*given[:2], **named | {"serializer": JSONSerializer})
+
+    def restore(self, raw_data: Any) -> Any:
+        """Take over what Redis holds, but for what else would be called."""
+        told = decode_redis_hash(raw_data)
+        return super().restore({name: value for name, value in told.items() if name not in _NEVER_READ})
+
+    def _execute(self) -> Any:
+        if self.func_name not in JOBS.values() or self.instance is not None or self.args or self.kwargs:
+            raise NotOurJob(str(self.func_name)[:100])
+        return super()._execute()
 
 
 WRONG_TOKENS_KEY = "buildrelay:wrong_tokens"
@@ -102,7 +139,7 @@ def enqueue_once(redis: Redis, bell: str) -> bool:
     """
     if not redis.set(bell_key(bell), b"1", nx=True, ex=BELL_TTL_SECONDS):
         return False
-    queue = Queue(bell, connection=redis)
+    queue = Queue(bell, connection=redis, job_class=WakeUp, serializer=JSONSerializer)
     if queue.count:
         return False
     queue.enqueue(JOBS[bell], job_timeout=JOB_TIMEOUT_SECONDS, result_ttl=0, failure_ttl=86_400)
