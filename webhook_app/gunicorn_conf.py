@@ -19,6 +19,7 @@ keepalive = 75
 backlog = 2048
 limit_request_field_size = 16_380
 control_socket_disable = True
+forwarder_headers = ""  # else a header SCRIPT_NAME moves the path, past a reverse proxy's rule for it
 accesslog = None
 errorlog = "-"
 loglevel = "warning"

@@ -56,6 +56,10 @@ def in_front_of(flask: WSGI, held: State) -> WSGI:
         _note_head(environ)
         source = _source(environ["PATH_INFO"])
         if source is None:
+            if environ["PATH_INFO"].startswith(
+                "//"
+            ):  # `//metrics` is `/metrics` to Flask, not to a proxy's rules
+                return problem(404, "there is nothing at this address")(environ, start_response)
             return flask(environ, start_response)
         began = time.monotonic()
         answer = _answer(held, source, environ)
