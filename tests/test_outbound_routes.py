@@ -120,6 +120,50 @@ def test_each_step_of_a_redirect_is_judged(serve, location, reason):
     assert failing(lambda: get(server.url, follow_redirects=True, resolver=resolver)).reason == reason
 
 
+@pytest.fixture
+def public(monkeypatch):
+    """127.0.0.1 counts as a public address once it is connected to."""
+    judge = outbound.refusal
+    monkeypatch.setattr(
+        outbound,
+        "refusal",
+        lambda address, guard: None if str(address) == "127.0.0.1" else judge(address, guard),
+    )
+
+
+INTERNAL = ["http://127.0.0.2:9/", "http://10.0.0.1/admin", "http://localhost:9/", "http://inside.test:9/"]
+
+
+@pytest.mark.parametrize("location", INTERNAL)
+def test_a_public_server_does_not_redirect_to_an_internal_one(serve, public, location):
+    server, resolver = serve(answering(redirecting(location))), resolving(inside_test="127.0.0.2")
+    asked = failing(lambda: get(server.url, follow_redirects=True, resolver=resolver))
+    assert asked.reason == "address_refused"
+    again = failing(lambda: get(server.url, follow_redirects=True, resolver=resolver))
+    assert again.reason == "address_refused", "over the connection that was kept as well"
+
+
+def test_nor_over_a_public_one_in_between(serve, public, monkeypatch):
+    last = serve(answering(redirecting("http://127.0.0.2:9/")))
+    first = serve(answering(redirecting(last.url.replace("127.0.0.1", "here.test"))))
+    resolver = resolving(here_test="127.0.0.1")
+    error = failing(lambda: get(first.url, follow_redirects=True, resolver=resolver))
+    assert error.reason == "address_refused"
+    assert len(last.asked) == 1
+
+
+@pytest.mark.parametrize("location", INTERNAL[:1] + INTERNAL[3:])
+def test_an_internal_server_may_redirect_to_another(serve, location):
+    server, resolver = serve(answering(redirecting(location))), resolving(inside_test="127.0.0.2")
+    assert failing(lambda: get(server.url, follow_redirects=True, resolver=resolver)).reason == "connect"
+
+
+def test_behind_a_proxy_a_server_counts_as_public(serve, monkeypatch):
+    proxy = serve(answering(redirecting("http://127.0.0.1:9/")))
+    monkeypatch.setenv("HTTP_PROXY", f"127.0.0.1:{proxy.port}")
+    assert failing(lambda: get("http://api.test/", follow_redirects=True)).reason == "address_refused"
+
+
 def test_only_a_get_follows():
     with pytest.raises(ValueError, match="GET"):
         post("http://127.0.0.1:1/", follow_redirects=True)

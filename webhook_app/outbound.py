@@ -147,7 +147,8 @@ def send(
 
     `guard` True: public addresses only, for URLs that others chose.  False: the operator's own URLs,
     internal networks included; cloud metadata, link-local and multicast stay refused.
-    `follow_redirects`: GET only, at most five, and another origin gets none of our credentials.
+    `follow_redirects`: GET only, at most five; another origin gets none of our credentials, and is no
+    internal one if a public address (or one behind a proxy) redirects there.
     `into`: the body of a 2xx is written there piece by piece, and `Reply.body` stays empty; an `OSError`
     of its `write` comes out as it is.
     `resolver`: what to ask instead of `socket.getaddrinfo`.
@@ -162,14 +163,14 @@ def send(
     now = monotonic()
     until = now + timeout_seconds
     call = _Call(method, url, headers, body, now, until, byte_cap, guard, into, resolver, rest_seconds)
-    reply = _attempt(call)
+    reply, from_public = _attempt(call)
     redirects = 0
     while follow_redirects and _is_redirect(reply):
         redirects += 1
         if redirects > MOST_REDIRECTS:
             raise OutboundError("protocol", f"more than {MOST_REDIRECTS} redirects from {parse(url).host}")
-        call = _redirected(call, reply.headers["location"])
-        reply = _attempt(call)
+        call = _redirected(call, reply.headers["location"], from_public)
+        reply, from_public = _attempt(call)
     return reply
 
 
@@ -298,6 +299,7 @@ class _Link:
     sock: _TimedSocket | _TimedTLSSocket
     opened: float
     idle_since: float
+    is_public: bool = False
 
     def usable(self, now: float) -> bool:
         """Young, not idle for long, and silent: a readable one was closed, or says what nobody asked."""
@@ -401,6 +403,7 @@ def _open(route: _Route, call: _Call) -> _Link:
     budget = _Budget(call.deadline, HEAD_BYTES)
     try:
         sock: _TimedSocket | _TimedTLSSocket = _connect(route, call, budget)
+        is_public = bool(route.proxy) or _is_public(sock)
         if route.scheme == "https":
             sock = _over_tls(sock, route, budget)
     except TimeoutError:
@@ -410,7 +413,11 @@ def _open(route: _Route, call: _Call) -> _Link:
     except (OSError, HTTPException) as error:
         raise OutboundError("connect", f"no connection to {route.host} port {route.port}: {error}") from None
     now = monotonic()
-    return _Link(route, sock, opened=now, idle_since=now)
+    return _Link(route, sock, opened=now, idle_since=now, is_public=is_public)
+
+
+def _is_public(sock: socket.socket) -> bool:
+    return refusal(ip_address(sock.getpeername()[0].partition("%")[0]), guard=True) is None
 
 
 def _connect(route: _Route, call: _Call, budget: _Budget) -> _TimedSocket:
@@ -546,7 +553,8 @@ class _Stale(Exception):
     """A kept connection had been closed by the other side before it answered anything."""
 
 
-def _attempt(call: _Call) -> Reply:
+def _attempt(call: _Call) -> tuple[Reply, bool]:
+    """The answer, and whether it came from a public address."""
     place = parse(call.url)
     check_written_host(place.host, call.guard)
     proxy = _proxy_for(place.scheme, place.host, place.port)
@@ -555,10 +563,11 @@ def _attempt(call: _Call) -> Reply:
     link = _pool().take(route) if _is_repeatable(call) else None
     if link is not None:
         try:
-            return _exchange(link, call, head, reused=True)
+            return _exchange(link, call, head, reused=True), link.is_public
         except _Stale:
             pass
-    return _exchange(_open(route, call), call, head, reused=False)
+    link = _open(route, call)
+    return _exchange(link, call, head, reused=False), link.is_public
 
 
 def _is_repeatable(call: _Call) -> bool:
@@ -743,8 +752,11 @@ def _is_redirect(reply: Reply) -> bool:
     return reply.status in (301, 302, 303, 307, 308) and "location" in reply.headers
 
 
-def _redirected(call: _Call, location: str) -> _Call:
-    """The request that a redirect asks for; credentials stay with the origin they were meant for."""
+def _redirected(call: _Call, location: str, from_public: bool) -> _Call:
+    """The request that a redirect asks for; credentials stay with the origin they were meant for.
+
+    From a public address it leads to no internal one: whoever answers there may not choose what we reach.
+    """
     try:
         url = urljoin(call.url, location)
     except ValueError:
@@ -755,7 +767,7 @@ def _redirected(call: _Call, location: str) -> _Call:
     if _is_same_owner(before, after):
         return replace(call, url=url)
     kept = {name: value for name, value in call.headers.items() if name.lower() in FORWARDED_HEADERS}
-    return replace(call, url=url, headers=kept)
+    return replace(call, url=url, headers=kept, guard=call.guard or from_public)
 
 
 def _is_same_owner(before: Place, after: Place) -> bool:
