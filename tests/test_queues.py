@@ -169,11 +169,6 @@ def options(client: Redis):
     return client.connection_pool.connection_kwargs
 
 
-def test_a_certificate_of_herokus_own_making_is_accepted():
-    assert options(queues.connect("rediss://:pass@example.com:6380"))["ssl_cert_reqs"] is None
-    assert "ssl_cert_reqs" not in options(queues.connect("redis://example.com"))
-
-
 def test_a_time_limit_holds_for_connecting_and_for_each_command():
     made = options(queues.connect("redis://example.com", 0.3))
     assert (made["socket_timeout"], made["socket_connect_timeout"]) == (0.3, 0.3)

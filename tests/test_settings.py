@@ -18,6 +18,7 @@ from webhook_app.settings import VARIABLES, SettingsError, load, pace
 
 KEY = base64.urlsafe_b64encode(b"k" * 32).decode()
 NEW, OLD = "a secret that is new", "a secret that is old"
+VERIFIED = {"required": True, "none": False}
 SIGNING = "whsec_" + "abcd" * 6
 OTHER_KEY = base64.urlsafe_b64encode(b"o" * 32).decode()
 
@@ -43,6 +44,7 @@ def of(name):
     return {
         "DATABASE_URL": lambda v: v.database_url,
         "REDIS_URL": lambda v: v.redis_url,
+        "REDIS_TLS_VERIFY": lambda v: VERIFIED.get(v.redis_url.partition("ssl_cert_reqs=")[2]),
         "BUILDRELAY_DATA_DIR": lambda v: str(v.data_dir),
         "PORT": lambda v: v.port,
         "WEB_CONCURRENCY": lambda v: v.web_concurrency,
@@ -110,7 +112,11 @@ def of(name):
 
 GOOD = {
     "DATABASE_URL": ("sqlite:////var/lib/x.db", "sqlite:////var/lib/x.db"),
-    "REDIS_URL": ("rediss://:pw@example.com:6380/0", "rediss://:pw@example.com:6380/0"),
+    "REDIS_URL": (
+        "rediss://:pw@example.com:6380/0",
+        "rediss://:pw@example.com:6380/0?ssl_cert_reqs=required",
+    ),
+    "REDIS_TLS_VERIFY": ("false", False),
     "BUILDRELAY_DATA_DIR": ("/var/lib/buildrelay", "/var/lib/buildrelay"),
     "PORT": ("1", 1),
     "WEB_CONCURRENCY": ("3", 3),
@@ -189,13 +195,15 @@ COMPANY = {
 
 
 def company(name):
-    return {other: GOOD[other][0] for other in COMPANY.get(name, [])}
+    beside = ["REDIS_URL"] if name == "REDIS_TLS_VERIFY" else COMPANY.get(name, [])
+    return {other: GOOD[other][0] for other in beside}
 
 
 WEB_URL = "a URL that begins with http:// or https://"
 BAD = {
     "DATABASE_URL": ["mysql://x", "x.db", "sqlite://", "sqlite:///:memory:", "postgresql", "postgres://u:pw@h:port/x"],
     "REDIS_URL": ["http://example.com", "localhost:6379", "redis://", "redis://example.com:port"],
+    "REDIS_TLS_VERIFY": ["maybe"],
     "BUILDRELAY_DATA_DIR": ["~nobody-of-this-name/data"],
     "PORT": ["0", "-1", "65536", "http", "80.5", " "],
     "WEB_CONCURRENCY": ["0", "257", "many"],
@@ -562,6 +570,23 @@ def test_where_nothing_is_said_all_lives_in_the_data_directory(tmp_path):
     assert values.data_dir == tmp_path
     assert values.database_url == f"sqlite:///{tmp_path}/buildrelay.db"
     assert values.redis_url == f"unix://{tmp_path}/redis.sock"
+
+
+@pytest.mark.parametrize(
+    ("environ", "end"),
+    [
+        ({}, "?ssl_cert_reqs=required"), ({"REDIS_TLS_VERIFY": "true"}, "?ssl_cert_reqs=required"),
+        ({"DYNO": "web.1"}, "?ssl_cert_reqs=none"), ({"REDIS_TLS_VERIFY": "false"}, "?ssl_cert_reqs=none"),
+        ({"DYNO": "web.1", "REDIS_TLS_VERIFY": "true"}, "?ssl_cert_reqs=required"),
+    ],
+)  # fmt: skip
+def test_redis_over_tls_is_verified_but_on_heroku(environ, end):
+    assert load(environ | {"REDIS_URL": "rediss://:pw@h:1"}).redis_url == f"rediss://:pw@h:1{end}"
+    assert load(environ | {"REDIS_URL": "redis://:pw@h:1"}).redis_url == "redis://:pw@h:1"
+    authority = "rediss://h:1?ssl_ca_certs=/etc/ca.pem"
+    assert load(environ | {"REDIS_URL": authority}).redis_url == authority + end.replace("?", "&")
+    own = "rediss://h:1?ssl_cert_reqs=optional"
+    assert load(environ | {"REDIS_URL": own}).redis_url == own
 
 
 # ---- sources

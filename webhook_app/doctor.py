@@ -204,6 +204,10 @@ def _redis(values: Settings) -> Iterator[Finding]:
             yield from _workers([bell for bell in queues.JOBS if not served[bell]])
     except RedisError as error:
         mend = "Look whether it runs, and at REDIS_URL. Webhooks are taken, but nothing is sent or polled."
+        if queues.is_untrusted(error):
+            mend = "Name who signs it (REDIS_URL with ?ssl_ca_certs=FILE), or set REDIS_TLS_VERIFY=false."
+            yield Finding("redis", FAIL, "the certificate of Redis is refused", mend)
+            return
         yield Finding("redis", FAIL, f"Redis does not answer: {type(error).__name__}", mend)
 
 

@@ -88,11 +88,9 @@ def connect(url: str, timeout_seconds: float | None = None) -> Redis:
     """A Redis client; nothing is opened yet.
 
     `timeout_seconds` bounds connecting and each command: the web process must not wait for a bell.
-    Heroku's Redis has a certificate of its own making, so `rediss://` is not checked against a CA.
+    The certificate of `rediss://` is verified unless the URL says otherwise (`settings.load` puts it there).
     """
     options: dict[str, object] = {}
-    if url.startswith("rediss://"):
-        options["ssl_cert_reqs"] = None
     if timeout_seconds is not None:
         options |= {
             "socket_timeout": timeout_seconds,
@@ -103,6 +101,21 @@ def connect(url: str, timeout_seconds: float | None = None) -> Redis:
             del options["socket_connect_timeout"]
     client: Redis = Redis.from_url(url, **options)
     return client
+
+
+def is_untrusted(error: RedisError) -> bool:
+    """Whether the certificate of the server was refused."""
+    return "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+
+def reason(error: RedisError) -> str:
+    """What went wrong, and the way out where that is a setting: a certificate that is not trusted."""
+    if not is_untrusted(error):
+        return str(error)
+    return (
+        "its certificate is refused; REDIS_URL with ?ssl_ca_certs=FILE names who signs it,"
+        f" REDIS_TLS_VERIFY=false takes any ({error})"
+    )
 
 
 def bell_key(bell: str) -> str:
@@ -126,7 +139,7 @@ class Bell:
                 enqueue_once(self.redis, bell)
         except RedisError as error:
             self._deaf_until = time.monotonic() + DEAF_SECONDS
-            log.warning("redis does not answer, the next tick will find the work: %s", error)
+            log.warning("redis does not answer, the next tick will find the work: %s", reason(error))
             return False
         return True
 

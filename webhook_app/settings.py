@@ -170,6 +170,11 @@ def _flag(text: str) -> bool:
         raise ValueError("true or false") from None
 
 
+def _maybe_flag(text: str) -> bool | None:
+    """None: it depends on where we run."""
+    return _flag(text) if text else None
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word for word in (part.strip() for part in text.split(",")) if word)
 
@@ -392,6 +397,10 @@ _retries = _whole(0, 10)
 VARIABLES: tuple[Variable, ...] = (
     Variable("DATABASE_URL", "", _database, "SQLite in the data directory, or PostgreSQL", secret=True),
     Variable("REDIS_URL", "", _url("redis", "rediss", "unix"), "embedded by `up` unless set", secret=True),
+    Variable(
+        "REDIS_TLS_VERIFY", "", _maybe_flag,
+        "whether the certificate of `rediss://` is verified: true; false on Heroku (where `DYNO` is set)",
+    ),
     Variable("BUILDRELAY_DATA_DIR", "./data", _directory, "SQLite, embedded Redis and secrets.env live here"),
     Variable("PORT", "8000", _whole(1, 65535), "port of the web process"),
     Variable("WEB_CONCURRENCY", str(os.cpu_count() or 1), _whole(1, 256), "web processes"),
@@ -505,7 +514,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     return Settings(
         data_dir=data_dir,
         database_url=values["DATABASE_URL"] or _sqlite_url(data_dir / "buildrelay.db"),
-        redis_url=values["REDIS_URL"] or embedded.redis_url(data_dir),
+        redis_url=_redis_url(values, "DYNO" in environ) or embedded.redis_url(data_dir),
         port=values["PORT"],
         web_concurrency=values["WEB_CONCURRENCY"],
         encryption_keys=values["ENCRYPTION_KEYS"],
@@ -548,6 +557,16 @@ def _sqlite_url(file: Path) -> str:
     except UnicodeEncodeError:
         return f"sqlite:///{quote('file://' + quote(os.fsencode(file)))}?uri=true"
     return f"sqlite:///{quote(path)}"
+
+
+def _redis_url(values: Mapping[str, Any], on_heroku: bool) -> str:
+    """With what redis-py is to do about the server's certificate; Heroku's is of its own making."""
+    url: str = values["REDIS_URL"]
+    verify = values["REDIS_TLS_VERIFY"]
+    if not url.startswith("rediss://") or "ssl_cert_reqs=" in url:
+        return url
+    verified = not on_heroku if verify is None else verify
+    return f"{url}{'&' if '?' in url else '?'}ssl_cert_reqs={'required' if verified else 'none'}"
 
 
 def data_dir(environ: Mapping[str, str]) -> Path:
