@@ -20,7 +20,7 @@ from pollers.adaptive import Trust
 from pollers.client import Client, Purse
 from pollers.repository import Findings, Terms
 from pollers.stale import Place
-from webhook_app import api_health, budget, builds, credentials, db, loglines, queues, workers
+from webhook_app import api_health, budget, builds, clock, credentials, db, loglines, queues, workers
 from webhook_app.budget import Ledger, Spent
 from webhook_app.credentials import Keyring
 from webhook_app.platforms import Manners, PollError, PollFault, Source
@@ -52,6 +52,7 @@ def poll(held: Resources | None = None) -> None:
     """
     held = held or resources()
     queues.answer(held.redis, queues.POLL)
+    clock.mind(held.engine, held.steps, utc_now(), held.pace.heartbeat_timeout_seconds)
     lanes = _lanes(held)
     failures = _drain(lanes)
     _come_back(held, lanes)

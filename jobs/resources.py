@@ -12,7 +12,7 @@ from typing import Any
 from redis import Redis
 from sqlalchemy import Engine
 
-from webhook_app import db, queues, settings, workers
+from webhook_app import clock, db, queues, settings, workers
 from webhook_app.deliveries import Tried
 from webhook_app.polling import Pace
 from webhook_app.redaction import Redactor
@@ -54,6 +54,7 @@ class Resources:
     threads: ThreadPoolExecutor
     started_at: datetime = field(default_factory=utc_now)
     desk: Desk = field(default_factory=Desk)
+    steps: clock.Steps = field(default_factory=clock.Steps)
     redact: Redactor = field(init=False)
     """What masks the secrets of the settings, and what looks like one."""
 

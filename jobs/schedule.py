@@ -38,6 +38,9 @@ BEAT_SECONDS = 30
 REDIS_SECONDS = 2.0
 """A Redis that says nothing for so long is away: waiting on would keep the ticks from everybody."""
 
+MOST_ONCE_SECONDS = 3660
+"""No single entry is asked for so far ahead (`ring_at`)."""
+
 TICK, ONCE = "tick-", "once-"
 """How the ids of our entries begin, periodic and single."""
 
@@ -133,7 +136,10 @@ class Metronome(_Entries):
         return jobs
 
     def heal(self) -> None:
-        """Make the stored entries those of the table: every line once, no other tick beside them."""
+        """Make the stored entries those of the table: every line once, no other tick beside them.
+
+        A single entry that is too far ahead is from before the clock was set back: ticks find its work.
+        """
         for line in self.periodic:
             if not self._is_stored(line):
                 self._put(line)
@@ -142,6 +148,10 @@ class Metronome(_Entries):
             job_id = entry.decode()
             if job_id.startswith(TICK) and job_id not in known:
                 self._remove(job_id)
+        late = time.time() + MOST_ONCE_SECONDS
+        for entry in self.connection.zrangebyscore(self.scheduled_jobs_key, late, "+inf"):
+            if entry.decode().startswith(ONCE):
+                self._remove(entry.decode())
 
     def _is_stored(self, line: Periodic) -> bool:
         """Is the entry there as the table has it?  Far in the future means a clock that was put back."""

@@ -10,7 +10,7 @@ from sqlalchemy import Column, ColumnElement, Engine, Table, delete, exists, sel
 
 from jobs.resources import Resources, resources
 from pollers import client
-from webhook_app import api_health, builds, collection, db, health, models, queues
+from webhook_app import api_health, builds, clock, collection, db, health, models, queues
 from webhook_app.lifecycle import Conclusion, Observation, ObservedBy, State
 from webhook_app.polling import Pace
 from webhook_app.times import utc_now
@@ -64,16 +64,19 @@ def in_portions(engine: Engine, work: list[Portion], until: float) -> tuple[int,
 
 
 def _wake_up(held: Resources, now: datetime) -> None:
-    """Note that we live; after an absence look at once for what was missed."""
+    """Note that we live, and whether the clock was set; after an absence look at once for what was missed."""
     pushing = [name for name, source in held.settings.sources.items() if source.webhook_secrets]
 
     def unit(write: db.Write) -> health.Absence | None:
+        clock.correct(write.connection, held.steps, now, held.pace.heartbeat_timeout_seconds)
         health.listen(write.connection, pushing, now)
         health.review(write.connection, now)
         api_health.review(write.connection, now)
-        return health.alive(write.connection, held.started_at, now)
+        return health.alive(write.connection, min(held.started_at, now), now)
 
-    if db.as_writer(held.engine, unit):
+    absence = db.as_writer(held.engine, unit)
+    held.steps.note()
+    if absence:
         queues.Bell(held.redis).ring(queues.DISCOVER, queues.REDELIVER)
 
 
