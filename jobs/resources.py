@@ -19,6 +19,9 @@ from webhook_app.redaction import Redactor
 from webhook_app.room import IN_FLIGHT, Room
 from webhook_app.times import utc_now
 
+REDIS_CONNECTIONS = 3
+"""One listens for jobs, one shows that the worker lives, and one rings."""
+
 
 @dataclass(slots=True)
 class Desk:
@@ -74,7 +77,7 @@ def resources() -> Resources:
     return Resources(
         values,
         db.connect(values.database_url, values.sqlite_synchronous),
-        queues.connect(values.redis_url),
+        queues.connect(values.redis_url, connections=REDIS_CONNECTIONS),
         ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="outgoing"),
         desk=Desk(Room(per_host=values.delivery_host_concurrency)),
     )

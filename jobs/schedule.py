@@ -226,7 +226,7 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    Metronome(queues.connect(values.redis_url, REDIS_SECONDS), table(values)).run_until(stop)
+    Metronome(queues.connect(values.redis_url, REDIS_SECONDS, connections=1), table(values)).run_until(stop)
 
 
 if __name__ == "__main__":

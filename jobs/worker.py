@@ -19,10 +19,8 @@ from types import FrameType
 from typing import Any
 
 from redis import Redis
-from redis.backoff import NoBackoff
 from redis.client import Pipeline
 from redis.exceptions import RedisError
-from redis.retry import Retry
 from rq import SimpleWorker, worker_registration
 from rq.exceptions import StopRequested
 from rq.serializers import JSONSerializer
@@ -44,8 +42,11 @@ from webhook_app.times import utc_now
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 1.0
-TTL_SECONDS = 20
-"""RQ listens for a job for 15 s less, and takes a connection that says nothing for 5 s less for dead."""
+TTL_SECONDS = 17
+"""RQ listens for a job for 15 s less, then asks again."""
+
+SILENCE_SECONDS = 3
+"""A connection that says nothing for so long after that is dead."""
 
 BEAT_SECONDS = 5.0
 LIFE_SECONDS = 15
@@ -70,6 +71,11 @@ class PatientWorker(SimpleWorker):
     """
 
     exponential_backoff_factor = 1.0
+
+    @property
+    def connection_timeout(self) -> int:
+        """Seconds that a command may take; RQ adds 10 to those that it listens."""
+        return int(self.dequeue_timeout) + SILENCE_SECONDS
 
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
         """Show that we are alive; sign on again if Redis does not know us."""
@@ -116,8 +122,6 @@ def _end_in_time(held: Resources) -> None:
     A delivery that is cut is not noted: when its lease has run out it is sent again, and no failure counts.
     """
     _asked_to_end.wait()
-    with suppress(RuntimeError):  # another thread takes a connection just now
-        held.redis.set_retry(Retry(NoBackoff(), 0))
     threading.Thread(target=deliver.leave_desk, args=(held,), name="leave", daemon=True).start()
     time.sleep(held.settings.stop_grace_seconds)
     cut = held.desk.room.subscribers.total()

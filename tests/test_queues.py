@@ -6,15 +6,19 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 from rq import Callback, Queue, Worker
 from rq.serializers import JSONSerializer
 from rq.webhook import Webhook
 
+from tests.hub import PATIENCE_SECONDS, own_redis, until
 from tests.slow_jobs import Pickled
 from webhook_app import queues
 from webhook_app.queues import DELIVER, POLL, SWEEP, Bell, WakeUp
@@ -101,6 +105,64 @@ def test_a_bell_whose_job_was_lost_rings_again_when_its_key_expires(redis_client
 def test_each_name_is_a_job_that_can_be_called(bell, name):
     module, _, function = name.rpartition(".")
     assert callable(getattr(importlib.import_module(module), function))
+
+
+# ---- Redis can't be written
+
+
+@pytest.fixture
+def own():
+    """A client for the test's own server, and its URL."""
+    with own_redis() as (url, _server), Redis.from_url(url) as client:
+        yield client, url
+
+
+def test_a_redis_that_was_demoted_costs_it_all_its_connections(own):
+    """The next ones go where the address leads by then."""
+    admin, url = own
+    with queues.connect(url, connections=2) as client:
+        held = [client.connection_pool.get_connection() for _ in range(2)]
+        for one in held:
+            client.connection_pool.release(one)
+        known = {one["id"] for one in admin.client_list()}
+        admin.execute_command("REPLICAOF", "127.0.0.1", "1")
+        with pytest.raises(RedisConnectionError, match="can't be written"):
+            client.set("a", "b")
+        assert len(known & {one["id"] for one in admin.client_list()}) == 1  # the one that asks
+        admin.execute_command("REPLICAOF", "NO", "ONE")
+        assert client.set("a", "b")
+
+
+def test_who_waits_while_a_redis_is_demoted_and_whole_scripts_hear_of_it_too(own):
+    admin, url = own
+    with queues.connect(url) as client, ThreadPoolExecutor(1) as pool:
+        waiting_ = pool.submit(client.blpop, "nothing", 60)
+        until(lambda: admin.info("clients")["blocked_clients"] == 1, PATIENCE_SECONDS, "one who waits")
+        admin.execute_command("REPLICAOF", "127.0.0.1", "1")
+        with pytest.raises(RedisConnectionError, match="can't be written"):
+            waiting_.result(60)
+        with pytest.raises(RedisConnectionError, match="can't be written"):
+            client.eval("return redis.call('SET', KEYS[1], 1)", 1, "a")
+        with pytest.raises(RedisConnectionError, match="can't be written"):
+            client.pipeline().set("a", 1).set("b", 2).execute()
+
+
+def test_other_errors_of_redis_are_told_as_they_are(own):
+    admin, url = own
+    admin.set("text", "a")
+    with queues.connect(url) as client, pytest.raises(ResponseError, match="WRONGTYPE"):
+        client.lpush("text", "b")
+
+
+def test_who_finds_every_connection_in_use_waits_for_one(own):
+    _admin, url = own
+    with queues.connect(url, 0.3, connections=1) as client:
+        one = client.connection_pool.get_connection()
+        with pytest.raises(RedisConnectionError):
+            client.ping()
+        assert not Bell(client).ring(DELIVER)
+        client.connection_pool.release(one)
+        assert client.ping()
 
 
 # ---- Redis is away

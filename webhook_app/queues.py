@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from redis import Redis
+from redis import BlockingConnectionPool, Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import ClusterDownError, ReadOnlyError, RedisError, ResponseError, TryAgainError
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
 from rq import Queue, Worker
 from rq.job import Job
@@ -42,6 +43,15 @@ BELL_TTL_SECONDS = 2
 DEAF_SECONDS = 1.0
 NEWS_SECONDS = 60.0
 """Between two lines of the log in which a process says that Redis is away, at least."""
+
+CONNECTIONS = 2
+"""To Redis, of one process at most: small plans allow 20 in all.  Who finds none waits in line."""
+
+WORKER_SECONDS = 2.0
+"""For which a worker waits for a connection to be made, or to be free."""
+
+NOT_WRITABLE = (ReadOnlyError, ClusterDownError, TryAgainError)
+"""`READONLY`, `MASTERDOWN`, `CLUSTERDOWN`, `TRYAGAIN`.  Who waits meanwhile is told `UNBLOCKED`."""
 
 BEAT_KEY = "buildrelay:scheduler:beat"
 """Set, and renewed, by a living scheduler to the Unix time of its last pass (`beat` reads it)."""
@@ -84,23 +94,47 @@ WRONG_TOKENS_KEY = "buildrelay:wrong_tokens"
 """How many API requests came with a wrong token, to all web processes."""
 
 
-def connect(url: str, timeout_seconds: float | None = None) -> Redis:
-    """A Redis client; nothing is opened yet.
+def connect(url: str, timeout_seconds: float | None = None, connections: int = CONNECTIONS) -> Redis:
+    """A Redis client with so many connections at most; nothing is opened yet.
 
-    `timeout_seconds` bounds connecting and each command: the web process must not wait for a bell.
+    `timeout_seconds` bounds connecting, each command and the wait for a connection: the web process must not
+    wait for a bell.  Without it (workers) a command waits as long as RQ says, and is repeated once.
     The certificate of `rediss://` is verified unless the URL says otherwise (`settings.load` puts it there).
     """
-    options: dict[str, object] = {}
-    if timeout_seconds is not None:
-        options |= {
-            "socket_timeout": timeout_seconds,
-            "socket_connect_timeout": timeout_seconds,
-            "retry": Retry(NoBackoff(), 0),
-        }
-        if url.startswith("unix://"):
-            del options["socket_connect_timeout"]
-    client: Redis = Redis.from_url(url, **options)
-    return client
+    limit = WORKER_SECONDS if timeout_seconds is None else timeout_seconds
+    options: dict[str, Any] = {
+        "max_connections": connections,
+        "timeout": limit,
+        "socket_connect_timeout": limit,
+        "socket_timeout": timeout_seconds,
+        "retry": Retry(NoBackoff(), 1 if timeout_seconds is None else 0),
+    }
+    if url.startswith("unix://"):
+        del options["socket_connect_timeout"]
+    pool = BlockingConnectionPool.from_url(url, **options)
+    pool.connection_class = type("Connection", (_Writable, pool.connection_class), {"pool": pool})
+    return Redis.from_pool(pool)
+
+
+class _Writable:
+    """Part of a connection: a server that answers but can't be written is as good as away.
+
+    A replica, or a primary that has become one, would be asked for ever: all free connections are dropped,
+    and the next ones go where the address leads by then.  To callers it is a lost connection.
+    """
+
+    pool: BlockingConnectionPool
+
+    def read_response(self, *given: Any, **named: Any) -> Any:
+        """The next answer, as redis-py gives it."""
+        try:
+            return super().read_response(*given, **named)  # type: ignore[misc]
+        except ResponseError as error:
+            if not isinstance(error, NOT_WRITABLE) and not str(error).startswith("UNBLOCKED"):
+                raise
+            self.disconnect()  # type: ignore[attr-defined]
+            self.pool.disconnect(inuse_connections=False)
+            raise RedisConnectionError(f"Redis can't be written: {error}") from error
 
 
 def is_untrusted(error: RedisError) -> bool:
