@@ -75,7 +75,7 @@ def leave_desk(held: Resources) -> None:
     try:
         _Drain(held).leave()
     except db.StoreUnavailable as error:
-        log.warning("tries are not noted, their messages will be sent again: %s", error)
+        log.warning("tries are not noted, their messages will be sent again after an end: %s", error)
 
 
 def attend(held: Resources, over: threading.Event) -> None:

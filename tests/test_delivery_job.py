@@ -124,6 +124,30 @@ def test_what_came_back_is_noted_in_portions(make_held, pair, monkeypatch, wait_
     assert {row[0] for row in states(held, good)} == {"delivered"}
 
 
+def test_how_tries_went_is_noted_when_the_store_is_back(make_held, pair, monkeypatch):
+    """It was away when the answers came: nothing is sent again, nor waits for its lease."""
+    held = make_held()
+    endpoint, _ = pair
+    subscriber = subscribe(held, endpoint)
+    record(held, github(State.QUEUED))
+    settle = deliveries.settle
+
+    def away(connection, tried, *more):
+        if tried:
+            raise db.StoreUnavailable("away")
+        settle(connection, tried, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deliveries, "settle", away)
+        with pytest.raises(db.StoreUnavailable):
+            job.deliver(held)
+    assert [row[0] for row in states(held, subscriber)] == ["pending"]
+    job.deliver(held)
+    assert [row[0] for row in states(held, subscriber)] == ["delivered"]
+    assert tries(held) == [None]
+    assert held.desk.unsettled == []
+
+
 def test_what_falls_due_meanwhile_is_sent_without_a_bell(make_held, pair, wait_until):
     held = make_held(DELIVERY_TIMEOUT="60", DELIVERY_RETRY_SCHEDULE="0.3")
     hanging, failing = pair
