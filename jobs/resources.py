@@ -19,6 +19,9 @@ from webhook_app.redaction import Redactor
 from webhook_app.room import IN_FLIGHT, Room
 from webhook_app.times import utc_now
 
+DATABASE_CONNECTIONS = 3
+"""To PostgreSQL, of one worker: `db.CONNECTIONS` is for a web process."""
+
 REDIS_CONNECTIONS = 3
 """One listens for jobs, one shows that the worker lives, and one rings."""
 
@@ -76,7 +79,12 @@ def resources() -> Resources:
     values = settings.load()
     return Resources(
         values,
-        db.connect(values.database_url, values.sqlite_synchronous),
+        db.connect(
+            values.database_url,
+            values.sqlite_synchronous,
+            connections=DATABASE_CONNECTIONS,
+            pooler=values.database_pooler,
+        ),
         queues.connect(values.redis_url, connections=REDIS_CONNECTIONS),
         ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="outgoing"),
         desk=Desk(Room(per_host=values.delivery_host_concurrency)),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psycopg
 from psycopg import sql
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
 
 from webhook_app.supervisor import tied_to_parent
 
@@ -67,23 +67,61 @@ def server() -> Iterator[str]:
         directory, bin_dir = Path(name), binaries()
         prefix, identity = _unprivileged(bin_dir / "initdb", directory)
         options = {"env": _ENVIRONMENT, "cwd": directory, **identity}
-        data, log = directory / "data", directory / "log"
+        data = directory / "data"
         init = [bin_dir / "initdb", "-D", data, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8"]
         made = subprocess.run([*prefix, *init], capture_output=True, text=True, check=False, **options)
         if made.returncode:
             raise RuntimeError(f"initdb failed:\n{made.stdout}{made.stderr}")
-        fast = ["-c", "listen_addresses=", "-c", "fsync=off", "-c", "full_page_writes=off"]
-        run = [bin_dir / "postgres", "-D", data, "-k", directory, *fast]
-        with (
-            log.open("wb") as output,
-            subprocess.Popen(
-                [*prefix, *run], stdout=output, stderr=output, preexec_fn=tied_to_parent(), **options
-            ) as process,
-        ):
-            try:
-                yield _when_ready(f"postgresql+psycopg://postgres@/postgres?host={directory}", process, log)
-            finally:
-                _stop(process)
+        with _run(bin_dir, directory, data, prefix, options) as url:
+            yield url
+
+
+@contextmanager
+def twin(url: str) -> Iterator[str]:
+    """A second server with a copy of the data of one that is not written to meanwhile; yields its URL."""
+    home = Path(str(address(url))).parent
+    with tempfile.TemporaryDirectory(prefix="buildrelay-pg-") as name:
+        directory, bin_dir = Path(name), binaries()
+        prefix, identity = _unprivileged(bin_dir / "initdb", directory)
+        with closing(connect(url)) as connection:
+            connection.execute("CHECKPOINT")
+        copy = ["cp", "-R", home / "data", directory / "data"]
+        subprocess.run([*prefix, *copy], check=True, capture_output=True, **identity)
+        for left_over in ("postmaster.pid", "postgresql.auto.conf"):
+            (directory / "data" / left_over).unlink(missing_ok=True)
+        options = {"env": _ENVIRONMENT, "cwd": directory, **identity}
+        with _run(bin_dir, directory, directory / "data", prefix, options) as started:
+            yield started
+
+
+def address(url: str | URL) -> str | tuple[str, int]:
+    """Where the server listens: the path of its socket, or host and port."""
+    made = make_url(url)
+    socket = made.query.get("host")
+    return f"{socket}/.s.PGSQL.5432" if socket else (str(made.host), made.port or 5432)
+
+
+def through(url: str | URL, port: int) -> str:
+    """The URL of the same database by way of what listens on a port of 127.0.0.1."""
+    made = make_url(url).set(drivername="postgresql+psycopg", host="127.0.0.1", port=port)
+    return made.difference_update_query(["host"]).render_as_string(hide_password=False)
+
+
+@contextmanager
+def _run(bin_dir: Path, directory: Path, data: Path, prefix: list[str], options: dict) -> Iterator[str]:
+    log = directory / "log"
+    fast = ["-c", "listen_addresses=", "-c", "fsync=off", "-c", "full_page_writes=off"]
+    run = [bin_dir / "postgres", "-D", data, "-k", directory, *fast]
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [*prefix, *run], stdout=output, stderr=output, preexec_fn=tied_to_parent(), **options
+        ) as process,
+    ):
+        try:
+            yield _when_ready(f"postgresql+psycopg://postgres@/postgres?host={directory}", process, log)
+        finally:
+            _stop(process)
 
 
 def _when_ready(url: str, process: subprocess.Popen, log: Path) -> str:

@@ -33,8 +33,12 @@ def create_app(values: Settings | None = None) -> Flask:
 
 
 def _state(values: Settings) -> State:
-    url, synchronous = values.database_url, values.sqlite_synchronous
-    engine = db.connect(url, synchronous, busy_seconds=db.RECEPTION_BUSY_SECONDS)
+    engine = db.connect(
+        values.database_url,
+        values.sqlite_synchronous,
+        busy_seconds=db.RECEPTION_BUSY_SECONDS,
+        pooler=values.database_pooler,
+    )
     redis = queues.connect(values.redis_url, REDIS_TIMEOUT_SECONDS)
     bell = queues.Bell(redis)
     pace = settings.pace(values)

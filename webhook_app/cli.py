@@ -667,7 +667,7 @@ def _remove_token(chosen: argparse.Namespace) -> int:
 
 def _engine(values: Settings) -> Engine:
     """The store that is there.  (SQLite would make an empty one of any name.)"""
-    engine = db.connect(values.database_url, values.sqlite_synchronous)
+    engine = db.connect(values.database_url, values.sqlite_synchronous, pooler=values.database_pooler)
     if file := db.missing_file(engine):
         raise NoStore(
             f"there is no store {file}: run this where `buildrelay up` runs, or name its directory by "

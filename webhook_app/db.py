@@ -21,11 +21,11 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import orjson
 from sqlalchemy import Connection, Engine, create_engine, event, select
 from sqlalchemy.engine import URL, Dialect, ExceptionContext, make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InternalError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
-from webhook_app import bulk, models
+from webhook_app import bulk, deadline, models, postgres
 from webhook_app.turnstile import Turnstile
 
 Argument = TypeVar("Argument")
@@ -44,8 +44,11 @@ RECEPTION_BUSY_SECONDS = 3.0
 """How long a transaction waits for SQLite's lock once it has its turn.  A push that waited for a group
 before its own is answered in 10 s; a worker that gave up would send again what it can't note."""
 
-UNAVAILABLE = (OperationalError, InterfaceError, ProgrammingError, PoolTimeout)
-"""Away, locked, or (ProgrammingError) without our tables: nothing can be stored."""
+UNAVAILABLE = (OperationalError, InterfaceError, InternalError, ProgrammingError, PoolTimeout)
+"""Away, locked, read-only (InternalError) or without our tables (ProgrammingError): nothing can be stored."""
+
+CONNECTIONS = 4
+"""To PostgreSQL, of one process at most: small plans allow 20 in all.  Who finds none waits in line."""
 
 
 CROWD = 4
@@ -63,12 +66,18 @@ class SchemaMissing(StoreUnavailable):
 
 
 def connect(
-    url: str, synchronous: str = "FULL", pool_size: int = 16, busy_seconds: float = BUSY_SECONDS
+    url: str,
+    synchronous: str = "FULL",
+    pool_size: int = 16,
+    busy_seconds: float = BUSY_SECONDS,
+    connections: int = CONNECTIONS,
+    pooler: bool | None = None,
 ) -> Engine:
     """An engine for `url`; opens nothing yet.
 
-    `synchronous` is SQLite's pragma: FULL survives a power cut, NORMAL a killed process.  `busy_seconds`:
-    how long a transaction waits for SQLite's lock.
+    `synchronous` is SQLite's pragma: FULL survives a power cut, NORMAL a killed process.  `pool_size` and
+    `busy_seconds` are SQLite's: how long a transaction waits for its lock.  `connections`: to PostgreSQL at
+    most.  `pooler`: is PostgreSQL behind one?  None: find out.
     """
     if url.startswith("sqlite"):
         engine = create_engine(
@@ -85,18 +94,68 @@ def connect(
         )
         _prepare_sqlite(engine, synchronous)
         return engine
-    return create_engine(
-        url,
+    return _connect_postgres(url, connections, pooler)
+
+
+def _connect_postgres(url: str, connections: int, pooler: bool | None) -> Engine:
+    engine = create_engine(
+        make_url(url).set(drivername="postgresql+relay"),
         json_serializer=_dump,
         json_deserializer=orjson.loads,
         hide_parameters=True,
-        pool_size=pool_size,
-        max_overflow=pool_size,
-        pool_timeout=10,
+        pool_size=connections,
+        max_overflow=0,
+        pool_timeout=deadline.UNIT_SECONDS,
         pool_recycle=1800,
         pool_pre_ping=True,  # a read is not repeated, and the database may have been restarted since
-        connect_args={"connect_timeout": 5, "options": "-c timezone=utc"},
+        execution_options={"seats": _Seats(connections)},
     )
+    dialect = engine.dialect
+    assert isinstance(dialect, postgres.Dialect)
+    dialect.pooled = pooler
+
+    @event.listens_for(engine, "begin")
+    def limit(connection: Connection) -> None:
+        if dialect.pooled:
+            connection.exec_driver_sql(postgres.limited())
+
+    return engine
+
+
+class _Seats:
+    """Turns at the connections of an engine; reads leave one to the writers."""
+
+    def __init__(self, connections: int) -> None:
+        self.all = threading.BoundedSemaphore(connections)
+        self.reads = threading.BoundedSemaphore(max(1, connections - 1))
+
+
+@contextmanager
+def _limited(engine: Engine, *, writing: bool) -> Iterator[None]:
+    """A turn at a connection, and a deadline for the unit: all that PostgreSQL is waited for.
+
+    Raises `StoreUnavailable` when no turn comes in time.
+    """
+    seats: _Seats | None = engine.get_execution_options().get("seats")
+    if seats is None:
+        yield
+        return
+    with (
+        deadline.until(deadline.answer_at()),
+        nullcontext() if writing else _seat(seats.reads),
+        _seat(seats.all),
+    ):
+        yield
+
+
+@contextmanager
+def _seat(semaphore: threading.Semaphore) -> Iterator[None]:
+    if not semaphore.acquire(timeout=deadline.left()):
+        raise StoreUnavailable("the database is too slow: every connection was in use all the time")
+    try:
+        yield
+    finally:
+        semaphore.release()
 
 
 def _turnstile(url: str) -> Turnstile | None:
@@ -180,7 +239,7 @@ def _make_private(file: Path) -> None:
 def reading(engine: Engine) -> Iterator[Connection]:
     """A connection for reads: one snapshot; `StoreUnavailable` when the store is away."""
     try:
-        with engine.connect() as connection:
+        with _limited(engine, writing=False), engine.connect() as connection:
             yield connection
     except UNAVAILABLE as error:
         raise unavailable(error) from error
@@ -193,6 +252,11 @@ def in_transaction(engine: Engine, unit: Callable[[Connection], Result], *, firs
     those that are not, where writers take turns (`turnstile`).  Raises `StoreUnavailable` when the store
     can't be reached or stays locked.
     """
+    with _limited(engine, writing=True):
+        return _in_transaction(engine, unit, first)
+
+
+def _in_transaction(engine: Engine, unit: Callable[[Connection], Result], first: bool) -> Result:
     began = time.monotonic()
     for tried in range(1, TRIES + 1):
         later: list[Callable[[], object]] = []
@@ -205,9 +269,10 @@ def in_transaction(engine: Engine, unit: Callable[[Connection], Result], *, firs
             ):
                 result = unit(connection)
         except UNAVAILABLE as error:
-            if tried == TRIES or not _worth_repeating(error, time.monotonic() - began):
+            spent = time.monotonic() - began
+            if tried == TRIES or not _worth_repeating(error, spent) or not deadline.left():
                 raise unavailable(error) from error
-            time.sleep(0.01 * 2**tried)
+            time.sleep(min(0.01 * 2**tried, deadline.left()))
         else:
             for effect in later:
                 effect()
@@ -225,7 +290,7 @@ def after_commit(connection: Connection, effect: Callable[[], object]) -> None:
 
 
 def _worth_repeating(error: Exception, seconds: float) -> bool:
-    """A lost race, or a pooled connection that had died unnoticed (after a restart of the database).
+    """A lost race, or a connection or server that was lost: another one may be there already.
 
     Not a lock that was waited for already; `seconds`: since the first try.
     """
@@ -318,7 +383,10 @@ class GroupCommit(Generic[Argument, Result]):
         self._expected = 1
 
     def __call__(self, argument: Argument) -> Result:
-        """The result for `argument` once its transaction is committed; raises what the unit raised."""
+        """The result for `argument` once its transaction is committed; raises what the unit raised.
+
+        Raises `StoreUnavailable` too when it could not begin in time.
+        """
         seat: _Seat[Argument, Result] = _Seat(argument)
         with self._mutex:
             self._waiting.append(seat)
@@ -327,12 +395,24 @@ class GroupCommit(Generic[Argument, Result]):
             if len(self._waiting) >= self._expected:
                 self._company.notify()
         if not leads:
-            seat.call.acquire()  # until it is done, or it is this thread's turn to lead
+            self._await_turn(seat)
         if not seat.done:
             self._lead()
         if seat.error is not None:
             raise seat.error
         return seat.result  # type: ignore[return-value]
+
+    def _await_turn(self, seat: "_Seat[Argument, Result]") -> None:
+        """Until it is done, or it is this thread's turn to lead; one that came too late leaves the line."""
+        if seat.call.acquire(timeout=max(0.0, seat.until - time.monotonic())):
+            return
+        with self._mutex:
+            if seat in self._waiting and not seat.call.acquire(blocking=False):
+                self._waiting.remove(seat)
+                seat.fail(_too_late())
+                return
+        if seat not in self._waiting and not seat.done:
+            seat.call.acquire()  # it is being served, by the deadline of its group
 
     def _lead(self) -> None:
         """Run one group, the leader's own seat first in it, and hand the lead on."""
@@ -342,7 +422,7 @@ class GroupCommit(Generic[Argument, Result]):
             del self._waiting[: self._most]
             self._expected = max(len(seats), self._expected * 3 // 4)
         try:
-            self._serve(seats)
+            self._serve_in_time(seats)
         finally:
             with self._mutex:
                 self._led = bool(self._waiting)
@@ -365,6 +445,16 @@ class GroupCommit(Generic[Argument, Result]):
             seen = len(self._waiting)
             self._company.wait(PATIENCE_SECONDS)
 
+    def _serve_in_time(self, seats: "list[_Seat[Argument, Result]]") -> None:
+        """Serve those that are not late already, by the time when the first of them must be answered."""
+        now = time.monotonic()
+        for seat in seats:
+            if seat.until <= now:
+                seat.fail(_too_late())
+        if live := [seat for seat in seats if not seat.done]:
+            with deadline.until(min(seat.until for seat in live)):
+                self._serve(live)
+
     def _serve(self, seats: "list[_Seat[Argument, Result]]") -> None:
         try:
             results = self._run([seat.argument for seat in seats])
@@ -382,6 +472,10 @@ class GroupCommit(Generic[Argument, Result]):
                 seat.finish(result)
 
 
+def _too_late() -> StoreUnavailable:
+    return StoreUnavailable("the database is too slow: others waited for it all the time")
+
+
 def _held() -> threading.Lock:
     lock = threading.Lock()
     lock.acquire()
@@ -392,6 +486,7 @@ def _held() -> threading.Lock:
 class _Seat(Generic[Argument, Result]):
     argument: Argument
     call: threading.Lock = field(default_factory=_held)
+    until: float = field(default_factory=deadline.answer_at)
     done: bool = False
     result: Result | None = None
     error: Exception | None = None

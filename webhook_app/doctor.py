@@ -148,7 +148,9 @@ def _settings(values: Settings) -> Iterator[Finding]:
 @contextmanager
 def _store(values: Settings) -> Iterator[Engine]:
     """The store; raises `StoreUnavailable` where SQLite would make an empty one."""
-    engine = db.connect(values.database_url, values.sqlite_synchronous, pool_size=1)
+    engine = db.connect(
+        values.database_url, values.sqlite_synchronous, pool_size=1, pooler=values.database_pooler
+    )
     try:
         if missing := db.missing_file(engine):
             raise db.StoreUnavailable(f"there is no file {missing}")

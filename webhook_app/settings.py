@@ -96,6 +96,8 @@ class Settings:
     delivery_retry_schedule: tuple[float, ...] = ()
     delivery_timeout_seconds: float = 15.0
     delivery_host_concurrency: int = 128
+    database_pooler: bool | None = None
+    keep_alive_seconds: float = 95.0
     stop_grace_seconds: float = 9.0
     retention_days: int = 90
     sqlite_synchronous: str = "FULL"
@@ -308,6 +310,16 @@ def _installation(text: str) -> str:
     return text
 
 
+def _pooler(text: str) -> bool | None:
+    """None: it is found out."""
+    if text.lower() in ("", "detected", "auto"):
+        return None
+    try:
+        return _flag(text)
+    except ValueError:
+        raise ValueError("true, false or nothing (then it is found out)") from None
+
+
 def _database(text: str) -> str:
     """SQLAlchemy's form; Heroku writes `postgres://`, which SQLAlchemy no longer takes."""
     if not text:
@@ -323,7 +335,7 @@ def _database(text: str) -> str:
     allowed = "a URL that begins with postgres://, postgresql:// or sqlite:///PATH"
     if not colon or scheme not in drivers or in_memory:
         raise ValueError(allowed)
-    url = f"{drivers[scheme]}://{rest}"
+    url = f"{drivers[scheme]}://{_with_hosts_aside(rest) if scheme != 'sqlite' else rest}"
     try:
         made = make_url(url)
     except (ArgumentError, ValueError):  # a port that is no number
@@ -356,6 +368,21 @@ def _secrets(text: str) -> tuple[str, ...]:
             f" separates secrets: {len(secrets)} are given, one of {min(short)} characters)"
         )
     return secrets
+
+
+def _with_hosts_aside(rest: str) -> str:
+    """Several hosts, which libpq takes as `USER@H1:P1,H2:P2/DB`: SQLAlchemy wants them behind the `?`."""
+    head, _, query = rest.partition("?")
+    place, _, database = head.partition("/")
+    user, at, hosts = place.rpartition("@")
+    if "," not in hosts:
+        return rest
+    pairs = [re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(\d*))?", host) for host in hosts.split(",")]
+    if not all(pairs):
+        raise ValueError("HOST:PORT, comma separated, between the user and the database")
+    names, ports = zip(*[(pair[1].strip("[]"), pair[2] or "5432") for pair in pairs if pair], strict=True)
+    also = f"host={','.join(names)}&port={','.join(ports)}"
+    return f"{user}{at}/{database}?{also}&{query}".rstrip("&")
 
 
 def _gitlab_secrets(text: str) -> tuple[str, ...]:
@@ -396,6 +423,7 @@ _retries = _whole(0, 10)
 
 VARIABLES: tuple[Variable, ...] = (
     Variable("DATABASE_URL", "", _database, "SQLite in the data directory, or PostgreSQL", secret=True),
+    Variable("DATABASE_POOLER", "", _pooler, "true behind PgBouncer and the like; found out unless set"),
     Variable("REDIS_URL", "", _url("redis", "rediss", "unix"), "embedded by `up` unless set", secret=True),
     Variable(
         "REDIS_TLS_VERIFY", "", _maybe_flag,
@@ -471,6 +499,10 @@ VARIABLES: tuple[Variable, ...] = (
         "STOP_GRACE_SECONDS", "9", _number(1, 600, "seconds"),
         "seconds that what is under way may still take after SIGTERM",
     ),
+    Variable(
+        "KEEP_ALIVE_SECONDS", "95", _number(1, 3600, "seconds"),
+        "seconds that an idle connection stays open: longer than the proxy before us keeps it",
+    ),
     Variable("RETENTION_DAYS", "90", _whole(1, 3650, "days"), "days that events, bodies, attempts and logs are kept"),
     Variable("LOG_LEVEL", "info", _log_level, "debug, info, warning or error; `up` says warning"),
     Variable("LOG_FORMAT", "logfmt", _log_format, "or `json`: one line per record, each with `time` and `level`"),
@@ -541,6 +573,8 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         delivery_retry_schedule=values["DELIVERY_RETRY_SCHEDULE"],
         delivery_timeout_seconds=values["DELIVERY_TIMEOUT"],
         delivery_host_concurrency=values["DELIVERY_HOST_CONCURRENCY"],
+        database_pooler=values["DATABASE_POOLER"],
+        keep_alive_seconds=values["KEEP_ALIVE_SECONDS"],
         stop_grace_seconds=values["STOP_GRACE_SECONDS"],
         retention_days=values["RETENTION_DAYS"],
         sqlite_synchronous=values["SQLITE_SYNCHRONOUS"],

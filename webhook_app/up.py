@@ -337,7 +337,7 @@ def prepare(values: Settings) -> None:
         _warn(
             values.log_format, f"{file} can be read by other users of this machine: its mode should be 0600"
         )
-    engine = db.connect(values.database_url, values.sqlite_synchronous)
+    engine = db.connect(values.database_url, values.sqlite_synchronous, pooler=values.database_pooler)
     try:
         migrations.upgrade(engine)
     except db.UNAVAILABLE as error:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from alembic import context
 from sqlalchemy import Connection, Engine, text
 
-from webhook_app import models
+from webhook_app import deadline, models, postgres
 
 MIGRATION_LOCK = 7_208_312_001
 """PostgreSQL advisory lock: several dynos may run their release phase at once."""
@@ -25,8 +25,9 @@ def _migrate(connection: Connection) -> None:
 
 def _run(engine: Engine) -> None:
     opened = engine.connect().execution_options(writing=True)
-    with opened as connection, _unreferenced(connection), connection.begin():
+    with deadline.none(), opened as connection, _unreferenced(connection), connection.begin():
         if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql(postgres.limited(postgres.UNLIMITED))
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
         _migrate(connection)
 

@@ -24,6 +24,7 @@ import orjson
 from gunicorn import util
 from gunicorn.workers.gthread import ThreadWorker
 
+from webhook_app import deadline
 from webhook_app.web.arrivals import ARRIVALS, COLLECTED_BYTES, wanted
 
 COLLECTING_SECONDS = 10.0
@@ -81,6 +82,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             with contextlib.suppress(OSError):  # a thread finds out what is wrong with it
                 conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
         conn.data_ready = True
+        conn.waits_since = time.monotonic()
         super().enqueue_req(conn)
 
     def _linger(self, sock: socket.socket) -> None:
@@ -138,6 +140,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def handle(self, conn: Any) -> Any:
         """One request of a connection."""
         sock = conn.sock
+        deadline.note_wait(time.monotonic() - conn.waits_since)
         ARRIVALS.begin(sock)
         try:
             return super().handle(conn)
