@@ -6,16 +6,17 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import pytest
 from cryptography.fernet import Fernet
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from tests import hub as hubs
 from tests import postgres
 from tests.facts import PACE, github
-from tests.hub import Callback, running, subscribed, until
-from webhook_app import builds, db, models, queues, subscribers
+from tests.hub import Callback, own_postgres, running, subscribed, until
+from webhook_app import builds, db, migrations, models, queues, subscribers
 from webhook_app.lifecycle import State
 from webhook_app.simulated.subscriber import Subscriber
 from webhook_app.times import utc_now
@@ -25,6 +26,8 @@ WITHIN_SECONDS = 40.0
 SETTINGS = {"DELIVERY_TIMEOUT": "60"}
 """A message that nobody frees waits for 75 s, which no test does."""
 RUNS = 6
+AWAY_SECONDS = 8.0
+"""Longer than a worker may go without a sign of life."""
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -112,11 +115,11 @@ KEY = Fernet.generate_key().decode()
 
 
 @pytest.fixture
-def start_worker(store_url, redis_url, tmp_path):
-    """`with start_worker(name)`: a process that delivers, with a data directory of its own as on a machine."""
+def start_worker_on(redis_url, tmp_path):
+    """`with start_worker_on(url, name)`: a process that delivers, with its own data directory as on a machine."""
 
     @contextmanager
-    def start(name):
+    def start(store_url, name):
         directory = tmp_path / name
         directory.mkdir(exist_ok=True)
         env = hubs.clean_environment(SETTINGS) | {
@@ -130,6 +133,12 @@ def start_worker(store_url, redis_url, tmp_path):
                 worker.kill()
 
     return start
+
+
+@pytest.fixture
+def start_worker(store_url, start_worker_on):
+    """`with start_worker(name)`: the same on the store of the test."""
+    return partial(start_worker_on, store_url)
 
 
 def record(engine, first, count):
@@ -223,3 +232,30 @@ def test_a_worker_that_lives_keeps_its_messages_however_long_they_take(
             ring(redis_client)
             until(lambda: not pending(engine), WITHIN_SECONDS, "the last message")
     assert endpoint.report()["received"] == 2
+
+
+def test_a_database_that_was_away_for_long_makes_no_worker_dead(redis_client, redis_url, start_worker_on):
+    """None could show life meanwhile: what they have under way is not sent again."""
+    with own_postgres() as (url, server):
+        engine = db.connect(url)
+        migrations.upgrade(engine)
+        with slow_endpoint(engine) as endpoint, start_worker_on(url, "one"), start_worker_on(url, "two"):
+            until(lambda: queues.workers(redis_client)[queues.DELIVER] == 2, WITHIN_SECONDS, "two workers")
+            record(engine, 0, RUNS)
+            endpoint.behave(hang=False, delay_seconds=AWAY_SECONDS + 7)
+            ring(redis_client)
+            until(lambda: has_claimed(engine), WITHIN_SECONDS, "claims")
+            engine.dispose()
+            server.stop()
+            stopped = time.monotonic()
+            until(lambda: time.monotonic() > stopped + AWAY_SECONDS, WITHIN_SECONDS, "an outage that lasts")
+            server.start()
+            until(lambda: attempts(engine) >= RUNS, WITHIN_SECONDS, "the answers")
+            assert endpoint.report()["duplicates"] == 0
+            assert failed(engine) == []
+        engine.dispose()
+
+
+def attempts(engine):
+    with db.reading(engine) as connection:
+        return connection.execute(select(func.count()).select_from(models.delivery_attempts)).scalar_one()
