@@ -67,15 +67,17 @@ def _wake_up(held: Resources, now: datetime) -> None:
     """Note that we live, and whether the clock was set; after an absence look at once for what was missed."""
     pushing = [name for name, source in held.settings.sources.items() if source.webhook_secrets]
 
-    def unit(write: db.Write) -> health.Absence | None:
-        clock.correct(write.connection, held.steps, now, held.pace.heartbeat_timeout_seconds)
+    def unit(write: db.Write) -> tuple[timedelta | None, health.Absence | None]:
+        moved = clock.correct(write.connection, held.steps, now, held.pace.heartbeat_timeout_seconds)
         health.listen(write.connection, pushing, now)
         health.review(write.connection, now)
         api_health.review(write.connection, now)
-        return health.alive(write.connection, min(held.started_at, now), now)
+        return moved, health.alive(write.connection, min(held.started_at, now), now)
 
-    absence = db.as_writer(held.engine, unit)
+    moved, absence = db.as_writer(held.engine, unit)
     held.steps.note()
+    if moved:
+        queues.Bell(held.redis).ring(queues.REPLAY)
     if absence:
         queues.Bell(held.redis).ring(queues.DISCOVER, queues.REDELIVER)
 

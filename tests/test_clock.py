@@ -6,13 +6,13 @@ from datetime import timedelta
 
 import pytest
 from cryptography.fernet import Fernet
-from sqlalchemy import select, update
+from sqlalchemy import insert, select, update
 
 from jobs import sweep as sweep_job
 from jobs.schedule import Metronome, ring_at
 from tests.facts import github
 from tests.stand import stands
-from webhook_app import clock, db, deliveries, health, models, queues, subscribers
+from webhook_app import clock, db, deliveries, health, models, queues, replays, subscribers
 from webhook_app.clock import Steps
 from webhook_app.deliveries import Tried
 from webhook_app.lifecycle import Observation, ObservedBy, State
@@ -104,6 +104,12 @@ def a_retry_and_a_backlog(stand):
     return first
 
 
+def move(stand):
+    """What `jobs.replay` does after the sweep."""
+    while replays.advance(stand.engine, stand.now()) is not None:
+        pass
+
+
 def claim(stand):
     return db.in_transaction(
         stand.engine, lambda connection: deliveries.claim(connection, stand.now(), Room(50), 15)
@@ -145,7 +151,7 @@ def test_every_time_either_decides_and_is_moved_or_tells_what_has_happened():
 
 
 @pytest.mark.parametrize("restarted", [False, True], ids=["a living process", "after a restart"])
-def test_set_back_by_hours_it_postpones_nothing_that_is_due_in_seconds(machine, restarted):
+def test_set_back_by_hours_it_postpones_nothing_that_is_due_in_seconds(machine, restarted, monkeypatch):
     stand, (build,) = machine.stand, machine.stand.world.builds
     held = machine.process()
     stand.push(build)
@@ -171,11 +177,13 @@ def test_set_back_by_hours_it_postpones_nothing_that_is_due_in_seconds(machine, 
     }
     assert (before["heartbeat"], before["retry"]) == ([75], [85])
     machine.ticks.set_clock(-HOURS)
+    monkeypatch.setattr(clock, "MESSAGES_AT_ONCE", 1)
     if restarted:
         machine.process()
     else:
         sweep_job.sweep(held)
     for _ in range(2):
+        move(stand)
         assert waits(stand, b.next_poll_at, b.platform == "github") == before["poll"]
         assert waits(stand, b.next_poll_at, b.platform == "script") == before["heartbeat"]
         assert waits(stand, m.due_at, m.reason == "http_500") == before["retry"]
@@ -279,3 +287,22 @@ def test_a_single_ring_from_before_the_clock_was_set_back_is_forgotten(redis_cli
     ring_at(redis_client, queues.DELIVER, utc_now() + timedelta(minutes=59))
     Metronome(redis_client, ()).enqueue_jobs()
     assert redis_client.zcard("rq:scheduler:scheduled_jobs") == 1
+
+
+def test_a_large_backlog_is_moved_before_any_replay_goes_on(machine, monkeypatch):
+    stand = machine.stand
+    held = machine.process()
+    wanted = {"url": "https://ci.example.com/", "signing": "hmac"}
+    db.as_writer(stand.engine, lambda write: subscribers.create(write, wanted, KEYS, stand.now()))
+    stand.record(*(github(State.QUEUED, run=run) for run in range(20)))
+    replay = {
+        "kind": "redrive", "only_missing": False, "after": 0, "last": 10**9, "created_at": stand.now(),
+    }  # fmt: skip
+    db.as_writer(stand.engine, lambda write: write.connection.execute(insert(models.recoveries), replay))
+    monkeypatch.setattr(clock, "MESSAGES_AT_ONCE", 7)
+    machine.ticks.set_clock(-HOURS)
+    sweep_job.sweep(held)
+    assert stand.redis.exists(queues.bell_key(queues.REPLAY))
+    assert [replays.advance(stand.engine, stand.now()) for _ in range(3)] == [7, 7, 6]
+    assert waits(stand, models.messages.c.due_at) == [0] * 20
+    assert column(stand.engine, models.recoveries.c.kind) == ["redrive"]

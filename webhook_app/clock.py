@@ -24,6 +24,7 @@ from sqlalchemy import (
     Table,
     case,
     func,
+    insert,
     literal,
     literal_column,
     or_,
@@ -37,7 +38,8 @@ from webhook_app.times import iso
 
 STEP = timedelta(seconds=60)
 
-_b, _relay = models.builds.c, models.relay.c
+_b, _m, _relay = models.builds.c, models.messages.c, models.relay.c
+_PENDING: ColumnElement[bool] = _m.state == literal_column("'pending'")
 
 DECIDING: Mapping[Table, tuple[str, ...]] = {
     models.messages: ("due_at",),
@@ -62,11 +64,14 @@ DECIDING: Mapping[Table, tuple[str, ...]] = {
 """The times that decide what happens next.  All others tell what has happened, or are the platform's."""
 
 _ONLY: Mapping[Table, ColumnElement[bool]] = {
-    models.messages: models.messages.c.state == literal_column("'pending'"),
     models.builds: _b.next_poll_at.is_not(None),
     models.collections: models.collections.c.due_at.is_not(None),
 }
 """Rows for which anything is still to happen: an index finds them."""
+
+MOVE = "move"
+"""The kind of `recoveries` that moves messages back, from the time `since` to `until`."""
+MESSAGES_AT_ONCE = 500
 
 
 @dataclass(slots=True)
@@ -124,6 +129,8 @@ def correct(
 def _bring_back(connection: Connection, alive_at: datetime, now: datetime) -> None:
     """Times after `alive_at` lie as far after `now`; what was past then is past now."""
     for table, names in DECIDING.items():
+        if table is models.messages:
+            continue  # there may be very many: `move_messages`
         columns = [table.c[name] for name in names]
         rows = or_(*(column > now for column in columns))
         if table in _ONLY:
@@ -131,11 +138,33 @@ def _bring_back(connection: Connection, alive_at: datetime, now: datetime) -> No
         values = {column.name: _brought_back(connection, column, alive_at, now) for column in columns}
         connection.execute(update(table).where(rows).values(values))
     connection.execute(update(models.relay).values(alive_at=now))
+    _plan_moves(connection, alive_at, now)
     message = (
         f"The clock was set back by about {(alive_at - now).total_seconds():.0f} s, from {iso(alive_at)} to "
         f"{iso(now)}. Retries, polls, pauses and leases were moved back with it."
     )
     health.tell(connection, "relay.clock_set", "relay", message, now)
+
+
+def _plan_moves(connection: Connection, alive_at: datetime, now: datetime) -> None:
+    """Have the messages moved by `replays.advance`, a portion in each transaction."""
+    bounds = select(func.min(_m.id), func.max(_m.id)).where(_PENDING)
+    first, last = connection.execute(bounds).one()
+    if first is not None:
+        moves = {"kind": MOVE, "since": alive_at, "until": now, "after": first - 1, "last": last}
+        connection.execute(insert(models.recoveries), moves | {"only_missing": False, "created_at": now})
+
+
+def move_messages(connection: Connection, moves: Mapping[str, Any]) -> tuple[int, int | None]:
+    """Move the next messages of a row of `recoveries`: how many, and the id to go on after (None: done).
+
+    What was put back since the clock was set may be moved as well, and then comes early.
+    """
+    upto = moves["after"] + MESSAGES_AT_ONCE
+    rows = (_PENDING, _m.id > moves["after"], _m.id <= min(upto, moves["last"]), _m.due_at > moves["until"])
+    due_at = _brought_back(connection, _m.due_at, moves["since"], moves["until"])
+    moved = connection.execute(update(models.messages).where(*rows).values(due_at=due_at)).rowcount
+    return moved, upto if upto < moves["last"] else None
 
 
 def _brought_back(connection: Connection, column: Any, alive_at: datetime, now: datetime) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, delete, func, insert, literal_column, select, update
 
-from webhook_app import deliveries, endpoints, formats, models, subscribers
+from webhook_app import clock, deliveries, endpoints, formats, models, subscribers
 from webhook_app.db import Write, as_writer, reading
 from webhook_app.subscribers import Filters
 
@@ -119,7 +119,8 @@ def advance(engine: Engine, now: datetime) -> int | None:
     """
 
     def unit(write: Write) -> int | None:
-        task = write.connection.execute(select(models.recoveries).order_by(_r.id).limit(1)).mappings().first()
+        oldest = select(models.recoveries).order_by(_r.kind != clock.MOVE, _r.id).limit(1)
+        task = write.connection.execute(oldest).mappings().first()
         if task is None:
             return None
         step = _step(write, dict(task), now)
@@ -137,6 +138,8 @@ def _step(write: Write, task: Row, now: datetime) -> _Step:
     """One portion after `task["after"]`, by the writer, so that no subscriber is disabled meanwhile."""
     if task["kind"] == "burial":
         return _Step(0, task["after"] if _bury(write, task["subscriber"], now) else None)
+    if task["kind"] == clock.MOVE:
+        return _Step(*clock.move_messages(write.connection, task))
     if task["kind"] == "redrive":
         ids = write.connection.execute(_dead(task).order_by(_m.id).limit(PORTION)).scalars().all()
         picked = _make_due(write.connection, ids, now)
