@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from bench import (
     claiming,
     fairness,
+    fanout,
     latency,
     machine,
     memory,
@@ -27,6 +28,7 @@ PARTS = {
         fairness,
         starvation,
         claiming,
+        fanout,
         memory,
         start,
         polling,

@@ -326,6 +326,12 @@ class Write:
         self._given.add(table)
         return self.last[table]
 
+    def new_ids(self, table: str, count: int) -> int:
+        """Give out so many ids of `table` in a row; the first of them."""
+        first = self.new_id(table)
+        self.last[table] += count - 1
+        return first
+
     def gave(self, table: str) -> bool:
         """Did this transaction give out an id of `table`?"""
         return table in self._given

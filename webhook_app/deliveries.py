@@ -35,7 +35,7 @@ from sqlalchemy import (
     update,
 )
 
-from webhook_app import bulk, formats, models, provider_shapes, signing, subscribers, workers
+from webhook_app import bulk, fan_out, formats, models, provider_shapes, signing, subscribers, workers
 from webhook_app.db import Write
 from webhook_app.formats import Told
 from webhook_app.retries import RetryPolicy, slow_down
@@ -59,15 +59,22 @@ def plan(write: Write, events: Sequence[Mapping[str, Any]], now: datetime) -> in
     """Write one message per event and matching active subscriber, in the event's transaction; how many."""
     if not events:
         return 0
-    wanting = subscribers.active(write)
-    messages = [
-        _message(write, event, subscriber.id, now)
-        for event in events
-        for subscriber in wanting
-        if subscriber.match(event["type"], event["data"], event["change"])
-    ]
+    count, messages, groups = 0, list[Row](), subscribers.groups(write)
+    for event in events:
+        ids = _wanting(groups, event)
+        count += len(ids)
+        if len(ids) < fan_out.LEAST:
+            messages += [_message(write, event, id_, now) for id_ in ids]
+        else:
+            fan_out.insert(write, event, ids, now)
     bulk.insert(write.connection, models.messages, messages)
-    return len(messages)
+    return count
+
+
+def _wanting(groups: subscribers.Groups, event: Mapping[str, Any]) -> list[str]:
+    """The ids of the subscribers that want an event, in order."""
+    found = [ids for wish, ids in groups.items() if wish.match(event["type"], event["data"], event["change"])]
+    return sorted(id_ for ids in found for id_ in ids)
 
 
 def plan_one(write: Write, event: Mapping[str, Any], subscriber_id: str, now: datetime) -> str:

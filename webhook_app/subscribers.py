@@ -1,8 +1,9 @@
 """Who wants what: the subscribers' rows, their secrets, and which events match their filters."""
 
 import secrets as random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -10,9 +11,9 @@ from functools import partial
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, Engine, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, delete, func, insert, literal_column, select, update
 
-from webhook_app import destinations, formats, models, provider_shapes, sealing, signing
+from webhook_app import bulk, destinations, formats, models, provider_shapes, sealing, signing
 from webhook_app.db import Write, as_writer, in_transaction
 from webhook_app.lifecycle import State
 from webhook_app.times import iso
@@ -140,7 +141,8 @@ def filters(row: Row) -> Filters:
     return Filters(row["id"], **globs, format=row["format"], forks=row["forks"])
 
 
-_cached: tuple[Engine | None, int, tuple[Filters, ...]] = (None, -1, ())
+Groups = Mapping[Filters, tuple[str, ...]]
+_cached: tuple[Engine | None, int, tuple[Filters, ...], Groups] = (None, -1, (), {})
 
 
 def active(write: Write) -> tuple[Filters, ...]:
@@ -148,16 +150,39 @@ def active(write: Write) -> tuple[Filters, ...]:
 
     `counters.subscribers_revision`, read under the writer's lock, says so.
     """
+    return _active(write)[0]
+
+
+def groups(write: Write) -> Groups:
+    """The ids of all active subscribers, in order, by what they want: filters with an empty `id`.
+
+    Most subscribers want the same few things, and then one look decides for all of them.
+    """
+    return _active(write)[1]
+
+
+def _active(write: Write) -> tuple[tuple[Filters, ...], Groups]:
     global _cached  # noqa: PLW0603  a cache of one, checked by revision
-    engine, revision, known = _cached
+    engine, revision, known, grouped = _cached
     if engine is write.connection.engine and revision == write.last["subscribers_revision"]:
-        return known
-    columns = models.subscribers.c
-    rows = write.connection.execute(select(models.subscribers).where(columns.state == "active"))
-    found = tuple(filters(dict(row)) for row in rows.mappings())
+        return known, grouped
+    rows = bulk.run(write.connection, _ACTIVE, {})
+    found = tuple(filters(dict(zip(_ACTIVE.selected_columns.keys(), row, strict=True))) for row in rows)
+    by_wish: defaultdict[Filters, list[str]] = defaultdict(list)
+    for one in found:
+        by_wish[replace(one, id="")].append(one.id)
+    grouped = {wish: tuple(ids) for wish, ids in by_wish.items()}
     if not write.gave("subscribers_revision"):  # else it may yet be rolled back, and the number given again
-        _cached = (write.connection.engine, write.last["subscribers_revision"], found)
-    return found
+        _cached = (write.connection.engine, write.last["subscribers_revision"], found, grouped)
+    return found, grouped
+
+
+_s = models.subscribers.c
+_ACTIVE = (
+    select(_s.id, _s.format, _s.forks, *(_s[name] for name in _GLOBS))
+    .where(_s.state == literal_column("'active'"))
+    .order_by(_s.id)
+)
 
 
 class TooMany(Exception):
