@@ -20,7 +20,7 @@ from cryptography.fernet import Fernet
 from sqlalchemy import event, func, insert, select
 
 from tests.facts import NOON, PACE, github
-from webhook_app import builds, db, deliveries, endpoints, models, queues, replays, subscribers
+from webhook_app import builds, circuit, db, deliveries, endpoints, models, queues, replays, subscribers
 from webhook_app.deliveries import Tried
 from webhook_app.lifecycle import State
 from webhook_app.replays import Range
@@ -61,9 +61,19 @@ def worker_environment(store_url, redis_url, directory, schedule):
     }
 
 
+PROBE_SECONDS = 0.02, 0.05
+"""The first and the longest wait of an open circuit: with those of real life a storm would last for days."""
+WORKER = f"""
+from jobs import worker
+from webhook_app import circuit
+circuit.FIRST_WAIT_SECONDS, circuit.LONGEST_WAIT_SECONDS = {PROBE_SECONDS}
+worker.main()
+"""
+
+
 def start_worker(env):
     # no preexec_fn here: forking beside the endpoints' threads may deadlock in it
-    return subprocess.Popen([sys.executable, "-m", "jobs.worker", "deliver", "replay"], env=env)
+    return subprocess.Popen([sys.executable, "-c", WORKER, "deliver", "replay"], env=env)
 
 
 @dataclass
@@ -404,8 +414,12 @@ def disable_for_a_moment(engine, party):
     replays.redrive(engine, party.id, None, utc_now())
 
 
-def test_many_workers_at_once_keep_the_order_and_never_wait_for_each_other(postgres_engine, wait_until):
+def test_many_workers_at_once_keep_the_order_and_never_wait_for_each_other(
+    postgres_engine, wait_until, monkeypatch
+):
     """READ COMMITTED shows each statement another moment; then rows are locked.  Deadlocks would be repeated, slowly."""
+    monkeypatch.setattr(circuit, "FIRST_WAIT_SECONDS", PROBE_SECONDS[0])
+    monkeypatch.setattr(circuit, "LONGEST_WAIT_SECONDS", PROBE_SECONDS[1])
     seed = random.randrange(1_000_000)
     print(f"seed {seed}")
     with Subscriber() as endpoint:

@@ -1,8 +1,10 @@
 """What a worker allows each subscriber: more with each success, little after a failure, a share of the host."""
 
+from dataclasses import asdict
 from datetime import timedelta
 
 from tests.facts import at
+from webhook_app.circuit import Circuit
 from webhook_app.room import CAUTION_IN_FLIGHT, FIRST_IN_FLIGHT, IN_FLIGHT, MOST_IN_FLIGHT, Room, host_of
 
 NOW = at(0)
@@ -11,7 +13,7 @@ NOW = at(0)
 def row(id_="sub_1", url="https://one.example/hook", **more):
     return {
         "id": id_, "url": url, "first_due_at": NOW, "slow_until": None, "on_probation": False,
-        "failing_since": None, **more,
+        "failing_since": None, **asdict(Circuit()), **more,
     }  # fmt: skip
 
 

@@ -13,7 +13,8 @@ queue to queue, first to those with the least under way, and takes from each wha
 """
 
 import secrets as random
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -35,7 +36,17 @@ from sqlalchemy import (
     update,
 )
 
-from webhook_app import bulk, fan_out, formats, models, provider_shapes, signing, subscribers, workers
+from webhook_app import (
+    bulk,
+    circuit,
+    fan_out,
+    formats,
+    models,
+    provider_shapes,
+    signing,
+    subscribers,
+    workers,
+)
 from webhook_app.db import Write
 from webhook_app.formats import Told
 from webhook_app.retries import RetryPolicy, slow_down
@@ -78,9 +89,14 @@ def _wanting(groups: subscribers.Groups, event: Mapping[str, Any]) -> list[str]:
 
 
 def plan_one(write: Write, event: Mapping[str, Any], subscriber_id: str, now: datetime) -> str:
-    """Write a message of an event for one subscriber, whatever its filters; its message id."""
-    row = _message(write, event, subscriber_id, now)
+    """Write a message of an event for one subscriber, whatever its filters; its message id.
+
+    A person asks for it: it goes before what waits, and at once where the circuit is open.
+    """
+    due_at = _front(write.connection, subscriber_id, now)
+    row = _message(write, event, subscriber_id, now) | {"due_at": due_at}
     write.connection.execute(insert(models.messages), row)
+    let_probe(write.connection, subscriber_id, now)
     return str(row["message_id"])
 
 
@@ -137,7 +153,8 @@ def _message_id(now: datetime) -> str:
 class Claimed:
     """A message taken for sending, with all that its request needs.
 
-    `number` is this try's, from 1; `lane` is subscriber and build of an ordered message.
+    `number` is this try's, from 1; `lane` is subscriber and build of an ordered message; `circuit`: the
+    state of the subscriber's circuit when it was taken.
     """
 
     id: int
@@ -150,6 +167,7 @@ class Claimed:
     timestamp: datetime
     data: Mapping[str, Any]
     change: str | None = None
+    circuit: str = circuit.CLOSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,14 +338,77 @@ def claim(
     room = room.copy()
     queues = [dict(row) for row in connection.execute(_QUEUES).mappings().all()]
     for row in sorted(queues, key=lambda row: room.subscribers[row["id"]]):
-        due = _take_due(connection, row, now, room.allowed(row, now))
+        due = _take_due(connection, row, now, _permitted(connection, row, now, room.allowed(row, now)))
         if due:
+            _lease_probe(connection, row, now + timedelta(seconds=timeout_seconds + LEASE_MARGIN_SECONDS))
             taken += due
             rows[row["id"]] = row
             room.began(row, len(due))
         if room.free <= 0:
             break
     return Claim(_lease(connection, taken, rows, now, timeout_seconds, workers.token(worker)), rows)
+
+
+_LOCKED_CIRCUIT = (
+    select(*(models.subscribers.c[name] for name in circuit.COLUMNS))
+    .where(_s.id == bindparam("subscriber"))
+    .with_for_update(key_share=True, skip_locked=True)
+)
+
+
+def _permitted(connection: Connection, row: Row, now: datetime, most: int) -> int:
+    """How many of `most` messages the circuit lets go.  Unless it is closed, its row is locked from now on.
+
+    `row` then has the circuit as it stands now.  0: also when another worker holds the row.
+    """
+    if most <= 0 or circuit.state_of(row) == circuit.CLOSED:
+        return most
+    found = connection.execute(_LOCKED_CIRCUIT, {"subscriber": row["id"]}).mappings().one_or_none()
+    if found is None:
+        return 0
+    row.update(found)
+    here = circuit.of(row)
+    if here.state == circuit.OPEN:
+        return min(most, int(here.is_probe_due(now)))
+    limit = here.concurrency_limit
+    return (
+        most if limit is None else min(most, limit - under_way(connection, [row["id"]], now, limit).total())
+    )
+
+
+def under_way(
+    connection: Connection, subscriber_ids: Collection[str], now: datetime, most: int
+) -> Counter[str]:
+    """How many messages of these subscribers workers have in hand; counted up to `most` in all."""
+    leases_end = now + timedelta(seconds=circuit.LONGEST_LEASE_SECONDS)
+    in_hand = (
+        select(_m.subscriber)
+        .where(_PENDING, _m.subscriber.in_(subscriber_ids), _m.claim.is_not(None))
+        .where(_m.due_at > now, _m.due_at <= leases_end)
+        .order_by(_m.subscriber, _m.due_at, _m.id)
+    )
+    return Counter(connection.execute(in_hand.limit(most)).scalars())
+
+
+def _lease_probe(connection: Connection, row: Row, until: datetime) -> None:
+    """If the circuit is open: no other probe begins before this one came back, or its worker must be dead."""
+    if row["probe_at"] is not None:
+        connection.execute(update(models.subscribers).where(_s.id == row["id"]).values(probe_at=until))
+
+
+def let_probe(connection: Connection, subscriber_id: str | None, now: datetime) -> None:
+    """Let an open circuit (None: each one) send a message now, since a person asks, whatever it waits for."""
+    waits: list[ColumnElement[bool]] = [_s.probe_at > now]
+    if subscriber_id is not None:
+        waits.append(_s.id == subscriber_id)
+    connection.execute(update(models.subscribers).where(*waits).values(probe_at=now))
+
+
+def _front(connection: Connection, subscriber_id: str, now: datetime) -> datetime:
+    """A time that makes a message due, and the first of all that the subscriber waits for."""
+    pending = select(_m.due_at).where(_PENDING, _m.subscriber == subscriber_id).order_by(_m.due_at, _m.id)
+    first = connection.execute(pending.limit(1)).scalar()
+    return now if first is None else min(now, first - timedelta(milliseconds=1))
 
 
 def _take_due(connection: Connection, row: Mapping[str, Any], now: datetime, most: int) -> list[int]:
@@ -381,6 +462,12 @@ class _Pace:
     def spend(self, connection: Connection, subscriber_id: str, count: int) -> None:
         paid = self._start() + timedelta(seconds=count / self.per_second)
         connection.execute(update(models.subscribers).where(_s.id == subscriber_id).values(paced_until=paid))
+
+
+def rate_allows(row: Mapping[str, Any], now: datetime) -> int | None:
+    """How many messages the rate of this subscriber's row lets go now; None: it has no limit."""
+    per_second = row["rate_limit_per_second"]
+    return _Pace(per_second, row["paced_until"], now).allowed if per_second else None
 
 
 _LOCKED_PACE = (
@@ -458,8 +545,12 @@ def _lease(
         row[0]: row[1:]
         for row in bulk.run(connection, _CONTENT[store], {"ids": [*{row[-1] for row in taken}]})
     }
+    states = {id_: circuit.state_of(row) for id_, row in rows.items()}
     return [
-        Claimed(id_, message_id, subscriber, _lane(rows[subscriber], build), attempts, token, *events[event])
+        Claimed(
+            *[id_, message_id, subscriber, _lane(rows[subscriber], build), attempts, token],
+            *[*events[event], states[subscriber]],
+        )
         for id_, message_id, subscriber, build, attempts, event in sorted(taken)
     ]
 
@@ -468,10 +559,19 @@ def _lane(row: Mapping[str, Any], build: int | None) -> tuple[str, int] | None:
     return (row["id"], build) if build is not None and row["ordered"] else None
 
 
+def queued(connection: Connection) -> Sequence[Mapping[str, Any]]:
+    """The rows of active subscribers with pending messages, with their `first_due_at`, the oldest first."""
+    return [dict(row) for row in connection.execute(_QUEUES).mappings()]
+
+
 def next_due(connection: Connection) -> datetime | None:
     """When there is something to do next for an active subscriber; None: nothing is pending."""
     moments = [
-        max(moment for moment in (row["first_due_at"], row["slow_until"], row["paced_until"]) if moment)
+        max(
+            moment
+            for moment in (row["first_due_at"], row["slow_until"], row["paced_until"], row["probe_at"])
+            if moment
+        )
         for row in connection.execute(_QUEUES).mappings()
     ]
     return min(moments, default=None)
@@ -628,9 +728,15 @@ def slow_down_of(tried: Tried, now: datetime) -> datetime | None:
 
 
 def retry(connection: Connection, message: int, now: datetime) -> None:
-    """Make a message due at once, dead and delivered ones too; its id stays the same."""
+    """Make a message due at once, dead and delivered ones too; its id stays the same.
+
+    A person asks for it: it goes before what waits, and at once where the circuit is open.
+    """
+    subscriber = connection.execute(select(_m.subscriber).where(_m.id == message)).scalar_one()
+    due_at = _front(connection, subscriber, now)
     connection.execute(
         update(models.messages)
         .where(_m.id == message)
-        .values(state="pending", due_at=now, claim=None, reason=None, settled_at=None)
+        .values(state="pending", due_at=due_at, claim=None, reason=None, settled_at=None)
     )
+    let_probe(connection, subscriber, now)

@@ -2,21 +2,29 @@
 
 An endpoint is disabled when it failed for 120 h and at least 20 times without a success in between.
 Before that is final it is left alone for a while and gets one more message; a success there heals it.
-410 Gone disables at once.
+410 Gone disables at once.  An endpoint that fails several times in a row gets one message at a time
+(`circuit`).
 """
 
+import logging
+import random
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
-from sqlalchemy import Connection, Engine, case, func, insert, select, update
+from sqlalchemy import Connection, Engine, case, func, insert, or_, select, update
 
-from webhook_app import deliveries, models, retries, subscribers
-from webhook_app.db import Write, reading
+from webhook_app import circuit, deliveries, loglines, models, retries, subscribers
+from webhook_app.circuit import Circuit
+from webhook_app.db import Write, after_commit, reading
 from webhook_app.deliveries import Tried
 from webhook_app.health import tell
+from webhook_app.times import iso
+
+log = logging.getLogger(__name__)
 
 _s, _m = models.subscribers.c, models.messages.c
 
@@ -41,8 +49,16 @@ class Sentence:
     reason: str = ""
 
 
-def note(connection: Connection, tries: Sequence[Tried], now: datetime) -> list[Sentence]:
-    """Count what tries say about their subscribers, in the transaction that settles them; what follows."""
+def note(
+    connection: Connection,
+    tries: Sequence[Tried],
+    now: datetime,
+    jitter: Callable[[], float] = random.random,
+) -> list[Sentence]:
+    """Count what tries say about their subscribers, in the transaction that settles them; what follows.
+
+    `jitter()` gives 0..1, for the wait until the next probe of an open circuit.
+    """
     well = {tried.message.subscriber for tried in tries if tried.reason is None}
     failed = [tried for tried in tries if tried.reason is not None and not _is_our_fault(tried)]
     gone = {tried.message.subscriber for tried in failed if tried.status_code == 410}
@@ -52,7 +68,11 @@ def note(connection: Connection, tries: Sequence[Tried], now: datetime) -> list[
             tried.started_at, last.get(tried.message.subscriber, tried.started_at)
         )
     slowed = [tried for tried in tries if tried.reason == deliveries.NO_KEY] + failed
-    _heal(connection, _locked(connection, well, {tried.message.subscriber for tried in slowed}) & well)
+    locked = _locked(connection, well, {tried.message.subscriber for tried in slowed})
+    _heal(connection, locked.keys() & well)
+    for subscriber, before in locked.items():
+        own = [tried for tried in tries if tried.message.subscriber == subscriber]
+        _note_circuit(connection, subscriber, before, own, now, jitter)
     ill = last.keys() - well
     for subscriber in ill:
         count = sum(tried.message.subscriber == subscriber for tried in failed)
@@ -65,16 +85,19 @@ def note(connection: Connection, tries: Sequence[Tried], now: datetime) -> list[
     return sentences
 
 
-def _locked(connection: Connection, well: Collection[str], failed: Collection[str]) -> set[str]:
-    """Those that failed now or failed lately, locked in the order of their ids.
+def _locked(connection: Connection, well: Collection[str], failed: Collection[str]) -> dict[str, Circuit]:
+    """Those that failed now or failed lately, and their circuits, locked in the order of their ids.
 
     Two workers that took them one by one would wait for each other.  A new message may refer to them.
     """
     if not well and not failed:
-        return set()
-    recovered = _s.id.in_(well) & _s.failing_since.is_not(None)
-    statement = select(_s.id).where(_s.id.in_(failed) | recovered).order_by(_s.id)
-    return set(connection.execute(statement.with_for_update(key_share=True)).scalars())
+        return {}
+    is_noted = or_(*(column.is_not(None) for column in (_s.failing_since, _s.probe_at, _s.concurrency_limit)))
+    recovered = _s.id.in_(well) & is_noted
+    columns = (models.subscribers.c[name] for name in circuit.COLUMNS)
+    statement = select(_s.id, *columns).where(_s.id.in_(failed) | recovered).order_by(_s.id)
+    rows = connection.execute(statement.with_for_update(key_share=True)).mappings()
+    return {row["id"]: circuit.of(dict(row)) for row in rows}
 
 
 def _is_our_fault(tried: Tried) -> bool:
@@ -82,7 +105,38 @@ def _is_our_fault(tried: Tried) -> bool:
     return tried.reason == deliveries.NO_KEY or (tried.reason or "").startswith("internal_")
 
 
-def _heal(connection: Connection, ids: set[str]) -> None:
+def _note_circuit(
+    connection: Connection,
+    subscriber: str,
+    before: Circuit,
+    tries: Sequence[Tried],
+    now: datetime,
+    jitter: Callable[[], float],
+) -> None:
+    """Store what these tries, in the order they came back, make of a subscriber's circuit."""
+    here = before
+    for tried in tries:
+        if not _is_our_fault(tried):
+            here = here.after(tried.reason is None, tried.message.circuit, now, jitter)
+    if here == before:
+        return
+    values = {name: getattr(here, name) for name in circuit.COLUMNS}
+    connection.execute(update(models.subscribers).where(_s.id == subscriber).values(values))
+    if here.state != before.state:
+        after_commit(connection, partial(_log_circuit, subscriber, here))
+
+
+def _log_circuit(subscriber: str, here: Circuit) -> None:
+    """One line for each change of a circuit's state; that it opened is a warning."""
+    tell_ = loglines.warning if here.state == circuit.OPEN else loglines.event
+    probe_at = here.probe_at and iso(here.probe_at)
+    in_row = here.failures_in_row or None
+    tell_(
+        log, "circuit", subscriber_id=subscriber, state=here.state, failures_in_row=in_row, probe_at=probe_at
+    )
+
+
+def _heal(connection: Connection, ids: Collection[str]) -> None:
     if ids:
         connection.execute(
             update(models.subscribers)

@@ -107,6 +107,8 @@ def redrive(engine: Engine, subscriber_id: str | None, reason: str | None, now: 
 
 def _begin(task: Row, now: datetime, write: Write) -> _Step:
     step = _step(write, task, now)
+    if step.picked:
+        deliveries.let_probe(write.connection, task["subscriber"], now)
     if step.after is not None:
         write.connection.execute(insert(models.recoveries), {**task, "after": step.after})
     return step

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from webhook_app import destinations
+from webhook_app import circuit, destinations
 
 IN_FLIGHT = 256
 """Requests under way in one worker, each with a thread."""
@@ -63,16 +63,30 @@ class Room:
         """How many more this subscriber may get now; 0 or less: none.  `row`: with its `first_due_at`."""
         if row["first_due_at"] > now or (row["slow_until"] is not None and row["slow_until"] > now):
             return 0
-        own = self._window(row) - self.subscribers[row["id"]]
+        own = self._own(row, now)
         shared = self.per_host - self.hosts[host_of(row["url"])]
         return min(own, shared, max(1, self.free // 2), self.free)
 
-    def _window(self, row: Mapping[str, Any]) -> int:
+    def _own(self, row: Mapping[str, Any], now: datetime) -> int:
+        """How many more its own window and its circuit allow.
+
+        A probe may begin beside what was under way when the circuit opened; that there is only one over all
+        workers is decided in the store (`deliveries.claim`).
+        """
+        is_open = circuit.state_of(row) == circuit.OPEN
+        if is_open and not circuit.of(row).is_probe_due(now):
+            return 0
+        if is_open and not row["on_probation"]:
+            return 1
+        return self.window(row) - self.subscribers[row["id"]]
+
+    def window(self, row: Mapping[str, Any]) -> int:
+        """How many requests of this subscriber this worker has under way, at most."""
         if row["on_probation"]:
             return 1
         if row["failing_since"] is not None:
             return CAUTION_IN_FLIGHT
-        return self.windows.get(row["id"], self.first)
+        return min(self.windows.get(row["id"], self.first), row["concurrency_limit"] or MOST_IN_FLIGHT)
 
 
 def host_of(url: str) -> str:

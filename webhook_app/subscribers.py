@@ -3,7 +3,7 @@
 import secrets as random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from sqlalchemy import Connection, Engine, delete, func, insert, literal_column, select, update
 
-from webhook_app import bulk, destinations, formats, models, provider_shapes, sealing, signing
+from webhook_app import bulk, circuit, destinations, formats, models, provider_shapes, sealing, signing
 from webhook_app.db import Write, as_writer, in_transaction
 from webhook_app.lifecycle import State
 from webhook_app.times import iso
@@ -29,6 +29,7 @@ UNTRIED: Row = {
     "on_probation": False,
     "warned_percent": 0,
     "slow_until": None,
+    **asdict(circuit.Circuit()),
 }
 """The columns that tell how an endpoint fares, of one that nothing is known of."""
 
