@@ -27,14 +27,14 @@ SUBSCRIBER_FIELDS = {
     "id", "url", "events", "sources", "repositories", "branches", "description", "rate_limit_per_second",
     "ordered", "forks",
     "headers", "format", "states", "conclusions", "changes", "signing", "public_key", "origin", "state",
-    "disabled_reason", "failing_since", "failures", "warned_percent", "on_probation", "slow_until",
+    "disabled_reason", "failing_since", "failures", "warned_percent", "on_probation", "slow_until", "circuit",
     "created_at", "updated_at",
 }  # fmt: skip
 
 
 DELIVERY_FIELDS = {
     "id", "subscriber_id", "event_id", "build_id", "sequence", "type", "state", "attempt_count",
-    "next_attempt_at",
+    "next_attempt_at", "waiting_for",
     "reason", "created_at", "settled_at",
 }  # fmt: skip
 

@@ -228,6 +228,12 @@ def test_messages_subscribers_and_what_could_not_be_read(api):
     assert found[("buildrelay_messages_overdue_seconds",)] >= 500
     assert found[("buildrelay_subscribers", "active")] == 2
     assert found[("buildrelay_subscribers", "disabled")] == 0
+    assert found[("buildrelay_circuits_open",)] == 0
+    two = api("GET", "/api/subscribers")["items"][1]["id"]
+    columns = models.subscribers.c
+    execute(api.engine, update(models.subscribers).values(probe_at=utc_now()))
+    execute(api.engine, update(models.subscribers).where(columns.id == two).values(state="disabled"))
+    assert scrape(api)[("buildrelay_circuits_open",)] == 1
     messages = models.messages.c
     first = update(models.messages).where(messages.sequence == 1)
     execute(api.engine, first.values(state="dead", reason="http_503", due_at=None))

@@ -32,6 +32,7 @@ from webhook_app import (
     supervisor,
     tokens,
     up,
+    waiting,
 )
 from webhook_app.account import Account
 from webhook_app.embedded import EmbeddedError
@@ -455,9 +456,13 @@ def _list_deliveries(chosen: argparse.Namespace) -> int:
     statement = queries.dead_letters(chosen.subscriber, chosen.reason, most=chosen.most)
     if chosen.subscriber is not None and chosen.reason is None:
         statement = queries.deliveries(chosen.subscriber, state, most=chosen.most)
-    with db.reading(_engine(_settings())) as connection:
-        for row in connection.execute(statement).mappings():
+    values = _settings()
+    with db.reading(_engine(values)) as connection:
+        rows = connection.execute(statement).mappings().all()
+        words = _words(connection, values, rows)
+        for row in rows:
             about = f"{row['type']}  {row['build_id'] or '-'}  {row['reason'] or '-'}"
+            about += f"  waits for {words[row['message']]}" if row["message"] in words else ""
             print(f"{row['id']}  {row['subscriber_id']}  {row['state']:<9}  {about}")
         if chosen.subscriber is None:
             counts = replays.dead_letters(connection)
@@ -466,12 +471,20 @@ def _list_deliveries(chosen: argparse.Namespace) -> int:
 
 
 def _show_delivery(chosen: argparse.Namespace) -> int:
-    with db.reading(_engine(_settings())) as connection:
+    values = _settings()
+    with db.reading(_engine(values)) as connection:
         row = queries.delivery(connection, chosen.id)
-        attempts = queries.delivery_attempts(connection, row["message"], MOST_TRIES) if row else ()
-    if row is None:
-        return _done(False, "", chosen.id)
-    return _print(cli_subscribers.delivery(row, attempts), chosen)
+        if row is None:
+            return _done(False, "", chosen.id)
+        attempts = queries.delivery_attempts(connection, row["message"], MOST_TRIES)
+        word = _words(connection, values, [row]).get(row["message"])
+    return _print(cli_subscribers.delivery(row, attempts, word), chosen)
+
+
+def _words(connection: Connection, values: Settings, rows: Sequence[Mapping[Any, Any]]) -> dict[int, str]:
+    """What the pending ones of these deliveries wait for."""
+    look = waiting.Look(connection, utc_now(), values.delivery_host_concurrency, values.encryption_keys)
+    return waiting.words(look, rows)
 
 
 def _retry_delivery(chosen: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from webhook_app import destinations, formats, results, subscribers
+from webhook_app import circuit, destinations, formats, results, subscribers
 from webhook_app.endpoints import Health
 from webhook_app.lifecycle import Conclusion, State
 from webhook_app.sealing import SealError
@@ -158,7 +158,7 @@ def _per_second(text: str) -> int:
 _SHOWN = (
     "id", "url", *_LISTS, *_WORDS, "forks", "format", "description", "rate_limit_per_second", "ordered",
     "headers", "signing", "public_key", "origin", "state", "disabled_reason", "failing_since", "failures",
-    "warned_percent", "on_probation", "slow_until", "created_at", "updated_at",
+    "warned_percent", "on_probation", "slow_until", "circuit", "created_at", "updated_at",
 )  # fmt: skip
 _DELIVERY = (
     "id", "subscriber_id", "event_id", "build_id", "sequence", "type", "state", "attempt_count", "due_at",
@@ -171,6 +171,7 @@ def subscriber(row: Mapping[str, Any], health: Health, keys: Sequence[str]) -> d
     """A subscriber as it is shown: its URL whole, of its headers only the names, and no secret."""
     url = subscribers.shown_url(row, keys, whole=True)
     shown = {**row, "url": url, "headers": None, "public_key": None}
+    shown["circuit"] = circuit.shown(row)
     try:
         shown["headers"] = dict.fromkeys(subscribers.custom_headers(row, keys), MASK)
         shown["public_key"] = subscribers.public_key(row, keys)
@@ -179,9 +180,11 @@ def subscriber(row: Mapping[str, Any], health: Health, keys: Sequence[str]) -> d
     return {name: shown.get(name) for name in _SHOWN} | {"health": asdict(health)}
 
 
-def delivery(row: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A delivery with each of its attempts as it is shown."""
-    shown = {name: row[name] for name in _DELIVERY}
+def delivery(
+    row: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]], waiting_for: str | None = None
+) -> dict[str, Any]:
+    """A delivery with each of its attempts as it is shown.  `waiting_for`: a word of `waiting.WORDS`."""
+    shown = {**{name: row[name] for name in _DELIVERY}, "waiting_for": waiting_for}
     shown["next_attempt_at"] = shown.pop("due_at")
     timed = [{**one, "duration_seconds": one["duration_ms"] / 1000} for one in attempts]
     return shown | {"attempts": [{name: one.get(name) for name in _ATTEMPT} for one in timed]}

@@ -87,6 +87,7 @@ METRICS: Mapping[str, About] = {
     "messages_overdue_seconds": About("How long the oldest message that may be sent has been due."),
     "messages_dead": About("Messages that were given up.", ("reason",)),
     "subscribers": About("Subscribers.", ("state",)),
+    "circuits_open": About("Active subscribers that get one message at a time, after failures in a row."),
     "inbound_unreadable": About("Verified deliveries that could not be read."),
     "redis_up": About("1 if Redis answers; if not, the next three are absent."),
     "scheduler_beat_age_seconds": About("Since the last pass of the scheduler; absent: none is running."),
@@ -113,7 +114,7 @@ def of_store(connection: Connection, sources: Mapping[str, SourceSettings], now:
         *_of_budgets(connection, sources, now),
         *_of_builds(connection, sources),
         *_of_messages(connection, now),
-        *_counted(connection, "subscribers", BY_STATE, {"active": 0, "disabled": 0}),
+        *_of_subscribers(connection),
         ("inbound_unreadable", (), connection.execute(UNREADABLE).scalar()),
     ]
 
@@ -154,7 +155,9 @@ OPEN = (
 PENDING = select(func.count()).select_from(_PENDING)
 DEAD = select(_DEAD.c.reason, func.count().label("count")).group_by(_DEAD.c.reason)
 UNREADABLE = select(func.count()).select_from(_UNREADABLE)
-BY_STATE = select(_s.state, func.count().label("count")).group_by(_s.state)
+BY_STATE = select(
+    _s.state, func.count().label("count"), func.count(_s.probe_at).label("circuits_open")
+).group_by(_s.state)
 
 
 def _of_sources(
@@ -247,13 +250,17 @@ def _of_messages(connection: Connection, now: datetime) -> Iterator[Sample]:
     yield from _counted(connection, "messages_dead", DEAD)
 
 
-def _counted(
-    connection: Connection, metric: str, statement: Select[Any], known: Mapping[str, int] | None = None
-) -> Iterator[Sample]:
-    """Rows of a label and a count; those of `known` that are not found are told as well."""
-    found = {label or "unknown": count for label, count in connection.execute(statement)}
-    for label, count in (dict(known or {}) | found).items():
-        yield metric, (label,), count
+def _of_subscribers(connection: Connection) -> Iterator[Sample]:
+    found = {row["state"]: row for row in connection.execute(BY_STATE).mappings()}
+    for state in ("active", "disabled"):
+        yield "subscribers", (state,), found[state]["count"] if state in found else 0
+    yield "circuits_open", (), found["active"]["circuits_open"] if "active" in found else 0
+
+
+def _counted(connection: Connection, metric: str, statement: Select[Any]) -> Iterator[Sample]:
+    """Rows of a label and a count."""
+    for label, count in connection.execute(statement):
+        yield metric, (label or "unknown",), count
 
 
 def _past(moment: datetime | None, now: datetime) -> float:

@@ -329,6 +329,8 @@ _DELIVERIES = (
         _m.state,
         _m.attempts.label("attempt_count"),
         _m.due_at,
+        _m.claim,
+        _m.build,
         _m.reason,
         _m.created_at,
         _m.settled_at,

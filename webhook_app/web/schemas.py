@@ -12,7 +12,7 @@ from typing import Any
 from marshmallow import RAISE, Schema, ValidationError, fields, missing, validates_schema
 from marshmallow.validate import Length, OneOf, Range
 
-from webhook_app import formats, results, subscribers, tokens
+from webhook_app import circuit, formats, results, subscribers, tokens, waiting
 from webhook_app.lifecycle import Conclusion, ObservedBy, State
 from webhook_app.platforms import PollFault
 from webhook_app.queries import LARGEST_ID
@@ -155,8 +155,8 @@ def _out(kind: Any, *args: Any, null: bool = False, about: str = "", **more: Any
     return kind(*args, required=True, allow_none=null, metadata=metadata, **more)
 
 
-def _word(words: tuple[str, ...], null: bool = False) -> Any:
-    return _out(Text, null=null, validate=OneOf([*words, None] if null else words))
+def _word(words: tuple[str, ...], null: bool = False, about: str = "") -> Any:
+    return _out(Text, null=null, about=about, validate=OneOf([*words, None] if null else words))
 
 
 # ---- questions -------------------------------------------------------------------------------
@@ -489,6 +489,18 @@ class Polling(Schema):
     error = _out(Text, null=True)
 
 
+class Circuit(Schema):
+    """The circuit breaker of a subscriber: what it still gets after failures in a row."""
+
+    state = _word(circuit.STATES)
+    failures_in_row = _out(fields.Integer, about="Without a success between; five open it.")
+    probe_at = _out(Moment, null=True, about="While it is open: when one message is tried next.")
+    probe_wait_seconds = _out(fields.Float, null=True, about="Doubled by each probe that fails, up to 300.")
+    concurrency_limit = _out(
+        fields.Integer, null=True, about="While it is half open: requests under way at once, at most."
+    )
+
+
 class Subscriber(Schema):
     """A registered callback URL.  Its secret is shown only when it is made."""
 
@@ -522,6 +534,7 @@ class Subscriber(Schema):
     warned_percent = _out(fields.Integer, about="The stage that was told on the way to be disabled.")
     on_probation = _out(fields.Boolean, about="One more failure disables it.")
     slow_until = _out(Moment, null=True, about="Left alone until then.")
+    circuit = _out(fields.Nested, Circuit)
     created_at = _out(Moment)
     updated_at = _out(Moment)
 
@@ -571,6 +584,11 @@ class Counted(Schema):
     count = _out(fields.Integer)
 
 
+_WAITING = "What a pending one waits for; else null. " + " ".join(
+    f"`{word}`: {meaning}." for word, meaning in waiting.WORDS.items()
+)
+
+
 class Delivery(Schema):
     """One event for one subscriber."""
 
@@ -584,6 +602,7 @@ class Delivery(Schema):
     attempt_count = _out(fields.Integer)
     next_attempt_at = _out(Moment, null=True, attribute="due_at")
     reason = _out(Text, null=True, about="Of the last failure.")
+    waiting_for = _word(tuple(waiting.WORDS), null=True, about=_WAITING)
     created_at = _out(Moment)
     settled_at = _out(Moment, null=True)
 

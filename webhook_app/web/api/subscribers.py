@@ -1,6 +1,6 @@
 """Subscribers and their deliveries."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -8,7 +8,18 @@ from typing import Any
 from flask import Response
 from sqlalchemy import Connection
 
-from webhook_app import db, deliveries, destinations, endpoints, queries, queues, replays, subscribers
+from webhook_app import (
+    circuit,
+    db,
+    deliveries,
+    destinations,
+    endpoints,
+    queries,
+    queues,
+    replays,
+    subscribers,
+    waiting,
+)
 from webhook_app.destinations import OutboundError
 from webhook_app.endpoints import Answer
 from webhook_app.queries import Row
@@ -40,6 +51,7 @@ def _shown(row: Row) -> dict[str, Any]:
     """A subscriber without its secrets; of its headers only the names, of its URL what the token may see."""
     url = subscribers.shown_url(row, _keys(), whole=auth.may("write"))
     shown = {**row, "url": url, "headers": None, "public_key": None}
+    shown["circuit"] = circuit.shown(row)
     try:
         shown["headers"] = dict.fromkeys(subscribers.custom_headers(row, _keys()), MASK)
         shown["public_key"] = subscribers.public_key(row, _keys())
@@ -192,7 +204,8 @@ def rotate_secret(wanted: dict[str, Any], subscriber_id: str) -> Any:
 def send_test_event(subscriber_id: str) -> Any:
     """Send an event of type `subscriber.test` to this subscriber, whatever its filters, and show the answer.
 
-    Waits for it up to 10 s; where no worker runs, or four others wait already, not at all.
+    Waits for it up to 10 s; where no worker runs, or four others wait already, not at all.  It goes before
+    what the subscriber waits for, and at once where its circuit is open: a success closes that again.
     """
 
     def unit(write: db.Write) -> str:
@@ -257,8 +270,16 @@ def list_deliveries(asked: dict[str, Any], subscriber_id: str) -> Any:
     statement = queries.deliveries(subscriber_id, asked.get("state"), before, limit + 1)
     with db.reading(state().engine) as connection:
         _need(connection, subscriber_id)
-        rows = connection.execute(statement).mappings().all()
+        rows = _with_words(connection, connection.execute(statement).mappings().all())
     return page(rows, limit, lambda row: row["event_id"])
+
+
+def _with_words(connection: Connection, rows: Sequence[Row]) -> list[Row]:
+    """Deliveries, and what the pending ones wait for."""
+    values = state().settings
+    look = waiting.Look(connection, utc_now(), values.delivery_host_concurrency, _keys())
+    words = waiting.words(look, rows)
+    return [{**row, "waiting_for": words.get(row["message"])} for row in rows]
 
 
 @operation(blueprint, "GET", "/deliveries", schemas.DeliveryPage, query=schemas.DeadLettersQuery)
@@ -269,7 +290,7 @@ def list_dead_letters(asked: dict[str, Any]) -> Any:
         asked.get("subscriber"), asked.get("reason"), asked.get("cursor"), limit + 1
     )
     with db.reading(state().engine) as connection:
-        rows = connection.execute(statement).mappings().all()
+        rows = _with_words(connection, connection.execute(statement).mappings().all())
     return page(rows, limit, lambda row: f"{row['subscriber_id']} {row['message']}")
 
 
@@ -295,12 +316,13 @@ def _need_delivery(connection: Connection, delivery_id: str) -> Row:
 
 @operation(blueprint, "GET", "/deliveries/<string:delivery_id>", schemas.DeliveryWithAttempts, errors=[404])
 def get_delivery(delivery_id: str) -> Any:
-    """Get one delivery with each of its attempts."""
+    """Get one delivery with each of its attempts, and what it waits for."""
     with db.reading(state().engine) as connection:
         row = _need_delivery(connection, delivery_id)
+        (shown,) = _with_words(connection, [row])
         tries = queries.delivery_attempts(connection, row["message"], MOST_TRIES)
     attempts = [{**tried, "duration_seconds": tried["duration_ms"] / 1000} for tried in tries]
-    return {**row, "attempts": attempts}
+    return {**shown, "attempts": attempts}
 
 
 @operation(
@@ -308,13 +330,17 @@ def get_delivery(delivery_id: str) -> Any:
     scope="write", status=202, errors=[404, 409],
 )  # fmt: skip
 def retry_delivery(delivery_id: str) -> Any:
-    """Send a delivery once more, a dead or delivered one too; its id stays the same."""
+    """Send a delivery once more, a dead or delivered one too; its id stays the same.
+
+    It goes before what the subscriber waits for, and at once where the subscriber's circuit is open.
+    """
 
     def unit(connection: Connection) -> Row:
         row = _need_delivery(connection, delivery_id)
         _need_active(row["subscriber_state"])
         deliveries.retry(connection, row["message"], utc_now())
-        return _need_delivery(connection, delivery_id)
+        (again,) = _with_words(connection, [_need_delivery(connection, delivery_id)])
+        return again
 
     row = db.in_transaction(state().engine, unit)
     state().bell.ring(queues.DELIVER)
