@@ -210,7 +210,7 @@ class Metronome(_Entries):
                     self.beat()
             except RedisError as error:
                 if time.monotonic() - told > queues.NEWS_SECONDS:
-                    log.warning("redis does not answer, the metronome waits: %s", queues.reason(error))
+                    log.warning("%s: the metronome waits: %s", queues.trouble(error), queues.reason(error))
                     told = time.monotonic()
             stop.wait(max(0.0, PASS_SECONDS - (time.monotonic() - started)))
         try:

@@ -181,7 +181,7 @@ def _work(names: Sequence[str], redis: Redis) -> None:
             if _asked_to_end.is_set():
                 return
             if time.monotonic() - told > queues.NEWS_SECONDS:
-                log.warning("redis does not answer, the worker waits: %s", queues.reason(error))
+                log.warning("%s: the worker waits: %s", queues.trouble(error), queues.reason(error))
                 told = time.monotonic()
             time.sleep(WAIT_SECONDS)
 

@@ -187,7 +187,7 @@ def lines_of(log):
 def test_each_line_of_a_process_has_time_and_level(tmp_path, environment, command):
     log = tmp_path / "log"
     with hubs.started([sys.executable, "-m", "webhook_app", command], log, environment) as process:
-        hubs.until(lambda: "redis does not answer" in log.read_text(), hubs.PATIENCE_SECONDS, "a line")
+        hubs.until(lambda: "Redis does not answer" in log.read_text(), hubs.PATIENCE_SECONDS, "a line")
         process.terminate()
         process.wait(hubs.PATIENCE_SECONDS)
     for line in lines_of(log):

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except db.SchemaMissing as error:
         code = _complain(f"the schema is not current ({error}): run `buildrelay migrate`", 1)
     except db.StoreUnavailable as error:
-        code = _complain(f"the database does not answer: {error}", 1)
+        code = _complain(error.in_full(), 1)
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `| head` has read enough

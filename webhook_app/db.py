@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import unquote_to_bytes, urlsplit
+from uuid import uuid4
 
 import orjson
 from sqlalchemy import Connection, Engine, create_engine, event, select
@@ -39,6 +41,9 @@ LACKS = {"42P01", "42703"}
 
 TRIES = 5
 
+PROBE_BYTES = 16 * 1024
+"""More than the room that a page has left: whether the database may still grow shows as well."""
+
 BUSY_SECONDS = 30.0
 RECEPTION_BUSY_SECONDS = 3.0
 """How long a transaction waits for SQLite's lock once it has its turn.  A push that waited for a group
@@ -58,11 +63,26 @@ MOST_PATIENCE_SECONDS = 0.01
 
 
 class StoreUnavailable(Exception):
-    """The database does not answer or can't be written; nothing of the unit was stored."""
+    """The database does not answer or can't be written; nothing of the unit was stored.
+
+    `plain`: what is wrong, in words that hold no address, no path and no secret.
+    """
+
+    def __init__(self, reason: str, plain: str = "") -> None:
+        super().__init__(f"{plain}: {reason}" if plain else reason)
+        self.plain = plain or "the database does not answer"
+
+    def in_full(self) -> str:
+        """What is wrong, and what the database said."""
+        return str(self) if str(self).startswith(self.plain) else f"{self.plain}: {self}"
 
 
 class SchemaMissing(StoreUnavailable):
     """The database answers, but has not our tables, or not as this program knows them."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.plain = "the schema is not current"
 
 
 def connect(
@@ -309,7 +329,25 @@ def unavailable(error: Exception) -> StoreUnavailable:
     lacks = getattr(original, "sqlstate", None) in LACKS or reason.startswith(
         ("no such table", "no such column")
     )
-    return SchemaMissing(reason) if lacks else StoreUnavailable(reason)
+    return SchemaMissing(reason) if lacks else StoreUnavailable(reason, _plain(original))
+
+
+_PLAIN = {
+    "SQLITE_FULL": "the disk is full",
+    "SQLITE_IOERR": "the disk can't be written",
+    "SQLITE_READONLY": "the database is read-only",
+    "SQLITE_BUSY": "the database is locked by another process",
+    "53100": "the disk of the database is full",
+    "53200": "the database is out of memory",
+    "53300": "the database has no connection left",
+    "25006": "the database is read-only",
+}
+"""By SQLite's name of an error (its extended ones begin with it) or PostgreSQL's SQLSTATE."""
+
+
+def _plain(error: object) -> str:
+    name = getattr(error, "sqlite_errorname", None) or getattr(error, "sqlstate", None) or ""
+    return next((plain for known, plain in _PLAIN.items() if name.startswith(known)), "")
 
 
 @dataclass(slots=True)
@@ -362,6 +400,22 @@ def as_writer(engine: Engine, unit: Callable[[Write], Result], *, first: bool = 
         return result
 
     return in_transaction(engine, locked, first=first)
+
+
+def try_write(engine: Engine) -> None:
+    """Do what each push does, and leave no trace: as the writer, write a row that takes room, and commit.
+
+    A full disk and a database that is read-only show only then.  SQLite writes no page that is as before,
+    so the row is made and removed.  Raises `StoreUnavailable`.
+    """
+    mine = models.workers.c.id == (name := f"probe:{uuid4()}")
+    row = {"id": name, "alive_at": datetime.now(UTC), "claimed": ["x" * PROBE_BYTES]}
+
+    def write(write: Write) -> None:
+        write.connection.execute(models.workers.insert(), row)
+        write.connection.execute(models.workers.delete().where(mine))
+
+    as_writer(engine, write)
 
 
 class GroupCommit(Generic[Argument, Result]):

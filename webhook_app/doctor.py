@@ -17,7 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from redis.exceptions import RedisError
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from webhook_app import (
     api_health,
@@ -161,17 +162,32 @@ def _store(values: Settings) -> Iterator[Engine]:
 
 def _database(values: Settings) -> Iterator[Finding]:
     try:
-        with _store(values) as engine, db.reading(engine) as connection:
-            connection.execute(text("SELECT 1"))
-            yield Finding("database", OK, f"{engine.dialect.name} answers")
-            if migrations.is_current(engine):
-                yield Finding("database", OK, "the schema is current")
+        with _store(values) as engine:
+            yield from _schema(migrations.standing(engine))
+            db.try_write(engine)
+            yield Finding("database", OK, f"{engine.dialect.name} takes writes")
+            with db.reading(engine) as connection:
                 yield from _closed(subscribers.closed(connection, values.encryption_keys))
-            else:
-                yield Finding("database", FAIL, "the schema is not current", "Run `buildrelay migrate`.")
-    except (*db.UNAVAILABLE, db.StoreUnavailable) as error:
-        mend = "Look whether it runs, and at DATABASE_URL."
-        yield Finding("database", FAIL, f"the database does not answer: {_one_line(error)}", mend)
+    except db.SchemaMissing:
+        return  # said already
+    except (SQLAlchemyError, db.StoreUnavailable) as error:
+        told = error if isinstance(error, db.StoreUnavailable) else db.unavailable(error)
+        mend = "Look whether it runs, has room and may be written, and at DATABASE_URL."
+        yield Finding("database", FAIL, _one_line(told.in_full()), mend)
+
+
+def _schema(standing: str) -> Iterator[Finding]:
+    found = {
+        migrations.CURRENT: Finding("database", OK, "the schema is current"),
+        migrations.OLDER: Finding("database", FAIL, "the schema is not current", "Run `buildrelay migrate`."),
+        migrations.NEWER: Finding(
+            "database", WARN, "the schema is newer than this program, and has all that it needs", "Update it."
+        ),
+        migrations.UNUSABLE: Finding(
+            "database", FAIL, "the schema is newer than this program, and lacks what it needs", "Update it."
+        ),
+    }
+    yield found[standing]
 
 
 def _modes(values: Settings) -> Iterator[Finding]:
@@ -191,16 +207,15 @@ def _closed(ids: Sequence[str]) -> Iterator[Finding]:
         yield Finding("database", FAIL, what, mend)
 
 
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _one_line(text: str) -> str:
+    return text.strip().split("\n")[0]
 
 
 def _redis(values: Settings) -> Iterator[Finding]:
     try:
         with queues.connect(values.redis_url, REDIS_SECONDS) as redis:
-            redis.ping()
-            yield Finding("redis", OK, "Redis answers")
+            queues.try_write(redis)
+            yield Finding("redis", OK, "Redis takes writes")
             yield _scheduler(queues.beat(redis))
             served = queues.workers(redis)
             yield from _workers([bell for bell in queues.JOBS if not served[bell]])
@@ -210,7 +225,7 @@ def _redis(values: Settings) -> Iterator[Finding]:
             mend = "Name who signs it (REDIS_URL with ?ssl_ca_certs=FILE), or set REDIS_TLS_VERIFY=false."
             yield Finding("redis", FAIL, "the certificate of Redis is refused", mend)
             return
-        yield Finding("redis", FAIL, f"Redis does not answer: {type(error).__name__}", mend)
+        yield Finding("redis", FAIL, queues.trouble(error), mend)
 
 
 def _scheduler(beat: int | None) -> Finding:

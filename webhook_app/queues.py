@@ -152,6 +152,31 @@ def reason(error: RedisError) -> str:
     )
 
 
+def trouble(error: RedisError) -> str:
+    """What an error of Redis means, in words that hold no address and no secret."""
+    text = str(error)  # in a transaction an error of the server has others of redis-py around it
+    named = (plain for mark, plain in _TROUBLES.items() if mark in text)
+    if isinstance(error, ReadOnlyError) or isinstance(error.__cause__, ReadOnlyError):
+        return _TROUBLES["READONLY"]
+    return next(named, f"Redis does not answer ({type(error).__name__})")
+
+
+_TROUBLES = {
+    "OOM command not allowed": "Redis is out of memory",
+    "command not allowed when used memory": "Redis is out of memory",
+    "READONLY": "Redis is read-only (a replica)",
+    "MISCONF": "Redis can't write to its disk",
+    "LOADING": "Redis is starting: it loads its data",
+    "NOAUTH": "Redis wants another password",
+    "WRONGPASS": "Redis wants another password",
+}
+
+
+def try_write(redis: Redis) -> None:
+    """Write what nobody reads: a Redis that is full or read-only answers all else.  Raises `RedisError`."""
+    redis.set("buildrelay:probe", b"1", ex=60)
+
+
 def bell_key(bell: str) -> str:
     """Set while a job is queued for this bell and has not begun."""
     return f"buildrelay:bell:{bell}"
@@ -173,7 +198,7 @@ class Bell:
                 enqueue_once(self.redis, bell)
         except RedisError as error:
             self._deaf_until = time.monotonic() + DEAF_SECONDS
-            log.warning("redis does not answer, the next tick will find the work: %s", reason(error))
+            log.warning("%s: the next tick will find the work: %s", trouble(error), reason(error))
             return False
         return True
 

@@ -219,7 +219,7 @@ def _missing(redis_url: str) -> Callable[[Sequence[int]], str]:
             with queues.connect(redis_url, READY_SECONDS) as redis:
                 served = queues.bells_served_by(redis, pids, since)
         except RedisError as error:
-            return f"Redis does not answer ({type(error).__name__})"
+            return queues.trouble(error)
         unserved = [bell for bell in queues.JOBS if bell not in served]
         return f"no worker serves {', '.join(unserved)}" if unserved else ""
 

@@ -6,9 +6,10 @@ from alembic import command
 from alembic.config import Config
 from alembic.script.revision import ResolutionError
 from alembic.util import CommandError
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine, inspect
+from sqlalchemy.engine.interfaces import ReflectedColumn
 
-from webhook_app import VERSION
+from webhook_app import VERSION, models
 
 
 class NewerSchema(Exception):
@@ -38,6 +39,43 @@ def upgrade(engine: Engine, revision: str = "head") -> None:
         raise NewerSchema(
             f"the store was written by a newer BuildRelay, this one is {VERSION}: go back to it ({error})"
         ) from error
+
+
+CURRENT, OLDER, NEWER, UNUSABLE = "current", "older", "newer", "unusable"
+
+
+def standing(engine: Engine) -> str:
+    """The schema of the store beside the one of this program.
+
+    `older`: `buildrelay migrate` brings it.  `newer`: a later program has migrated it, and all is there that
+    this one reads and writes, as between two steps of a rolling deployment.  `unusable`: it is not.
+    """
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    with engine.connect() as connection:
+        found = set(MigrationContext.configure(connection).get_current_heads())
+        ours = ScriptDirectory.from_config(config())
+        if found == set(ours.get_heads()):
+            return CURRENT
+        if found <= {script.revision for script in ours.walk_revisions()}:
+            return OLDER
+        return NEWER if _has_ours(connection) else UNUSABLE
+
+
+def _has_ours(connection: Connection) -> bool:
+    """Are all our tables and columns there, and can a row be added that has no others?"""
+    there = inspect(connection).get_multi_columns()
+    for table in models.metadata.tables.values():
+        columns = {column["name"]: column for column in there.get((None, table.name), [])}
+        added = [column for name, column in columns.items() if name not in table.c]
+        if not set(table.c.keys()) <= columns.keys() or any(map(_must_be_given, added)):
+            return False
+    return True
+
+
+def _must_be_given(column: ReflectedColumn) -> bool:
+    return not column["nullable"] and column["default"] is None and not column.get("identity")
 
 
 def is_current(engine: Engine) -> bool:

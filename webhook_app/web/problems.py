@@ -40,7 +40,7 @@ def _masked(value: Any) -> Any:
 
 def store_unavailable(error: StoreUnavailable) -> Response:
     """503: nothing was accepted, come again."""
-    log.error("the store is unavailable: %s", error)
+    log.error("the store is unavailable: %s", error.in_full())
     return problem(
         503,
         "the store is unavailable, nothing was accepted",

@@ -790,6 +790,16 @@ class Check(Schema):
     detail = _out(Text)
 
 
+class ReadinessQuery(Strict):
+    """What the service is to be ready for."""
+
+    wanted_for = Text(
+        data_key="for",
+        validate=OneOf(("reception",)),
+        metadata={"description": "`reception`: only what accepting a push needs; else everything."},
+    )
+
+
 class Readiness(Schema):
     """All that the service stands on."""
 

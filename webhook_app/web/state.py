@@ -1,8 +1,12 @@
 """What a web process holds, and how a request gets at it."""
 
-from collections.abc import Mapping
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from threading import BoundedSemaphore
+from math import inf
+from threading import BoundedSemaphore, Lock
+from typing import Any
 
 from flask import current_app
 from redis import Redis
@@ -18,8 +22,48 @@ from webhook_app.redaction import Redactor
 from webhook_app.settings import Settings
 from webhook_app.web.guesses import Guesses
 
+RECENT_SECONDS = 1.0
+STALE_SECONDS = 10.0
+WAIT_SECONDS = 2.0
+"""Of a health check: how long what it found counts, how long while the next one is under way, and how long
+who asks waits for that one."""
+
 MOST_WAITING = 4
 """Requests that may wait for a subscriber's answer at a time: the other threads are for webhooks."""
+
+
+Checks = dict[str, dict[str, Any]]
+"""By name: `ok`, and `detail` in words."""
+
+
+class Recent:
+    """What health checks found lately: strangers may ask as often as they like, and one at a time looks."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[float, Checks]] = {}
+        self._looking: dict[str, Lock] = defaultdict(Lock)
+
+    def __call__(self, name: str, look: Callable[[], Checks]) -> Checks | None:
+        """What `look` finds, or found less than `RECENT_SECONDS` ago.
+
+        While another thread looks: what was found before, up to `STALE_SECONDS` ago; None: it hangs.
+        """
+        looking = self._looking[name]
+        if (checks := self._younger(name, RECENT_SECONDS)) is not None:
+            return checks
+        if looking.acquire(timeout=0 if self._younger(name, STALE_SECONDS) else WAIT_SECONDS):
+            try:
+                if (checks := self._younger(name, RECENT_SECONDS)) is None:
+                    checks = look()
+                    self._found[name] = time.monotonic(), checks
+                return checks
+            finally:
+                looking.release()
+        return self._younger(name, STALE_SECONDS)
+
+    def _younger(self, name: str, seconds: float) -> Checks | None:
+        at, checks = self._found.get(name, (-inf, {}))
+        return checks if time.monotonic() - at < seconds else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +79,7 @@ class State:
     refusals: Refusals
     guesses: Guesses
     redact: Redactor
+    recent: Recent = field(default_factory=Recent)
     waiting: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(MOST_WAITING))
 
     @property

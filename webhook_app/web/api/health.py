@@ -1,12 +1,13 @@
 """Is the process alive, and is all there that it stands on?  No token: balancers and monitors ask."""
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from flask import Response
 from redis.exceptions import RedisError
-from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from webhook_app import api_health, db, health, metrics, migrations, queues
@@ -14,7 +15,9 @@ from webhook_app.db import StoreUnavailable
 from webhook_app.times import iso, utc_now
 from webhook_app.web import schemas
 from webhook_app.web.api.spec import Blueprint, operation
-from webhook_app.web.state import state
+from webhook_app.web.state import Checks, state
+
+log = logging.getLogger(__name__)
 
 blueprint = Blueprint("health", __name__, description="Health of the service")
 
@@ -25,23 +28,44 @@ def get_health() -> Any:
     return {"status": "ok"}
 
 
-@operation(blueprint, "GET", "/readyz", schemas.Readiness, scope=None, shaped={503: schemas.Readiness})
-def get_readiness() -> Any:
-    """Look at the database, its migrations, Redis, the scheduler and the workers; 503 if one is missing.
+@operation(
+    blueprint,
+    "GET",
+    "/readyz",
+    schemas.Readiness,
+    scope=None,
+    query=schemas.ReadinessQuery,
+    shaped={503: schemas.Readiness},
+)
+def get_readiness(query: dict[str, Any]) -> Any:
+    """Look at the database (by a write), its migrations, Redis (by a write), the scheduler and the workers.
 
-    Webhooks are taken as long as the database answers: Redis only wakes the workers.  That a CI platform is
+    503 if one is missing, and each says what is wrong with it: a full disk, a database or Redis that is
+    read-only, a Redis out of memory.  With `for=reception` only what accepting a push needs counts: Redis
+    only wakes the workers.  What was found is answered for a second, whoever asks.  That a CI platform is
     away shows in `sources`, and makes nothing unready: it is not our fault, and pushes are taken.
     """
-    checks = {
-        "database": _checked(_database),
-        "migrations": _checked(_migrations),
-        "redis": _checked(_redis),
-        "scheduler": _checked(_scheduler),
-        "workers": _checked(_workers),
-    }
-    ready = all(check["ok"] for check in checks.values())
-    checks["sources"] = _checked(_sources)
+    groups = RECEPTION if query.get("wanted_for") == "reception" else RECEPTION | RELAY
+    checks: Checks = {}
+    for group, members in groups.items():
+        found = state().recent(group, partial(_look, group, members))
+        checks |= found or {name: {"ok": False, "detail": "the check hangs"} for name in members}
+    ready = all(check["ok"] for name, check in checks.items() if name != "sources")
     return {"status": "ready" if ready else "unready", "checks": checks}, 200 if ready else 503
+
+
+def _look(group: str, members: Mapping[str, Callable[[], tuple[bool, str]]]) -> Checks:
+    """The checks of a group; what changed since the last look is a line of the log."""
+    checks = {name: _checked(check) for name, check in members.items()}
+    wrong = "; ".join(
+        f"{name}: {check['detail']}"
+        for name, check in checks.items()
+        if not check["ok"] and name != "sources"
+    )
+    if _told.get(group, "") != wrong:
+        _told[group] = wrong
+        log.warning("not ready: %s", wrong or "over, all is well again")
+    return checks
 
 
 @operation(blueprint, "GET", "/metrics", None, scope=None, errors=[503], media="text/plain")
@@ -74,28 +98,39 @@ def _checked(check: Callable[[], tuple[bool, str]]) -> dict[str, Any]:
     """Run a check; what is away is not ready.  The detail names no address and no secret."""
     try:
         ok, detail = check()
-    except (StoreUnavailable, SQLAlchemyError):
-        ok, detail = False, "the database does not answer"
+    except StoreUnavailable as error:
+        ok, detail = False, error.plain
+    except SQLAlchemyError as error:
+        ok, detail = False, db.unavailable(error).plain
     except RedisError as error:
-        ok, detail = False, f"Redis does not answer ({type(error).__name__})"
+        ok, detail = False, queues.trouble(error)
     return {"ok": ok, "detail": detail}
 
 
 def _database() -> tuple[bool, str]:
-    with db.reading(state().engine) as connection:
-        connection.execute(text("SELECT 1"))
-    return True, f"{state().engine.dialect.name} answers"
+    name = state().engine.dialect.name
+    try:
+        db.try_write(state().engine)
+    except db.SchemaMissing:
+        return True, f"{name} answers"
+    return True, f"{name} takes writes"
 
 
 def _migrations() -> tuple[bool, str]:
-    if migrations.is_current(state().engine):
-        return True, "the schema is current"
-    return False, "the schema is not current: run `buildrelay migrate`"
+    return _STANDINGS[migrations.standing(state().engine)]
+
+
+_STANDINGS = {
+    migrations.CURRENT: (True, "the schema is current"),
+    migrations.NEWER: (True, "the schema is newer than this program, and has all that it needs"),
+    migrations.OLDER: (False, "the schema is not current: run `buildrelay migrate`"),
+    migrations.UNUSABLE: (False, "the schema is newer than this program, and lacks what it needs: update it"),
+}
 
 
 def _redis() -> tuple[bool, str]:
-    state().redis.ping()
-    return True, "Redis answers"
+    queues.try_write(state().redis)
+    return True, "Redis takes writes"
 
 
 def _scheduler() -> tuple[bool, str]:
@@ -111,3 +146,11 @@ def _workers() -> tuple[bool, str]:
     if missing:
         return False, f"no worker serves {', '.join(missing)}"
     return True, "every bell is served"
+
+
+RECEPTION = {"reception": {"database": _database, "migrations": _migrations}}
+RELAY = {"relay": {"redis": _redis, "scheduler": _scheduler, "workers": _workers, "sources": _sources}}
+"""The checks by group: what accepting a push needs, and what else relaying it does."""
+
+_told: dict[str, str] = {}
+"""By group: what the log of this process said last."""
