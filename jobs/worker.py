@@ -137,6 +137,7 @@ def main() -> None:
     names = parser.parse_args().queues
     held = resources()
     loglines.setup(held.settings.log_format, held.settings.log_level, held.redact)
+    logging.getLogger("rq.worker").addFilter(_is_news)
     threading.Thread(target=_end_in_time, args=(held,), name="end", daemon=True).start()
     _begin(held, names)
     with suppress(StopRequested):  # RQ's signal handler raises it, also while we wait
@@ -159,6 +160,11 @@ def _begin(held: Resources, names: Sequence[str]) -> None:
     with suppress(RedisError):  # a tick finds the work
         queues.answer(held.redis, queues.DELIVER)
         queues.enqueue_once(held.redis, queues.DELIVER)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """RQ tells an error of Redis with a trace before it hands it on to us, who say it in a line."""
+    return not (record.exc_info and isinstance(record.exc_info[1], RedisError))
 
 
 def _work(names: Sequence[str], redis: Redis) -> None:

@@ -253,6 +253,23 @@ def test_a_redis_that_can_not_be_written_is_named_and_reception_goes_on(
         assert f"{said}: the next tick will find the work" in caplog.text
 
 
+def test_a_worker_names_a_redis_that_can_not_be_written_in_a_line_and_goes_on_after_it(migrated_sqlite):
+    with hubs.own_redis() as (url, _), Redis.from_url(url) as redis, hubs.directory() as home:
+        env = {"REDIS_URL": url, "DATABASE_URL": f"sqlite:///{migrated_sqlite}"}
+        command, log = [sys.executable, "-m", "jobs.worker", "sweep"], home / "log"
+        with hubs.started(command, log, hubs.clean_environment(env)) as worker:
+            hubs.until(lambda: queues.workers(redis)["sweep"], hubs.PATIENCE_SECONDS, "the worker")
+            redis.execute_command("REPLICAOF", "127.0.0.1", "9")
+            said = "Redis is read-only (a replica): the worker waits"
+            hubs.until(lambda: said in log.read_text(), hubs.PATIENCE_SECONDS, said)
+            redis.execute_command("REPLICAOF", "NO", "ONE")
+            redis.flushall()
+            hubs.until(lambda: queues.workers(redis)["sweep"], hubs.PATIENCE_SECONDS, "the worker again")
+            assert "trace" not in log.read_text()
+            worker.terminate()
+            assert worker.wait(60) == 0
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
