@@ -147,7 +147,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 def connect(url: str) -> psycopg.Connection:
     """A connection to `url` (SQLAlchemy's or libpq's form) that commits every statement."""
-    return psycopg.connect(url.replace("postgresql+psycopg://", "postgresql://", 1), autocommit=True)
+    return psycopg.connect("postgresql://" + url.partition("://")[2], autocommit=True)
 
 
 @contextmanager

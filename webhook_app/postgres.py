@@ -190,7 +190,7 @@ def _options(given: Mapping[str, Any]) -> str:
 
 
 def _refuses_options(error: psycopg.OperationalError) -> bool:
-    """PgBouncer: `unsupported startup parameter: options`, since 1.20 `… startup parameter in options: …`."""
+    """PgBouncer says `unsupported startup parameter: options`, or `… startup parameter in options: …`."""
     return "startup parameter" in str(error)
 
 
