@@ -66,6 +66,55 @@ def test_what_the_address_says_of_limits_counts(postgres_url):
     engine.dispose()
 
 
+def test_a_read_that_counts_much_may_take_longer(postgres_engine, monkeypatch):
+    monkeypatch.setattr(deadline, "UNIT_SECONDS", 0.2)
+    with db.reading(postgres_engine, 30) as connection:
+        assert connection.execute(text("SHOW statement_timeout")).scalar() == "30s"
+        connection.execute(text("SELECT pg_sleep(0.4)"))
+    with pytest.raises(StoreUnavailable), db.reading(postgres_engine) as connection:
+        connection.execute(text("SELECT pg_sleep(0.4)"))
+
+
+STATES = (
+    "25006",
+    "25P03",
+    "57P01",
+    "57P02",
+    "57P03",
+    "57014",
+    "53300",
+    "53100",
+    "08006",
+    "58030",
+    "XX001",
+    "40001",
+)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_whatever_is_wrong_with_the_server_is_no_fault_of_ours(postgres_engine, state):
+    """503, not 500; and the next unit works."""
+    failing = text(f"DO $$ BEGIN RAISE EXCEPTION 'so' USING ERRCODE = '{state}'; END $$")
+    with pytest.raises(StoreUnavailable, match="so"):
+        db.as_writer(postgres_engine, lambda write: write.connection.execute(failing))
+    with pytest.raises(StoreUnavailable, match="so"), db.reading(postgres_engine) as connection:
+        connection.execute(failing)
+    count(postgres_engine)
+
+
+@pytest.mark.parametrize(("state", "is_lost"), [("25006", True), ("57P01", True), ("53100", False)])
+def test_a_server_of_no_use_costs_it_every_pooled_connection(postgres_engine, state, is_lost):
+    """Those as well that another thread has used."""
+    process = text("SELECT pg_backend_pid()")
+    with db.reading(postgres_engine) as one, db.reading(postgres_engine) as two:
+        before = {each.execute(process).scalar() for each in (one, two)}
+    with pytest.raises(StoreUnavailable), db.reading(postgres_engine) as connection:
+        connection.execute(text(f"DO $$ BEGIN RAISE EXCEPTION 'so' USING ERRCODE = '{state}'; END $$"))
+    with db.reading(postgres_engine) as one, db.reading(postgres_engine) as two:
+        after = {each.execute(process).scalar() for each in (one, two)}
+    assert (not before & after) is is_lost
+
+
 def test_a_migration_is_not_cut(postgres_url, monkeypatch):
     """It waits for the lock of another one for longer than a unit may take."""
     monkeypatch.setattr(deadline, "UNIT_SECONDS", 0.5)
@@ -317,13 +366,11 @@ class Sender:
 
     def check(self):
         """Each was 202 or 503, and in time."""
-        print(
-            "SLOW",
-            [(round(a - self.answers[0][0], 1), round(s, 2), st) for a, s, st, _ in self.answers if s > 7],
-        )
         assert {status for _, _, status, _ in self.answers} <= {202, 503}
         assert all(again for _, _, status, again in self.answers if status == 503)
-        assert max(seconds for _, seconds, _, _ in self.answers) < ANSWER_SECONDS
+        assert [
+            (seconds, status) for _, seconds, status, _ in self.answers if seconds >= ANSWER_SECONDS
+        ] == []
 
 
 def relay(stack):

@@ -151,8 +151,8 @@ class _Seats:
 
 
 @contextmanager
-def _limited(engine: Engine, *, writing: bool) -> Iterator[None]:
-    """A turn at a connection, and a deadline for the unit: all that PostgreSQL is waited for.
+def _limited(engine: Engine, *, writing: bool, more: float | None = None) -> Iterator[None]:
+    """A turn at a connection, and a deadline for the unit, or in `more` seconds, on PostgreSQL.
 
     Raises `StoreUnavailable` when no turn comes in time.
     """
@@ -161,7 +161,7 @@ def _limited(engine: Engine, *, writing: bool) -> Iterator[None]:
         yield
         return
     with (
-        deadline.until(deadline.answer_at()),
+        deadline.until(deadline.answer_at() if more is None else time.monotonic() + more),
         nullcontext() if writing else _seat(seats.reads),
         _seat(seats.all),
     ):
@@ -256,10 +256,15 @@ def _make_private(file: Path) -> None:
 
 
 @contextmanager
-def reading(engine: Engine) -> Iterator[Connection]:
-    """A connection for reads: one snapshot; `StoreUnavailable` when the store is away."""
+def reading(engine: Engine, seconds: float | None = None) -> Iterator[Connection]:
+    """A connection for reads: one snapshot; `StoreUnavailable` when the store is away.
+
+    `seconds`: it may take so long, for what counts millions of rows; else as long as any unit.
+    """
     try:
-        with _limited(engine, writing=False), engine.connect() as connection:
+        with _limited(engine, writing=False, more=seconds), engine.connect() as connection:
+            if seconds is not None and connection.dialect.name == "postgresql":
+                connection.exec_driver_sql(postgres.limited({"statement_timeout": f"{seconds:.0f}s"}))
             yield connection
     except UNAVAILABLE as error:
         raise unavailable(error) from error

@@ -22,6 +22,9 @@ from webhook_app.subscribers import Filters
 
 PORTION = 100
 """Messages of one transaction: pushes wait for its end."""
+COUNTING_SECONDS = 30.0
+"""For counting what a replay is about: it reads all that retention holds, and locks nothing."""
+
 _e, _m, _r = models.events.c, models.messages.c, models.recoveries.c
 _DEAD: ColumnElement[str] = literal_column("'dead'")
 """Written into the statement: only so can every planner see that the partial index fits."""
@@ -64,13 +67,13 @@ class _Step:
 
 def count(engine: Engine, subscriber: Row, wanted: Range) -> int:
     """How many messages `replay` would send now."""
-    with reading(engine) as connection:
+    with reading(engine, COUNTING_SECONDS) as connection:
         return _count(connection, subscribers.filters(subscriber), wanted, *_bounds(connection, wanted))
 
 
 def replay(engine: Engine, subscriber: Row, wanted: Range, now: datetime) -> Started:
     """Make due what the subscriber's filters match in the range: a portion at once, the rest by the job."""
-    with reading(engine) as connection:
+    with reading(engine, COUNTING_SECONDS) as connection:
         after, last = _bounds(connection, wanted)
     task = {
         "kind": "replay", "subscriber": subscriber["id"], "reason": None, "since": wanted.since,
@@ -80,7 +83,7 @@ def replay(engine: Engine, subscriber: Row, wanted: Range, now: datetime) -> Sta
     step = as_writer(engine, partial(_begin, task, now))
     if step.after is None:
         return Started(step.picked, left=False)
-    with reading(engine) as connection:
+    with reading(engine, COUNTING_SECONDS) as connection:
         rest = _count(connection, subscribers.filters(subscriber), wanted, step.after, last)
     return Started(step.picked + rest, left=True)
 
@@ -90,7 +93,7 @@ def redrive(engine: Engine, subscriber_id: str | None, reason: str | None, now: 
 
     `subscriber_id` and `reason` None: of all.
     """
-    with reading(engine) as connection:
+    with reading(engine, COUNTING_SECONDS) as connection:
         last = connection.execute(select(func.max(_m.id))).scalar() or 0
     task = {
         "kind": "redrive", "subscriber": subscriber_id, "reason": reason, "since": None, "until": None,
@@ -99,7 +102,7 @@ def redrive(engine: Engine, subscriber_id: str | None, reason: str | None, now: 
     step = as_writer(engine, partial(_begin, task, now))
     if step.after is None:
         return Started(step.picked, left=False)
-    with reading(engine) as connection:
+    with reading(engine, COUNTING_SECONDS) as connection:
         chosen = _dead(task | {"after": step.after})
         rest = connection.execute(select(func.count()).select_from(chosen.subquery())).scalar_one()
     return Started(step.picked + rest, left=True)
