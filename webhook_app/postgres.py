@@ -190,8 +190,8 @@ def _options(given: Mapping[str, Any]) -> str:
 
 
 def _refuses_options(error: psycopg.OperationalError) -> bool:
-    """PgBouncer says `unsupported startup parameter: options`, or `… startup parameter in options: …`."""
-    return "startup parameter" in str(error)
+    """PgBouncer names the start-up parameter, Amazon's proxy the command-line options."""
+    return any(words in str(error) for words in ("startup parameter", "command-line options"))
 
 
 def _is_pooled(connection: Connection, has_own_options: bool) -> bool:

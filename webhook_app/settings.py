@@ -312,7 +312,7 @@ def _installation(text: str) -> str:
 
 def _pooler(text: str) -> bool | None:
     """None: it is found out."""
-    if text.lower() in ("", "detected", "auto"):
+    if not text:
         return None
     try:
         return _flag(text)
