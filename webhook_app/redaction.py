@@ -80,7 +80,7 @@ class Redactor:
             if form in text:
                 text = text.replace(form, MASK)
         text = TOKEN.sub(MASK, text)
-        if "\\" in text or "%" in text or "\x1b" in text:
+        if "\\" in text or "%" in text or "[" in text:
             text = ESCAPED_TOKEN.sub(MASK, text)
         for rule in IN_ADDRESSES:
             if any(hint in text for hint in rule.hints):

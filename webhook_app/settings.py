@@ -685,7 +685,12 @@ def _read_yaml(path: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """One line; of a YAML error only the place, since its own text quotes what may be a secret."""
+    """One line; of a YAML error only the place, since its own text quotes what may be a secret.
+
+    Of a file that can't be read without its path, which the message has already.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
     if not isinstance(error, yaml.YAMLError):
         return str(error)
     mark = getattr(error, "problem_mark", None)
@@ -753,7 +758,9 @@ def _lookup(variable: Variable, environ: Mapping[str, str], file: Mapping[str, A
             try:
                 return name, Path(path).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise SettingsError(f"{name}_FILE={path!r}: a readable file is needed: {error}") from None
+                raise SettingsError(
+                    f"{name}_FILE={path!r}: a readable file is needed: {_reason(error)}"
+                ) from None
     return variable.name, file.get(variable.name, variable.default)
 
 
