@@ -137,7 +137,7 @@ def _report(hub):
 
 
 def test_a_postgresql_that_is_read_only_is_named(make_api, postgres_engine):
-    url = postgres_engine.url.render_as_string(hide_password=False)
+    url = postgres_engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     api = make_api(url)
     assert checks(api, RECEPTION, 200)
     name = postgres_engine.url.database
@@ -145,7 +145,7 @@ def test_a_postgresql_that_is_read_only_is_named(make_api, postgres_engine):
         connection.execute(text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'))
     api.engine.dispose()
     assert checks(api, RECEPTION, 503)["database"] == {"ok": False, "detail": "the database is read-only"}
-    found = list(doctor._database(settings.load({"DATABASE_URL": url.replace("+psycopg", "")})))
+    found = list(doctor._database(settings.load({"DATABASE_URL": url})))
     assert found[-1].what.startswith("the database is read-only: ")
 
 
