@@ -67,6 +67,7 @@ def test_pollers_import_only_the_core_and_jobs_never_the_web():
                 "webhook_app.embedded",
                 "webhook_app.supervisor",
                 "webhook_app.web.arrivals",
+                "webhook_app.web.uploads",
                 "webhook_app.web.worker",
             },
         ),

@@ -431,14 +431,30 @@ def test_readers_that_stop_half_way_are_cut_even_if_they_hold_every_thread(serve
 
 
 @pytest.mark.parametrize("one_server", ["sqlite"], indirect=True)
-def test_a_sender_that_waits_to_be_told_to_go_on_and_stops_is_cut(server):
-    head = b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+@pytest.mark.parametrize(
+    ("fields", "length"), [(["Expect: 100-continue"], 1000), ([], 1_000_000)], ids=["told to go on", "large"]
+)
+def test_a_sender_that_stops_in_its_body_is_answered_408(server, fields, length):
+    head, _ = signed_push(*fields)
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
-        connection.sendall(head + b"Expect: 100-continue\r\nContent-Length: 100000\r\n\r\n{")
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n{" % length)
         said = b""
         while piece := connection.recv(65536):
             said += piece
-    assert said.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 4")
+    assert said.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").startswith(b"HTTP/1.1 408 ")
+
+
+def test_without_a_signature_nobody_is_told_to_go_on(server):
+    head = b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    answer = raw(server, head + b"Expect: 100-continue\r\nContent-Length: 1000\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 401 ")
+
+
+FORGED = (
+    b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"X-Hub-Signature-256: sha256=" + b"0" * 64 + b"\r\n"
+)
+"""The head of a push whose signature is found to be wrong only when its body is here."""
 
 
 @pytest.mark.parametrize(
@@ -447,9 +463,9 @@ def test_a_sender_that_waits_to_be_told_to_go_on_and_stops_is_cut(server):
         (b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"),
         (b"GET /healthz HTTP/1.1\r\nHo", b"st: x\r\n\r\n"),
         (b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{", b"12345678"),
-        (b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n", b"x" * 200_000),
-        (b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab", b"cde\r\n0\r\n\r\n"),
-        (b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X-A: " + b"x" * 9_000 + b"\r\n", (b"X-A: " + b"x" * 9_000 + b"\r\n") * 9 + b"\r\n"),
+        (FORGED + b"Content-Length: 200000\r\n\r\n", b"x" * 200_000),
+        (FORGED + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab", b"cde\r\n0\r\n\r\n"),
+        (b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"X-A: " + b"x" * 9_000 + b"\r\n", (b"X-A: " + b"x" * 9_000 + b"\r\n") * 5 + b"\r\n"),
     ],
     ids=["nothing", "half a head", "half a body", "a large body", "half a chunk", "a large head"],
 )  # fmt: skip
@@ -466,7 +482,8 @@ def test_many_senders_that_take_their_time_hold_no_thread(server, begun, missing
         for connection in slow:
             connection.sendall(missing)
         answers = {connection.recv(12) for connection in slow}
-    assert answers == {b"HTTP/1.1 200" if b"GET" in begun + missing else b"HTTP/1.1 415"}
+    status = b"200" if b"GET" in begun + missing else b"401" if begun.startswith(FORGED) else b"415"
+    assert answers == {b"HTTP/1.1 " + status}
 
 
 @pytest.mark.parametrize("one_server", ["sqlite"], indirect=True)
@@ -532,18 +549,25 @@ HEAD = b"POST / HTTP/1.1\r\nHost: x\r\n"
         (b"", 1), (HEAD, 1), (HEAD + b"\r", 1), (HEAD + b"\r\n", 0), (HEAD + b"Content-Length: 5\r\n\r\nab", 3),
         (HEAD + b"content-length:5\r\nA: b\r\n\r\nabcde", 0), (HEAD + b"Content-Length: 5\r\n\r\nabcdeGET /", 0),
         (HEAD + b"Content-Length: -5\r\n\r\n", 0), (HEAD + b"X-Content-Length: 5\r\n\r\n", 0),
-        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab", 1),
-        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n", 0),
-        (HEAD + b"EXPECT: 100-continue\r\nContent-Length: 5\r\n\r\n", 0),
+        (HEAD + b"Content-Length: %d\r\n\r\na" % COLLECTED_BYTES, COLLECTED_BYTES - 1),
     ],
 )  # fmt: skip
 def test_how_much_of_a_request_is_waited_for(seen, more):
     assert wanted(seen) == len(seen) + more
 
 
-def test_no_more_is_waited_for_than_is_collected():
-    assert wanted(HEAD + b"Content-Length: 999999999\r\n\r\n") == COLLECTED_BYTES
-    assert wanted(b"x" * COLLECTED_BYTES) == COLLECTED_BYTES
+@pytest.mark.parametrize(
+    "seen",
+    [
+        HEAD + b"Content-Length: %d\r\n\r\n" % (COLLECTED_BYTES + 1),
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nab",
+        HEAD + b"EXPECT: 100-continue\r\nContent-Length: 5\r\n\r\n",
+        b"x" * COLLECTED_BYTES,
+    ],
+    ids=["large", "chunked", "a word of ours", "an endless head"],
+)
+def test_of_other_requests_a_thread_reads_the_head_first(seen):
+    assert wanted(seen) == len(seen)
 
 
 def is_silent(connection):

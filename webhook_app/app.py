@@ -24,7 +24,7 @@ def create_app(values: Settings | None = None) -> Flask:
     """
     values = values or settings.load()
     app = Flask(__name__)
-    app.config["MAX_CONTENT_LENGTH"] = hooks.MOST_BYTES
+    app.config["MAX_CONTENT_LENGTH"] = hooks.MOST_API_BYTES
     app.extensions["buildrelay"] = state = _state(values)
     problems.register(app)
     register_api(app)

@@ -165,7 +165,6 @@ _TROUBLES = {
     "OOM command not allowed": "Redis is out of memory",
     "command not allowed when used memory": "Redis is out of memory",
     "READONLY": "Redis is read-only (a replica)",
-    "UNBLOCKED": "Redis is read-only (a replica)",
     "UNBLOCKED": "Redis is read-only (a replica)",  # while a worker waited for a job
     "MISCONF": "Redis can't write to its disk",
     "LOADING": "Redis is starting: it loads its data",

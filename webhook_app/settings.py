@@ -99,6 +99,7 @@ class Settings:
     database_pooler: bool | None = None
     keep_alive_seconds: float = 95.0
     stop_grace_seconds: float = 9.0
+    max_bytes_in_flight: int = 64 * 1024 * 1024
     retention_days: int = 90
     sqlite_synchronous: str = "FULL"
     log_level: str = "INFO"
@@ -503,6 +504,10 @@ VARIABLES: tuple[Variable, ...] = (
         "KEEP_ALIVE_SECONDS", "95", _number(1, 3600, "seconds"),
         "seconds that an idle connection stays open: longer than the proxy before us keeps it",
     ),
+    Variable(
+        "MAX_BYTES_IN_FLIGHT", "67108864", _whole(25 * 1024 * 1024, 2**40, "bytes"),
+        "bytes of large request bodies that one web process holds at a time; over it pushes get 503",
+    ),
     Variable("RETENTION_DAYS", "90", _whole(1, 3650, "days"), "days that events, bodies, attempts and logs are kept"),
     Variable("LOG_LEVEL", "info", _log_level, "debug, info, warning or error; `up` says warning"),
     Variable("LOG_FORMAT", "logfmt", _log_format, "or `json`: one line per record, each with `time` and `level`"),
@@ -576,6 +581,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         database_pooler=values["DATABASE_POOLER"],
         keep_alive_seconds=values["KEEP_ALIVE_SECONDS"],
         stop_grace_seconds=values["STOP_GRACE_SECONDS"],
+        max_bytes_in_flight=values["MAX_BYTES_IN_FLIGHT"],
         retention_days=values["RETENTION_DAYS"],
         sqlite_synchronous=values["SQLITE_SYNCHRONOUS"],
         log_level=values["LOG_LEVEL"],

@@ -5,6 +5,7 @@ It offers (see `Platform`; scripts stop before the polling part, see `Polled`):
 
 * `NAME`: the platform's word, also the name of its default source
 * `CONTENT_TYPES`: media types its webhooks use
+* `SIGNATURE_HEADERS`: headers of which `verify` needs at least one; without, no large body is read
 * `verify(headers, body, secrets, now)`: returns, or raises `BadSignature`
 * `envelope(headers, body)`: what makes this delivery unique
 * `parse_webhook(source, headers, body)`: `Webhook`, or raises `NotJson` / `Unreadable` / `Invalid`
@@ -319,6 +320,7 @@ class Platform(Protocol):
 
     NAME: str
     CONTENT_TYPES: tuple[str, ...]
+    SIGNATURE_HEADERS: tuple[str, ...]
 
     def verify(self, headers: Headers, body: bytes, secrets: tuple[str, ...], now: float) -> None: ...
 

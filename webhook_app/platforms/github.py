@@ -54,6 +54,7 @@ from webhook_app.platforms import (
 
 NAME = "github"
 CONTENT_TYPES = ("application/json", "application/x-www-form-urlencoded")
+SIGNATURE_HEADERS = ("x-hub-signature-256",)
 
 MANNERS = Manners(at_once=1, per_minute=600, free_unchanged=True, lists_changes=False)
 """Requests one after the other; 900 points a minute, of which other users of the token need some.

@@ -61,6 +61,7 @@ from webhook_app.platforms import (
 
 NAME = "gitlab"
 CONTENT_TYPES = ("application/json",)
+SIGNATURE_HEADERS = ("webhook-signature", "x-gitlab-token")
 
 MANNERS = Manners(at_once=4, per_minute=1000, free_unchanged=False, lists_changes=True)
 """A 304 counts like any other request.  GitLab.com allows 2 000 a minute and user."""

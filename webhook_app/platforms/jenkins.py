@@ -57,6 +57,7 @@ from webhook_app.platforms import (
 
 NAME = "jenkins"
 CONTENT_TYPES = ("application/json",)
+SIGNATURE_HEADERS = ("x-hub-signature-256", "x-build-token", "x-om-build-token")
 
 MANNERS = Manners(at_once=4, per_minute=600, free_unchanged=False, lists_changes=False)
 """Jenkins has no limits and no ETags; it is a single machine that builds meanwhile."""

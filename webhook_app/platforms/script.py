@@ -40,6 +40,7 @@ from webhook_app.redaction import SHAPES
 
 NAME = "script"
 CONTENT_TYPES = ("application/json",)
+SIGNATURE_HEADERS = ("x-build-token", "x-om-build-token")
 
 HEARTBEAT = "heartbeat"
 BEGIN = "build_started"

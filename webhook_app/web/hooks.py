@@ -7,12 +7,13 @@ than verifying and parsing it does (`bench/` has the figures).  Everything else 
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import orjson
 from flask import Response
-from gunicorn.http.errors import ParseException
 
 from webhook_app import inbox, loglines, platforms
 from webhook_app.db import StoreUnavailable
@@ -20,9 +21,17 @@ from webhook_app.inbox import Arrival, Receipt
 from webhook_app.platforms import BadSignature, NotJson
 from webhook_app.redaction import SHAPES
 from webhook_app.settings import SourceSettings
-from webhook_app.web.arrivals import ARRIVALS, PIECE_BYTES
-from webhook_app.web.problems import fault, invalid, problem, store_unavailable, too_slow
+from webhook_app.web.problems import fault, invalid, problem, store_unavailable
 from webhook_app.web.state import State
+from webhook_app.web.uploads import (
+    IN_FLIGHT,
+    BodyAwaited,
+    BodyRefused,
+    Upload,
+    arrived,
+    is_awaited,
+    too_large,
+)
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
@@ -41,26 +50,29 @@ OTHER_NAMES = {
 MOST_BYTES = 25 * 1024 * 1024
 """GitHub's and GitLab's own cap."""
 
+MOST_API_BYTES = 1024 * 1024
+"""Of the body of any other request."""
+
 MOST_NAME = 100
 """Characters of a source's name in the log: it may be anything that somebody has asked for."""
 
 log = logging.getLogger(__name__)
 
+LARGE_BYTES = 1024 * 1024
+_PARSING = Lock()
+"""Larger bodies are parsed one at a time: parsed, 25 MiB can take 600."""
+
 _STATUS = {200: "200 OK", 202: "202 ACCEPTED"}
 
 
 def in_front_of(flask: WSGI, held: State) -> WSGI:
-    """A WSGI application that takes deliveries and leaves the rest to `flask`."""
+    """A WSGI application that takes deliveries and leaves the rest to `flask`.  Raises `BodyAwaited`."""
+    IN_FLIGHT.most = held.settings.max_bytes_in_flight
 
     def door(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        _note_head(environ)
         source = _source(environ["PATH_INFO"])
         if source is None:
-            if environ["PATH_INFO"].startswith(
-                "//"
-            ):  # `//metrics` is `/metrics` to Flask, not to a proxy's rules
-                return problem(404, "there is nothing at this address")(environ, start_response)
-            return flask(environ, start_response)
+            return _beyond(flask, environ)(environ, start_response)
         began = time.monotonic()
         answer = _answer(held, source, environ)
         _log_push(source, answer, time.monotonic() - began)
@@ -73,6 +85,24 @@ def in_front_of(flask: WSGI, held: State) -> WSGI:
         return [body]
 
     return door
+
+
+def _beyond(flask: WSGI, environ: Environ) -> WSGI:
+    """What answers any other request: `flask`, once its body is here.
+
+    To Flask `//metrics` is `/metrics`, to the rules of a proxy it is not: no such path has an answer.
+    """
+    if environ["PATH_INFO"].startswith("//"):
+        return problem(404, "there is nothing at this address")
+    try:
+        arrived(environ, MOST_API_BYTES)
+    except BodyRefused as error:
+        return _refusal(error)
+    return flask
+
+
+def _refusal(error: BodyRefused) -> Response:
+    return problem(error.status, error.detail, error.headers)
 
 
 def _log_push(source: str, answer: Response | Answer, seconds: float) -> None:
@@ -102,12 +132,14 @@ def _source(path: str) -> str | None:
 
 
 def _answer(held: State, source: str, environ: Environ) -> Response | Answer:
-    """The answer to one delivery; no input and no fault escapes as an exception."""
+    """The answer to one delivery; no input and no fault escapes as an exception, only `BodyAwaited` does."""
     try:
         answer = _receive(held, source, environ)
         if isinstance(answer, Response) and "HTTP_X_GITLAB_EVENT" in environ:
             _note_refusal(held, source, answer.status_code)
         return answer
+    except BodyAwaited:
+        raise
     except StoreUnavailable as error:
         return store_unavailable(error)
     except Exception as error:  # noqa: BLE001  the last handler, as Flask has one
@@ -129,22 +161,24 @@ def _receive(held: State, source: str, environ: Environ) -> Response | Answer:
     refused = _refuse(environ, platform.CONTENT_TYPES)
     if refused is not None:
         return refused
+    headers = _headers(environ)
+    if is_awaited(environ) and not any(name in headers for name in platform.SIGNATURE_HEADERS):
+        return _unauthorized()
     try:
         body = _read_body(environ)
-    except TooSlow:
-        return too_slow()
-    except (OSError, ParseException) as error:  # a sender that hangs up, or whose chunks are broken
-        return problem(400, f"the body can't be read: {error}")
-    if len(body) > MOST_BYTES:
-        return _too_large()
-    headers = _headers(environ)
+    except BodyRefused as error:
+        return _refusal(error)
     try:
         platform.verify(headers, body, settings.webhook_secrets, time.time())
     except BadSignature as error:
         if error.age_seconds is not None:
             held.refusals.clock_is_off(source, error.age_seconds)
-        return problem(401, "the signature or token is missing, wrong or too old")
+        return _unauthorized()
     return _take(held, settings, headers, body)
+
+
+def _unauthorized() -> Response:
+    return problem(401, "the signature or token is missing, wrong or too old")
 
 
 def _refuse(environ: Environ, content_types: tuple[str, ...]) -> Response | None:
@@ -152,16 +186,12 @@ def _refuse(environ: Environ, content_types: tuple[str, ...]) -> Response | None
     if environ["REQUEST_METHOD"] != "POST":
         return problem(405, "deliveries are posted", {"Allow": "POST"})
     if (_length(environ) or 0) > MOST_BYTES:
-        return _too_large()
+        return _refusal(too_large(MOST_BYTES))
     if environ.get("HTTP_CONTENT_ENCODING", "identity").lower() != "identity":
         return problem(415, "send the body without content encoding")
     if environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() not in content_types:
         return problem(415, f"send {' or '.join(content_types)}")
     return None
-
-
-def _too_large() -> Response:
-    return problem(413, f"a delivery has at most {MOST_BYTES} bytes")
 
 
 def _length(environ: Environ) -> int | None:
@@ -174,33 +204,12 @@ class TooSlow(Exception):
 
 
 def _read_body(environ: Environ) -> bytes:
-    """The raw body, at most one byte more than allowed; a chunked one has no length and ends by itself."""
-    length = _length(environ)
-    if length is None and not environ.get("wsgi.input_terminated"):
-        return b""
-    left = MOST_BYTES + 1 if length is None else length
-    pieces: list[bytes] = []
-    try:
-        while left > 0 and (piece := environ["wsgi.input"].read(min(left, PIECE_BYTES))):
-            pieces.append(piece)
-            left -= len(piece)
-            ARRIVALS.goes_on(environ.get("gunicorn.socket"))
-    except (OSError, ParseException) as error:
-        if ARRIVALS.end(environ.get("gunicorn.socket")):
-            raise TooSlow from error
-        raise
-    if ARRIVALS.end(environ.get("gunicorn.socket")) and left > 0:
-        raise TooSlow
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def _note_head(environ: Environ) -> None:
-    """The head of a request is here; if it has a body, that has its own time."""
-    sock = environ.get("gunicorn.socket")
-    if environ.get("CONTENT_LENGTH") in (None, "", "0") and not environ.get("HTTP_TRANSFER_ENCODING"):
-        ARRIVALS.end(sock)
-    else:
-        ARRIVALS.goes_on(sock)
+    """The raw body.  Raises `BodyRefused`, or `BodyAwaited` if it is not here yet."""
+    arrived(environ, MOST_BYTES)
+    body = environ["wsgi.input"]
+    if isinstance(body, Upload):
+        return body.getvalue()  # its own buffer, not a copy
+    return bytes(body.read(_length(environ) or 0))
 
 
 def _headers(environ: Environ) -> dict[str, str]:
@@ -217,7 +226,8 @@ def _header_name(variable: str) -> str:
 
 def _take(held: State, settings: SourceSettings, headers: dict[str, str], body: bytes) -> Response | Answer:
     try:
-        arrival = inbox.read(settings.source, headers, body, held.redact)
+        with _PARSING if len(body) > LARGE_BYTES else nullcontext():
+            arrival = inbox.read(settings.source, headers, body, held.redact)
     except NotJson as error:
         return problem(400, f"the body is not the JSON it says it is: {error}")
     if arrival.webhook is not None and arrival.webhook.pong:

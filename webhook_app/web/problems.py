@@ -5,14 +5,13 @@ from http import HTTPStatus
 from typing import Any
 
 import orjson
-from flask import Flask, Response, request
+from flask import Flask, Response
 from gunicorn.http.errors import ParseException
 from werkzeug.exceptions import HTTPException
 
 from webhook_app.db import StoreUnavailable
 from webhook_app.platforms import Invalid
 from webhook_app.redaction import SHAPES
-from webhook_app.web.arrivals import ARRIVALS
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +47,8 @@ def store_unavailable(error: StoreUnavailable) -> Response:
     )
 
 
-def too_slow() -> Response:
-    """408: the reading of the body was ended."""
-    return problem(408, "the body came too slowly")
-
-
 def http_error(error: HTTPException) -> Response:
-    """Whatever Flask, Werkzeug or flask-smorest raise, in our form; validation messages under `errors`.
-
-    Half a body is no JSON, and 408 where it is half because it came too slowly.
-    """
-    if error.code in (400, 422) and ARRIVALS.end(request.environ.get("gunicorn.socket")):
-        return too_slow()
+    """Whatever Flask, Werkzeug or flask-smorest raise, in our form; validation messages under `errors`."""
     data = getattr(error, "data", None) or {}
     messages = data.get("messages")
     headers = {
