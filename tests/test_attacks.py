@@ -219,3 +219,74 @@ def test_a_large_body_without_a_signature_is_refused_before_it_is_read(server):
         small = server.post("/webhooks/github", b"{}", {"Content-Type": "application/json"})
         assert (status, answer) == (b"401", small.json())
         assert answers.read() == b"", "it is closed: what follows is no request"
+
+
+@pytest.fixture
+def slow_readers(server):
+    """`slow_readers(count, request)`: connections with little room for answers, that read nothing."""
+    with ExitStack() as stack:
+
+        def connect(count, request):
+            found = []
+            for _ in range(count):
+                connection = stack.enter_context(socket.socket())
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
+                connection.settimeout(60)
+                connection.connect(("127.0.0.1", server.port))
+                connection.sendall(request)
+                found.append(connection)
+            return found
+
+        yield connect
+
+
+def read_to_its_end(connection):
+    """All that comes until the other end closes."""
+    pieces = []
+    while piece := connection.recv(65536):
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def peers(server):
+    """The ports of those that the server is connected with, in both directions."""
+    rows = (row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    ours = f":{server.port:04X}"
+    return {
+        int(theirs[-4:], 16) for _, here, theirs, state, *_ in rows if here.endswith(ours) and state == "01"
+    }
+
+
+def unread_bytes(server):
+    """What the kernel holds for those that do not read, all together."""
+    rows = (row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:])
+    return sum(int(row[4][:8], 16) for row in rows if row[1].endswith(f":{server.port:04X}"))
+
+
+def test_forty_that_read_no_answer_hold_no_thread(server, slow_readers, wait_until):
+    """Each asks for more than the buffers on the way hold; nothing of it is lost if they read it after all."""
+    last = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    ask = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n"
+    whole = server.http.get(f"{server.base}/openapi.json", timeout=60).content
+    attackers = slow_readers(40, ask * 60 + last)
+    seen = [0]
+
+    def is_full():
+        time.sleep(0.2)
+        seen.append(unread_bytes(server))
+        return seen[-1] > 0 and len(set(seen[-5:])) == 1
+
+    wait_until(is_full, 60)
+    for n in range(1, PUSHES + 1):
+        push(server, n)
+    held = {attacker.getsockname()[1] for attacker in attackers}
+    assert held <= peers(server), "nobody had to be cut for that"
+    assert read_to_its_end(attackers[0]).count(whole) == 60
+    assert peak_mib(server) < 250
+
+
+def test_an_answer_that_nobody_reads_is_cut(server, slow_readers, wait_until):
+    (connection,) = slow_readers(1, b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 60)
+    port = connection.getsockname()[1]
+    assert port in peers(server)
+    wait_until(lambda: port not in peers(server), 60)

@@ -407,29 +407,6 @@ def test_senders_that_stop_half_way_are_cut_even_if_they_hold_every_thread(serve
             connection.close()
 
 
-def is_held(server):
-    """Is no thread left to answer?"""
-    try:
-        return requests.get(f"{server.base}/healthz", timeout=1).status_code != 200
-    except requests.Timeout:
-        return True
-
-
-@pytest.mark.parametrize("one_server", ["sqlite"], indirect=True)  # no database decides it
-def test_readers_that_stop_half_way_are_cut_even_if_they_hold_every_thread(server, wait_until):
-    """Answers that nobody reads fill the buffers on the way, and then hold their thread."""
-    ask, many = b"GET /docs HTTP/1.1\r\nHost: x\r\n\r\n", 400
-    with ExitStack() as stack:
-        for _ in range(40):
-            connection = stack.enter_context(socket.socket())
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-            connection.settimeout(60)
-            connection.connect(("127.0.0.1", server.port))
-            connection.sendall(ask * many)
-        wait_until(lambda: is_held(server), 60)
-        assert server.github(run()).json()["status"] == "accepted"
-
-
 @pytest.mark.parametrize("one_server", ["sqlite"], indirect=True)
 @pytest.mark.parametrize(
     ("fields", "length"), [(["Expect: 100-continue"], 1000), ([], 1_000_000)], ids=["told to go on", "large"]

@@ -7,6 +7,9 @@ body is large, chunked or announced by `Expect: 100-continue` a thread reads the
 wants the body, the main loop collects it (`uploads`), and then a thread goes on.  What a thread reads has
 always come before: `_PromptUnreader` never waits.
 
+An answer that its reader takes slowly holds no thread either: what the kernel has no room for is sent by the
+main loop, and the next request of that connection waits for it.
+
 When seats run out (`worker_connections`), the connection that has waited longest is dropped for a new one.
 
 It also closes a connection in the main loop, and waits there up to 2 s for the other end to do so as well,
@@ -32,7 +35,7 @@ from gunicorn.http.errors import NoMoreData
 from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers.gthread import ThreadWorker
 
-from webhook_app.web.arrivals import ARRIVALS, COLLECTED_BYTES, wanted
+from webhook_app.web.arrivals import ARRIVALS, COLLECTED_BYTES, PIECE_BYTES, PIECE_SECONDS, wanted
 from webhook_app.web.uploads import IN_FLIGHT, READ_BYTES, BodyAwaited, Upload, no_room, upload_of
 
 COLLECTING_SECONDS = 10.0
@@ -46,6 +49,9 @@ LINGER_SECONDS = 2.0
 
 SWEEP_SECONDS = 0.25
 """Between two looks for what is late."""
+
+MOST_LEAVING_BYTES = 1024 * 1024
+"""Of one answer; a longer one (a download) is written by its thread, as fast as it is read."""
 
 SPARE_FILES = 128
 MOST_FILES = 65_536
@@ -79,6 +85,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self.collecting: dict[Any, int] = {}  # bytes that the kernel was asked for
         self.awaited: dict[Any, Upload] = {}  # left by a thread that wants the body
         self.uploads: dict[Any, Upload] = {}
+        self.unsent: dict[socket.socket, bytes] = {}  # the rest of an answer
+        self.leaving: dict[Any, tuple[Any, float]] = {}  # what its thread gave, until when
         self.lingering: dict[socket.socket, float] = {}  # until when
         self.most_lingering = 500
         self.next_sweep = 0.0
@@ -168,10 +176,64 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def finish_request(self, conn: Any, fs: Any) -> None:
         """A thread is done with a connection."""
         upload = self.awaited.pop(conn, None)
-        if upload is None:
-            super().finish_request(conn, fs)
-        else:
+        if upload is not None:
             self._collect_body(conn, upload)
+        elif conn.sock in self.unsent:
+            self._send_later(conn, fs)
+        else:
+            super().finish_request(conn, fs)
+
+    def _send(self, write: Callable[..., Any], sock: Any, data: bytes, chunked: bool = False) -> None:
+        """Hand a part of an answer over, without waiting if its rest can be sent later."""
+        if not self.is_plain or threading.current_thread() is threading.main_thread():
+            write(sock, data, chunked)
+            return
+        rest = b"%X\r\n%s\r\n" % (len(data), data) if chunked else data
+        if sock in self.unsent:
+            rest = self._take_unsent(sock) + rest
+        rest = rest[_send_now(sock, rest) :]
+        if not rest:
+            return
+        if len(rest) <= MOST_LEAVING_BYTES and IN_FLIGHT.take(len(rest)):
+            self.unsent[sock] = rest
+        else:
+            _write_in_time(write, sock, rest)
+
+    def _take_unsent(self, sock: Any) -> bytes:
+        rest = self.unsent.pop(sock, b"")
+        IN_FLIGHT.give_back(len(rest))
+        return rest
+
+    def _send_later(self, conn: Any, fs: Any) -> None:
+        pieces = 1 + len(self.unsent[conn.sock]) // PIECE_BYTES
+        try:
+            conn.sock.setblocking(False)
+        except OSError:  # the answer broke off
+            self._take_unsent(conn.sock)
+            self._give_up(conn)
+            return
+        self.leaving[conn] = fs, time.monotonic() + PIECE_SECONDS * pieces
+        self.poller.register(conn.sock, selectors.EVENT_WRITE, partial(self._on_room, conn))
+
+    def _on_room(self, conn: Any, _sock: Any) -> None:
+        """There is room for more of an answer."""
+        if conn not in self.leaving:  # dropped since
+            return
+        try:
+            sent = _send_now(conn.sock, self.unsent[conn.sock])
+        except OSError:
+            self._leave_answer(conn)
+            self._give_up(conn)
+            return
+        IN_FLIGHT.give_back(sent)
+        self.unsent[conn.sock] = self.unsent[conn.sock][sent:]
+        if not self.unsent[conn.sock]:
+            super().finish_request(conn, self._leave_answer(conn))
+
+    def _leave_answer(self, conn: Any) -> Any:
+        self.poller.unregister(conn.sock)
+        self._take_unsent(conn.sock)
+        return self.leaving.pop(conn)[0]
 
     def _collect_body(self, conn: Any, upload: Upload) -> None:
         try:
@@ -179,7 +241,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             if upload.must_continue and conn.sock.send(_CONTINUE) < len(_CONTINUE):
                 raise BlockingIOError  # it reads nothing of what we say
         except OSError:
-            self._give_up(conn, upload)
+            upload.release()
+            self._give_up(conn)
             return
         upload.must_continue = False
         self.uploads[conn] = upload
@@ -230,16 +293,16 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.handle_error(req, conn.sock, conn.client, error)
         return False
 
-    def _give_up(self, conn: Any, upload: Upload | None = None) -> None:
+    def _give_up(self, conn: Any) -> None:
         """Close a connection that has waited, without a word."""
-        if upload is not None:
-            upload.release()
         self.nr_conns -= 1
         conn.close()
 
     def _drop_oldest(self) -> bool:
-        """Drop what has waited longest: for its request, its body or, kept alive, its next request."""
-        waiting: list[tuple[float, Any]] = [(c.since, c) for c in self._first(self.collecting, self.uploads)]
+        """Drop what has waited longest: for a request, a body, its reader or the next request."""
+        waiting: list[tuple[float, Any]] = [
+            (c.since, c) for c in self._first(self.collecting, self.uploads, self.leaving)
+        ]
         if self.keepalived_conns:
             kept = self.keepalived_conns[0]
             waiting.append((kept.timeout - self.cfg.keepalive, kept))
@@ -247,11 +310,13 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             return False
         _, conn = min(waiting, key=lambda pair: pair[0])
         if conn in self.uploads:
-            self._give_up(conn, self._leave_body(conn))
-            return True
-        self.poller.unregister(conn.sock)
-        if self.collecting.pop(conn, None) is None:
-            self.keepalived_conns.popleft()
+            self._leave_body(conn).release()
+        elif conn in self.leaving:
+            self._leave_answer(conn)
+        else:
+            self.poller.unregister(conn.sock)
+            if self.collecting.pop(conn, None) is None:
+                self.keepalived_conns.popleft()
         self._give_up(conn)
         return True
 
@@ -305,11 +370,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 self._begin(conn)
         for conn in list(self.uploads):
             self._on_body(conn)
+        for conn in [conn for conn, (_, until) in self.leaving.items() if until < now]:
+            self._leave_answer(conn)
+            self._give_up(conn)
 
     def init_process(self) -> None:
         """In the new process, before the application is loaded."""
         util.write_error = _write_problem
-        util.write = partial(_write_in_time, util.write)
+        util.write = partial(self._send, util.write)
         util.close_graceful = self._linger
         threading.Thread(target=ARRIVALS.watch, name="arrivals", daemon=True).start()
         room = _files() - SPARE_FILES
@@ -318,11 +386,19 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().init_process()
 
 
-def _write_in_time(write: Callable[..., Any], sock: Any, data: bytes, chunked: bool = False) -> None:
+def _send_now(sock: Any, data: bytes) -> int:
+    """How many bytes the kernel took."""
+    try:
+        return int(sock.send(data, socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return 0
+
+
+def _write_in_time(write: Callable[..., Any], sock: Any, data: bytes) -> None:
     """Hand a part of an answer over, as gunicorn does, within the time for it."""
     ARRIVALS.leaves(sock, len(data))
     try:
-        write(sock, data, chunked)
+        write(sock, data)
     finally:
         ARRIVALS.has_left(sock)
 
