@@ -10,6 +10,7 @@ import resource
 import selectors
 import shutil
 import socket
+import subprocess
 import threading
 import time
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests import hub
-from tests.test_hooks import GITHUB, Server, answer_in, is_silent, run, signed_push
+from tests.test_hooks import ADMIN, GITHUB, Server, answer_in, is_silent, run, signed_push
 from webhook_app import signing
 from webhook_app.web.worker import COLLECTING_SECONDS
 
@@ -290,3 +291,43 @@ def test_an_answer_that_nobody_reads_is_cut(server, slow_readers, wait_until):
     port = connection.getsockname()[1]
     assert port in peers(server)
     wait_until(lambda: port not in peers(server), 60)
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["with a length", "chunked"])
+def test_bodies_of_api_requests_are_read_up_to_a_mebibyte(server, chunked):
+    """None of them is valid, so that the answer shows whether the body was read."""
+
+    def post(size):
+        body = b'{"name": "' + b"x" * size + b'"}'
+        headers = {"Authorization": f"Bearer {ADMIN.decode()}", "Content-Type": "application/json"}
+        pieces = [body[at : at + 50_000] for at in range(0, len(body), 50_000)]
+        return server.post("/api/tokens", iter(pieces) if chunked else body, headers)
+
+    assert [post(size).status_code for size in (100, 300_000, 1_000_000)] == [422] * 3
+    assert post(2 * MIB).status_code == 413
+
+
+@pytest.mark.parametrize("size", [10, 100_000, 3 * MIB])
+@pytest.mark.parametrize("framing", ["Content-Length", "Transfer-Encoding"])
+def test_curl_announces_its_body_and_is_answered(server, tmp_path, size, framing):
+    body = json.dumps(run() | {"padding": "x" * size}).encode()
+    (tmp_path / "body").write_bytes(body)
+    fields = {
+        "Content-Type": "application/json",
+        "X-GitHub-Event": "workflow_run",
+        "X-Hub-Signature-256": signing.github_signature(GITHUB, body),
+        "Expect": "100-continue",
+    } | ({"Transfer-Encoding": "chunked"} if framing == "Transfer-Encoding" else {})
+    argv = [
+        "curl",
+        "-sS",
+        "-m",
+        "60",
+        "--data-binary",
+        f"@{tmp_path / 'body'}",
+        f"{server.base}/webhooks/github",
+    ]
+    for name, value in fields.items():
+        argv += ["-H", f"{name}: {value}"]
+    done = subprocess.run(argv, capture_output=True, check=True)
+    assert json.loads(done.stdout)["status"] == "accepted"

@@ -382,6 +382,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         threading.Thread(target=ARRIVALS.watch, name="arrivals", daemon=True).start()
         room = _files() - SPARE_FILES
         self.worker_connections = min(self.cfg.worker_connections, max(room * 3 // 4, self.cfg.threads + 1))
+        self.max_keepalived = self.worker_connections - self.cfg.threads
         self.most_lingering = min(self.most_lingering, max(room // 4, 1))
         super().init_process()
 
