@@ -8,6 +8,7 @@ While it waits for slow answers it listens for the bell, so a subscriber that ha
 import logging
 import queue
 import random
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
+from urllib.parse import urlsplit
 
 from redis.exceptions import RedisError
 from sqlalchemy import Connection
@@ -53,6 +55,8 @@ MOST_TRIES = 64
 LOOK_SECONDS = 0.25
 """And what is due without a bell: retries, and messages held back by a rate limit."""
 SOON = timedelta(hours=1)
+HIDDEN_LENGTH = 16
+"""Characters of a part of a callback URL that may be a secret; shorter ones are words such as `webhook`."""
 
 
 def deliver(held: Resources | None = None) -> None:
@@ -283,10 +287,10 @@ def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) ->
     content_type, content = deliveries.body(message, subscriber["format"])
     secrets = subscribers.live_secrets(subscriber, keys, now)
     own = subscribers.custom_headers(subscriber, keys)
-    telling = _secrets(own, secrets)
+    url = deliveries.target(subscribers.callback_url(subscriber, keys), message, subscriber["format"])
+    telling = _secrets(own, secrets, url)
     sent = own | deliveries.headers(message, content_type, content, secrets, int(now.timestamp()), USER_AGENT)
     sent |= deliveries.provider_headers(message, subscriber["format"], content, secrets)
-    url = deliveries.target(subscribers.callback_url(subscriber, keys), message, subscriber["format"])
     if not any(name.lower() == "accept" for name in own):
         sent["accept"] = "*/*"  # some application firewalls refuse a request without it
     try:
@@ -315,10 +319,17 @@ def attempt(held: Resources, message: Claimed, subscriber: Mapping[str, Any]) ->
     )
 
 
-def _secrets(own: Mapping[str, str], secrets: Sequence[str]) -> tuple[str, ...]:
-    """What we send that an answer must not show: custom headers, whole and by word, and webhook secrets."""
+def _secrets(own: Mapping[str, str], secrets: Sequence[str], url: str) -> tuple[str, ...]:
+    """What we send that an answer must not show: custom headers, webhook secrets, and what the URL hides.
+
+    Headers and the URL's path and query are looked for whole and by word.
+    """
     words = [word for value in own.values() for word in value.split() if word.lower() not in _SCHEMES]
     keys = [secret.removeprefix("whsec_") for secret in secrets]
+    parts = urlsplit(url)
+    hidden = f"{parts.path}?{parts.query}" if parts.query else parts.path
+    words += [word for word in re.split(r"[/?&=]", hidden) if len(word) >= HIDDEN_LENGTH]
+    words += [hidden] if len(hidden) >= HIDDEN_LENGTH else []
     return tuple(dict.fromkeys([*own.values(), *words, *secrets, *keys]))
 
 

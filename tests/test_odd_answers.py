@@ -353,6 +353,14 @@ def test_an_attempt_shows_where_a_redirect_leads(deliver_to, location, note):
     assert tried["note"] == note.replace("PORT", str(server.port))
 
 
+def test_an_answer_that_echoes_the_url_shows_no_secret_of_it(deliver_to):
+    path = "/services/T0123/B-of-the-workspace/hush-hush-the-url?key=0123456789abcdefXY&v=2"
+    echo = f"no_team at {path}: hush-hush-the-url, 0123456789abcdefXY, services".encode()
+    head = f"HTTP/1.1 404 Not Found\r\nContent-Length: {len(echo)}\r\n\r\n".encode()
+    _, _, (tried,) = deliver_to(answering(head + echo), path)
+    assert tried["response"] == "no_team at ***: ***, ***, services"
+
+
 def test_a_redirect_is_shown_for_3xx_alone(deliver_to):
     _, _, (tried,) = deliver_to(redirecting("https://example.com/made", 201))
     assert (tried["status_code"], tried["note"]) == (201, None)

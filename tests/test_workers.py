@@ -97,6 +97,20 @@ def test_what_a_dead_worker_held_is_due_at_once_and_nothing_else_changes(engine)
     assert [message.id for message in claim(engine, OTHER, now=2)] == [mine[2].id]
 
 
+def test_the_probe_of_an_open_circuit_that_a_dead_worker_held_goes_out_at_once(engine):
+    """The circuit's own lease would keep the endpoint alone for as long as that worker could have taken."""
+    subscribe(engine)
+    for run in range(6):
+        record(engine, github(Q, run=run))
+    settle(engine, *(went(message, 500) for message in claim(engine)[:5]))
+    assert workers.free(engine, late(engine), at(0)) == 1
+    assert claim(engine, OTHER, now=1) == [], "the circuit is open"
+    assert len(claim(engine, OTHER, now=10)) == 1
+    assert claim(engine, ONE, now=11) == [], "one probe at a time"
+    assert workers.free(engine, late(engine, OTHER), at(12)) == 1
+    assert len(claim(engine, ONE, now=12)) == 1
+
+
 def test_who_showed_life_meanwhile_keeps_everything(engine):
     subscribe(engine)
     record(engine, github(Q))

@@ -168,6 +168,7 @@ _TROUBLES = {
     "UNBLOCKED": "Redis is read-only (a replica)",  # while a worker waited for a job
     "MISCONF": "Redis can't write to its disk",
     "LOADING": "Redis is starting: it loads its data",
+    "CERTIFICATE_VERIFY_FAILED": "the certificate of Redis is refused (REDIS_TLS_VERIFY)",
     "NOAUTH": "Redis wants another password",
     "WRONGPASS": "Redis wants another password",
 }

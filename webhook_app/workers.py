@@ -36,7 +36,7 @@ GAP_SECONDS = 2.0
 """After so long without a look, what was seen before counts no more."""
 RUN_DIRECTORY = "run"
 
-_m, _w = models.messages.c, models.workers.c
+_m, _s, _w = models.messages.c, models.subscribers.c, models.workers.c
 _ID = re.compile("[0-9a-f]{16}")
 
 
@@ -156,11 +156,24 @@ def _free(connection: Connection, late: Late, now: datetime) -> int:
     theirs = select(_m.id).where(
         _m.id.in_(claimed), _m.state == "pending", _m.claim.startswith(f"{late.worker}:")
     )
-    ids = connection.execute(theirs.order_by(_m.id).with_for_update()).scalars().all()
+    theirs = theirs.add_columns(_m.subscriber, _m.due_at).order_by(_m.id)
+    rows = connection.execute(theirs.with_for_update(of=models.messages)).all()
     if not connection.execute(delete(models.workers).where(*mine)).rowcount:
         return 0
+    ids = [row.id for row in rows]
     connection.execute(update(models.messages).where(_m.id.in_(ids)).values(due_at=now, claim=None))
+    _free_probes(connection, {(row.subscriber, row.due_at) for row in rows}, now)
     return len(ids)
+
+
+def _free_probes(connection: Connection, leases: Collection[tuple[str, datetime]], now: datetime) -> None:
+    """Let open circuits whose probe the dead worker had send another at once: it was leased as the claim.
+
+    `leases`: subscribers, and until when their messages were claimed.
+    """
+    for subscriber, until in sorted(leases):
+        probing = (_s.id == subscriber, _s.probe_at == until)
+        connection.execute(update(models.subscribers).where(*probing).values(probe_at=now))
 
 
 def release(engine: Engine, worker: str, now: datetime) -> int:

@@ -35,6 +35,7 @@ from gunicorn.http.errors import NoMoreData
 from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers.gthread import ThreadWorker
 
+from webhook_app import deadline
 from webhook_app.web.arrivals import ARRIVALS, COLLECTED_BYTES, PIECE_BYTES, PIECE_SECONDS, wanted
 from webhook_app.web.uploads import IN_FLIGHT, READ_BYTES, BodyAwaited, Upload, no_room, upload_of
 
@@ -148,8 +149,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._start(self.handle, conn)
 
     def _start(self, work: Callable[[Any], Any], conn: Any) -> None:
-        done = self.tpool.submit(work, conn)
+        done = self.tpool.submit(self._in_time, work, conn, time.monotonic())
         done.add_done_callback(lambda it: self.method_queue.defer(self.finish_request, conn, it))
+
+    @staticmethod
+    def _in_time(work: Callable[[Any], Any], conn: Any, since: float) -> Any:
+        """In a thread: what it has waited for one counts against the time for its answer."""
+        deadline.note_wait(time.monotonic() - since)
+        return work(conn)
 
     def handle(self, conn: Any) -> Any:
         """One request of a connection, in a thread."""
@@ -437,7 +444,8 @@ def _peek(sock: socket.socket, most: int) -> bytes | None:
 def _write_problem(sock: Any, status: int, reason: str, detail: str) -> None:
     """What gunicorn says to a request that it refuses itself (RFC 9457)."""
     known = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else reason
-    body = orjson.dumps({"type": "about:blank", "title": known, "status": status, "detail": detail[:500]})
+    problem = {"type": "about:blank", "title": known, "status": status, "detail": detail[:500]}
+    body = orjson.dumps(problem, option=orjson.OPT_APPEND_NEWLINE)
     head = (
         f"HTTP/1.1 {status} {known}\r\nConnection: close\r\n"
         f"Content-Type: application/problem+json\r\nContent-Length: {len(body)}\r\n\r\n"
