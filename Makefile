@@ -20,8 +20,9 @@ LINTED := webhook_app pollers jobs
 run: $(VENV)/runtime-installed $(VENV)/project-installed
 	@exec $(BIN)/buildrelay up $(ARGS)
 
+# Most tests wait for real servers and processes, so files run side by side, also on one core.
 test: $(VENV)/test-installed $(VENV)/project-installed
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(or $(JOBS),3) --dist=loadfile --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check .

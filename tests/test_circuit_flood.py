@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 
 from jobs.deliver import attempt, deliver
 from jobs.resources import Resources
+from jobs.schedule import Metronome
 from tests.facts import NOON, PACE, at, github
 from webhook_app import builds, circuit, db, deliveries, endpoints, models, settings, subscribers
 from webhook_app.circuit import CLOSED, OPEN
@@ -154,6 +155,6 @@ def test_the_job_asks_to_be_woken_for_the_probe_and_not_before(held, redis_clien
             row = subscribers.get(connection, one)
         assert circuit.of(row).state == OPEN
         assert endpoint.report()["received"] <= FIRST_IN_FLIGHT
-    woken = [due for name, due in redis_client.zrange("rq:scheduler:scheduled_jobs", 0, -1, withscores=True)
+    woken = [due for name, due in redis_client.zrange(Metronome.scheduled_jobs_key, 0, -1, withscores=True)
              if name.startswith(b"once-deliver-")]  # fmt: skip
     assert woken == [int(row["probe_at"].timestamp()) + 1]

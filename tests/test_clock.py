@@ -286,7 +286,7 @@ def test_a_single_ring_from_before_the_clock_was_set_back_is_forgotten(redis_cli
     ring_at(redis_client, queues.DELIVER, utc_now() + timedelta(hours=2))
     ring_at(redis_client, queues.DELIVER, utc_now() + timedelta(minutes=59))
     Metronome(redis_client, ()).enqueue_jobs()
-    assert redis_client.zcard("rq:scheduler:scheduled_jobs") == 1
+    assert redis_client.zcard(Metronome.scheduled_jobs_key) == 1
 
 
 def test_a_large_backlog_is_moved_before_any_replay_goes_on(machine, monkeypatch):
