@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import lru_cache
+from itertools import chain, repeat
 from typing import Any
 from urllib.parse import urlsplit
 
 from redis.exceptions import RedisError
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 
 from jobs.resources import Desk, Resources, resources
 from jobs.schedule import ring_at
@@ -85,25 +86,37 @@ def leave_desk(held: Resources) -> None:
 def attend(held: Resources, over: threading.Event) -> None:
     """Until `over`, show that this worker lives while it has messages, and free those of dead workers.
 
-    For a thread of its own: a job may wait for the store or for Redis.
+    For a thread of its own, with a connection of its own: a job may wait for the store or for Redis.
     """
+    engine = db.spare(held.engine)
+    try:
+        _attend(held, engine, over)
+    finally:
+        if engine is not held.engine:
+            engine.dispose()
+
+
+def _attend(held: Resources, engine: Engine, over: threading.Event) -> None:
     watch = workers.Watch(held.desk.worker)
     while not over.wait(workers.LOOK_SECONDS):
         try:
-            _show_life(held)
-            freed = sum([workers.free(held.engine, late, utc_now()) for late in watch.late(held.engine)])
+            _show_life(held, engine)
+            freed = sum([workers.free(engine, late, utc_now()) for late in watch.late(engine)])
         except db.StoreUnavailable as error:
             log.debug("the store is away: %s", error)
+            continue
+        except Exception:  # without this thread the others would take this worker for dead
+            log.exception("looking after the workers failed")
             continue
         if freed:
             log.warning("a worker is gone: %d messages of it are due again", freed)
             queues.Bell(held.redis).ring(queues.DELIVER)
 
 
-def _show_life(held: Resources) -> None:
+def _show_life(held: Resources, engine: Engine) -> None:
     desk = held.desk
     if desk.under_way and time.monotonic() - desk.shown_at >= workers.BEAT_SECONDS:
-        workers.renew(held.engine, desk.worker, utc_now())
+        workers.renew(engine, desk.worker, utc_now())
         desk.shown_at = time.monotonic()
 
 
@@ -142,7 +155,7 @@ class _Drain:
         """Settle what lies on the desk; from now on each sending thread settles its own try."""
         with self.desk.lock:
             self.desk.attended = False
-            while tried := self._take():
+            while (tried := self._take()) or self.desk.unsettled:
                 self._turn(tried, claims=False)
 
     def _drain(self, until: float) -> int:
@@ -165,15 +178,19 @@ class _Drain:
 
         Tries that can't be settled because the store is away are settled with the next ones.
         """
-        tried, self.desk.unsettled = [*self.desk.unsettled, *tried], []
+        tried = [*self.desk.take_unsettled(MOST_TRIES), *tried]
         if not tried and not claims:
             return Claim()
+        uncertain = chain([self.desk.is_uncertain], repeat(True))  # one that is repeated may be stored
         room, timeout = self.desk.room, self.held.settings.delivery_timeout_seconds
 
         def unit(connection: Connection) -> tuple[Claim, list[Sentence], frozenset[int] | None]:
-            now = utc_now()
-            deliveries.settle(connection, tried, now, self.policy)
-            sentences = endpoints.note(connection, tried, now)
+            now, fresh = utc_now(), tried
+            if next(uncertain):
+                fresh = deliveries.unnoted(connection, tried)
+                workers.disown(connection, self.desk.worker, self.desk.under_way, now)
+            deliveries.settle(connection, fresh, now, self.policy)
+            sentences = endpoints.note(connection, fresh, now)
             claim = Claim()
             if claims:
                 claim = deliveries.claim(connection, now, room, timeout, self.desk.worker)
@@ -182,8 +199,9 @@ class _Drain:
         try:
             claim, sentences, under_way = db.in_transaction(self.held.engine, unit)
         except db.StoreUnavailable:
-            self.desk.unsettled += tried
+            self.desk.put_back(tried)
             raise
+        self.desk.is_uncertain = False
         if under_way is not None:
             self.desk.under_way, self.desk.shown_at = under_way, time.monotonic()
         for sentence in sentences:
@@ -228,8 +246,8 @@ class _Drain:
             return False  # what is due is found without it
 
     def _send(self, message: Claimed, subscriber: Mapping[str, Any]) -> None:
-        self.held.threads.submit(self._try_and_report, message, subscriber)
         self.desk.room.began(subscriber)
+        self.held.threads.submit(self._try_and_report, message, subscriber)
 
     def _try_and_report(self, message: Claimed, subscriber: Mapping[str, Any]) -> None:
         started_at, started = utc_now(), time.monotonic()
@@ -265,7 +283,11 @@ class _Drain:
             queues.Bell(self.held.redis).ring(job)
 
     def _carry_out(self, sentence: Sentence) -> None:
-        db.as_writer(self.held.engine, lambda write: endpoints.carry_out(write, sentence, utc_now()))
+        try:
+            db.as_writer(self.held.engine, lambda write: endpoints.carry_out(write, sentence, utc_now()))
+        except db.StoreUnavailable as error:  # what was claimed must be sent all the same
+            log.warning("to %s %s has to wait for a failure: %s", sentence.act, sentence.subscriber, error)
+            return
         if sentence.act == "disable":
             self._ring(queues.REPLAY)  # which gives up the rest of its messages
 

@@ -1,7 +1,7 @@
 """What a worker process holds: settings, engine, Redis, outgoing threads; made once, lazily, per process."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -35,7 +35,8 @@ class Desk:
     `room` belongs to whoever attends, else to the holder of the lock.  `closing`: no job of
     this process takes anything new.  `worker`: the id in its claims.  `under_way`: the ids of the messages
     that it has, as they stand in its row of `workers`, and `shown_at` when that was written (monotonic).
-    `unsettled`: tries that the store could not take, for the next transaction.
+    `unsettled`: tries that the store could not take, for the next transaction; `is_uncertain`: whether the
+    last one may have been stored although its commit was not confirmed.
     """
 
     room: Room = field(default_factory=Room)
@@ -48,6 +49,19 @@ class Desk:
     under_way: frozenset[int] = frozenset()
     shown_at: float = 0.0
     unsettled: list[Tried] = field(default_factory=list)
+    is_uncertain: bool = False
+    mutex: threading.Lock = field(default_factory=threading.Lock)
+
+    def take_unsettled(self, most: int) -> list[Tried]:
+        """The oldest of `unsettled`, for a transaction."""
+        with self.mutex:
+            taken, self.unsettled = self.unsettled[:most], self.unsettled[most:]
+        return taken
+
+    def put_back(self, tries: Sequence[Tried]) -> None:
+        """The transaction was not confirmed."""
+        with self.mutex:
+            self.unsettled, self.is_uncertain = [*tries, *self.unsettled], True
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
 
-from sqlalchemy import Column, ColumnElement, Engine, Table, delete, exists, select, true
+from sqlalchemy import Column, Engine, Table, delete, exists, select
 
 from jobs.resources import Resources, resources
 from pollers import client
@@ -116,21 +116,33 @@ def retention(before: datetime, tags_before: datetime) -> list[Portion]:
 
     An event that some subscriber is still to get is kept until its message is delivered or dead.
     """
-    inbound, events, artifacts = models.inbound, models.events, models.artifacts
+    inbound, artifacts = models.inbound, models.artifacts
     return [
-        partial(_forget, inbound, inbound.c.received_at, true(), before),
-        partial(_forget, events, events.c.timestamp, ~_AWAITED, before),
-        partial(_forget, artifacts, artifacts.c.listed_at, true(), before),
+        partial(_forget, inbound, inbound.c.received_at, before),
+        lambda write: _forget_events(write, before),
+        partial(_forget, artifacts, artifacts.c.listed_at, before),
         lambda write: collection.forget(write, before, MOST_AT_ONCE),
         lambda write: _forget_notices(write, before),
         lambda write: client.forget(write, tags_before, MOST_AT_ONCE),
     ]
 
 
-def _forget(
-    table: Table, moment: Column[datetime], is_over: ColumnElement[bool], before: datetime, write: db.Write
-) -> int:
-    old = select(table.c.id).where(moment < before, is_over).order_by(moment).limit(MOST_AT_ONCE)
+def _forget_events(write: db.Write, before: datetime) -> int:
+    """Their messages first: one event may have a thousand, and they go in portions as well."""
+    events, messages = models.events.c, models.messages.c
+    old = select(events.id).where(events.timestamp < before, ~_AWAITED).order_by(events.timestamp)
+    ids = write.connection.execute(old.limit(MOST_AT_ONCE)).scalars().all()
+    sent = select(messages.id).where(messages.event.in_(ids)).limit(MOST_AT_ONCE + 1)
+    found = write.connection.execute(sent).scalars().all()
+    write.connection.execute(delete(models.messages).where(messages.id.in_(found[:MOST_AT_ONCE])))
+    if len(found) > MOST_AT_ONCE:
+        return MOST_AT_ONCE
+    write.connection.execute(delete(models.events).where(events.id.in_(ids)))
+    return len(ids)
+
+
+def _forget(table: Table, moment: Column[datetime], before: datetime, write: db.Write) -> int:
+    old = select(table.c.id).where(moment < before).order_by(moment).limit(MOST_AT_ONCE)
     return write.connection.execute(delete(table).where(table.c.id.in_(old.scalar_subquery()))).rowcount
 
 

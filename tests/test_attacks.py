@@ -25,6 +25,8 @@ from webhook_app.web.worker import COLLECTING_SECONDS
 
 MIB = 1024 * 1024
 PUSHES = 10
+KEEP_ALIVE_SECONDS = 95
+"""The default: so long nobody was accepted."""
 FORGED = b"X-Hub-Signature-256: sha256=" + b"0" * 64 + b"\r\n"
 HEAD = b"POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
@@ -156,6 +158,15 @@ def flood(server, head, body, count):
     return list(answers.values())
 
 
+def test_more_connections_than_seats_that_were_answered_once_make_room(server, connections, many_files):
+    """All seats were with threads when the last one came: nothing could be dropped, and nobody was accepted."""
+    count = min(1500, many_files - 1000)
+    held = connections(server, count)
+    for connection in held:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert push(server, 1) < KEEP_ALIVE_SECONDS / 2
+
+
 @pytest.mark.parametrize(
     ("proof", "path"),
     [(b"", b"/webhooks/github"), (FORGED, b"/webhooks/github"), (b"", b"/api/builds")],
@@ -179,6 +190,16 @@ def test_sixty_four_bodies_of_25_mib(server, proof, path):
     peak = peak_mib(server)
     print(len(seconds), "pushes, worst", max(seconds), "peak MiB", peak, [a[9:12] for a in answers])
     assert peak < 250
+
+
+def test_a_flood_after_large_signed_pushes_takes_no_more_memory(server):
+    """Once a large buffer was freed, the C library would keep others of that size, and in each thread's arena."""
+    body = json.dumps(run() | {"padding": "x" * (20 * MIB)}).encode()
+    assert server.github(body, "large").json()["status"] == "accepted"
+    flooding = HEAD + FORGED + b"Content-Length: %d\r\n\r\n" % (25 * MIB)
+    for _ in range(2):
+        flood(server, flooding, b"x" * 25 * MIB, 64)
+    assert peak_mib(server) < 250
 
 
 def test_a_signed_body_of_25_mib_is_taken_beside_a_flood_that_is_not(server):

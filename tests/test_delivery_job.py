@@ -21,7 +21,7 @@ from jobs.resources import Desk, Resources
 from tests.facts import PACE, github
 from tests.hub import own_redis
 from tests.wire import OK
-from webhook_app import builds, db, deliveries, models, queues, settings, subscribers
+from webhook_app import builds, db, deliveries, endpoints, models, queues, settings, subscribers
 from webhook_app.lifecycle import State
 from webhook_app.room import Room
 from webhook_app.simulated.subscriber import Subscriber
@@ -122,6 +122,40 @@ def test_what_came_back_is_noted_in_portions(make_held, pair, monkeypatch, wait_
     job.deliver(held)
     assert [number for number in settled if number] == [3, 3, 3, 1]
     assert {row[0] for row in states(held, good)} == {"delivered"}
+
+
+def test_a_commit_that_was_not_confirmed_is_not_done_twice(make_held, pair, monkeypatch):
+    """The connection is lost in the commit: stored all the same, the unit is repeated."""
+    held = make_held()
+    subscriber = subscribe(held, pair[0])
+    record(held, *[github(State.QUEUED, run=run) for run in range(1, 4)])
+    in_transaction, lost = db.in_transaction, []
+
+    def twice(engine, unit, **more):
+        if unit.__qualname__.startswith("_Drain._turn") and len(lost) < 4:
+            lost.append(in_transaction(engine, unit, **more))
+        return in_transaction(engine, unit, **more)
+
+    monkeypatch.setattr(db, "in_transaction", twice)
+    job.deliver(held)
+    assert len(lost) > 1
+    assert [row[0] for row in states(held, subscriber)] == ["delivered"] * 3
+    assert tries(held) == [None] * 3
+    assert pair[0].report()["received"] == 3
+
+
+def test_what_follows_from_a_try_may_fail_and_what_was_claimed_is_sent(make_held, pair, monkeypatch):
+    held = make_held()
+    good = subscribe(held, pair[0])
+    record(held, github(State.QUEUED, run=1))
+
+    def away(*_):
+        raise db.StoreUnavailable("away")
+
+    monkeypatch.setattr(endpoints, "carry_out", away)
+    monkeypatch.setattr(endpoints, "note", lambda *_: [endpoints.Sentence(good, "warn", 50)])
+    job.deliver(held)
+    assert [row[0] for row in states(held, good)] == ["delivered"]
 
 
 def test_how_tries_went_is_noted_when_the_store_is_back(make_held, pair, monkeypatch):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.leaks import PLAIN_LINES, leaks
 from webhook_app.platforms import github, gitlab
-from webhook_app.redaction import MASK, redactor
+from webhook_app.redaction import MASK, SHAPES, redactor
 from webhook_app.settings import load, secret_texts
 
 HEX = "0123456789abcdef" * 4
@@ -130,12 +130,36 @@ def test_digests_ids_and_addresses_stay(digest, uuid, port):
 
 def test_names_are_masked_by_the_form_of_a_secret_alone():
     """A branch may be called `fix/password=reset`; a token in its place goes all the same."""
-    redact = redactor(["known-secret-1"])
+    redact = redactor(["known-secret-one", "postgres"])
     token = FORMS[0]
     assert redact.name("fix/password=reset") == "fix/password=reset"
     assert redact.name(f"fix/{token}") == "fix/***"
-    assert redact.name("of/known-secret-1") == "of/***"
+    assert redact.name("of/known-secret-one") == "of/***"
+    assert redact.name("fix/postgresql-upgrade") == "fix/postgresql-upgrade", "a weak password is a word"
     assert redact.name("https://me:pa/ss@host/x") == "https://***@host/x"
+
+
+@pytest.mark.parametrize(
+    "branch",
+    ["feature/sk-1234-fix-the-login-page", "i18n/sk-SK-2024-11-translations", "pypi-Release-2024-11-28-rc1"],
+)
+def test_branches_that_only_begin_like_a_token_stay(branch):
+    assert SHAPES.name(branch) == branch
+
+
+def test_a_token_behind_an_option_goes():
+    token = "gh" + "p_" + HEX[:36].ljust(36, "A")
+    for text in (f"mytool -t{token}", rf"\x3d{token}", f"export A=x{token}"):
+        assert token not in SHAPES(text)
+
+
+def test_what_follows_a_secret_option_in_a_list_goes():
+    told = ["deploy", "--password", "hunter2hunter2", "--verbose", "yes"]
+    assert SHAPES.value({"args": told}) == {"args": ["deploy", "--password", "***", "--verbose", "yes"]}
+
+
+def test_headers_of_tokens_without_an_end_take_linear_time():
+    assert SHAPES("eyJ-" * 32_768).startswith("eyJ-")
 
 
 def test_identities_stay_different():
@@ -178,9 +202,16 @@ def test_a_private_key_that_was_cut_goes_as_well():
 
 def test_our_own_secrets_go_in_every_form():
     secret = "s3cr3t/with+odd=chars"
-    redact = redactor([secret, "line one of it\nline two of it", "short", "abc"])
+    redact = redactor([secret, "line one of the key\nline two of the key", "short", "abc"])
     coded = base64.b64encode(secret.encode()).decode()
-    for form in (secret, quote(secret, safe=""), coded, "line one of it", "line two of it", "a short one"):
+    for form in (
+        secret,
+        quote(secret, safe=""),
+        coded,
+        "line one of the key",
+        "line two of the key",
+        "a short one",
+    ):
         shown = redact(f"x{form}x" if form is not None and "short" not in form else form)
         assert MASK in shown
         assert form not in shown

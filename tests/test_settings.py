@@ -455,7 +455,7 @@ def test_a_short_secret_is_refused_with_the_way_to_make_one():
 
 def test_a_secret_with_a_comma_in_it_is_refused_as_two():
     line = refused({"GITHUB_WEBHOOK_SECRET": "one secret of its own, of a hook"})
-    assert "a comma separates secrets: 2 are given, one of 9 characters" in line
+    assert "a comma separates secrets: this one has 2 parts, the shortest of 9 characters" in line
 
 
 def test_the_secret_of_a_further_source_is_as_long(with_file):

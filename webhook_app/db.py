@@ -110,11 +110,22 @@ def connect(
             pool_size=pool_size,
             max_overflow=pool_size,
             connect_args={"timeout": busy_seconds, "check_same_thread": False},
-            execution_options={"turnstile": _turnstile(url)},
+            execution_options={"turnstile": _turnstile(url), "busy_seconds": busy_seconds},
         )
         _prepare_sqlite(engine, synchronous)
         return engine
     return _connect_postgres(url, connections, pooler)
+
+
+def spare(engine: Engine) -> Engine:
+    """An engine with one connection of its own to the same PostgreSQL, for what must not wait for others.
+
+    SQLite's connections are not counted: there it is the same engine.
+    """
+    dialect = engine.dialect
+    if not isinstance(dialect, postgres.Dialect):
+        return engine
+    return _connect_postgres(engine.url.render_as_string(hide_password=False), 1, dialect.pooled)
 
 
 def _connect_postgres(url: str, connections: int, pooler: bool | None) -> Engine:
@@ -209,6 +220,8 @@ def sqlite_file(url: str | URL) -> Path | None:
         return None
     if "uri" not in made.query:
         return Path(made.database)
+    if made.query.get("mode") == "memory":
+        return None
     return Path(os.fsdecode(unquote_to_bytes(urlsplit(made.database).path)))
 
 
@@ -244,6 +257,9 @@ def _prepare_sqlite(engine: Engine, synchronous: str) -> None:
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         writing = connection.get_execution_options().get("writing")
+        if writing:
+            busy: float = engine.get_execution_options()["busy_seconds"]
+            connection.exec_driver_sql(f"PRAGMA busy_timeout={deadline.cap(busy) * 1000:.0f}")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
 
 
@@ -420,7 +436,7 @@ def try_write(engine: Engine) -> None:
         write.connection.execute(models.workers.insert(), row)
         write.connection.execute(models.workers.delete().where(mine))
 
-    as_writer(engine, write)
+    as_writer(engine, write, first=True)
 
 
 class GroupCommit(Generic[Argument, Result]):
@@ -514,7 +530,7 @@ class GroupCommit(Generic[Argument, Result]):
         """Serve those that are not late already, by the time when the first of them must be answered."""
         now = time.monotonic()
         for seat in seats:
-            if seat.until <= now:
+            if seat.until <= now + LEAST_SECONDS:
                 seat.fail(_too_late())
         if live := [seat for seat in seats if not seat.done]:
             with deadline.until(min(seat.until for seat in live)):
@@ -535,6 +551,10 @@ class GroupCommit(Generic[Argument, Result]):
         else:
             for seat, result in zip(seats, results, strict=True):
                 seat.finish(result)
+
+
+LEAST_SECONDS = 0.5
+"""With less time left than this a call is too late: its deadline would be that of its whole group."""
 
 
 def _too_late() -> StoreUnavailable:

@@ -54,6 +54,11 @@ def none() -> Iterator[None]:
         _thread.at = before
 
 
+def cap(seconds: float) -> float:
+    """So many seconds, or those until the deadline if one is set and they are fewer."""
+    return seconds if _thread.at is None else min(seconds, max(0.0, _thread.at - time.monotonic()))
+
+
 def left() -> float:
     """Seconds until the deadline, 0 if it is over; `UNIT_SECONDS` where none is set."""
     if _thread.at is None:

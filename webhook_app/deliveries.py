@@ -601,6 +601,15 @@ def settle(connection: Connection, tries: Sequence[Tried], now: datetime, policy
     _wake_lanes(connection, [tried.message for tried in (*delivered, *dead)], now)
 
 
+def unnoted(connection: Connection, tries: Sequence[Tried]) -> list[Tried]:
+    """Those that no transaction has recorded: one whose commit was not confirmed may have been stored."""
+    columns = models.delivery_attempts.c
+    ids = {tried.message.id for tried in tries}
+    known = select(columns.message, columns.number, columns.started_at).where(columns.message.in_(ids))
+    noted = {tuple(row) for row in connection.execute(known)}
+    return [one for one in tries if (one.message.id, one.message.number, one.started_at) not in noted]
+
+
 def _of_kept_messages(connection: Connection, tries: Sequence[Tried]) -> Sequence[Tried]:
     """Those whose message is still there, now locked: removing a subscriber deletes what is under way too."""
     if not tries:

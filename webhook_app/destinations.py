@@ -144,9 +144,10 @@ FRAMING_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "acc
 
 RESERVED_HEADERS = FRAMING_HEADERS | {
     "keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization", "te", "trailer", "upgrade",
-    "expect", "content-encoding", "content-type", "user-agent", "http2-settings",
+    "expect", "content-encoding", "content-type", "user-agent", "http2-settings", "proxy",
 }  # fmt: skip
-"""Hop-by-hop headers (RFC 9110 section 7.6.1) and those that describe the body, which is ours."""
+"""Hop-by-hop headers (RFC 9110 section 7.6.1), those that describe the body, which is ours, and `Proxy`:
+CGI programs take it for HTTP_PROXY."""
 
 RESERVED_PREFIXES = ("webhook-",)
 

@@ -16,7 +16,9 @@ import os
 import re
 import shutil
 import socket
+import stat
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
@@ -93,10 +95,14 @@ def redis_url(data_dir: Path) -> str:
 
 def _make_private(directory: Path) -> None:
     """Make the directory, or see that it is ours alone; /tmp's sticky bit then keeps it so."""
-    directory.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError):  # a file or a link that leads nowhere
+        directory.mkdir(mode=0o700, exist_ok=True)
     status = directory.lstat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o077 or directory.is_symlink():
-        raise EmbeddedError(f"{directory} belongs to another user; remove it, or set REDIS_URL")
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077 or not stat.S_ISDIR(status.st_mode):
+        raise EmbeddedError(
+            f"{directory} belongs to another user or is open to others: remove it, set REDIS_URL, or give"
+            " --data-dir a shorter and plainer path"
+        )
 
 
 def server_arguments(data_dir: Path) -> list[str]:

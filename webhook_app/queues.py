@@ -39,6 +39,8 @@ JOBS = {
 """Queue and job by bell.  Each bell has a queue of its own, so that none waits for another."""
 
 JOB_TIMEOUT_SECONDS = 180
+FAILURE_SECONDS = 60
+"""A job that failed is kept in Redis so long: the log has its trace, and an outage would fill Redis."""
 BELL_TTL_SECONDS = 2
 DEAF_SECONDS = 1.0
 NEWS_SECONDS = 60.0
@@ -216,7 +218,7 @@ def enqueue_once(redis: Redis, bell: str) -> bool:
     queue = Queue(bell, connection=redis, job_class=WakeUp, serializer=JSONSerializer)
     if queue.count:
         return False
-    queue.enqueue(JOBS[bell], job_timeout=JOB_TIMEOUT_SECONDS, result_ttl=0, failure_ttl=86_400)
+    queue.enqueue(JOBS[bell], job_timeout=JOB_TIMEOUT_SECONDS, result_ttl=0, failure_ttl=FAILURE_SECONDS)
     return True
 
 

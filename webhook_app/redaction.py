@@ -10,17 +10,28 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
 from webhook_app.lifecycle import Observation, ObservedBy
-from webhook_app.secret_shapes import AROUND, ESCAPED_TOKEN, IN_ADDRESSES, KEY_END, MASK, PRIVATE_KEY, TOKEN
+from webhook_app.secret_shapes import (
+    AROUND,
+    ESCAPED_TOKEN,
+    GLUED_TOKEN,
+    IN_ADDRESSES,
+    KEY_END,
+    MASK,
+    PRIVATE_KEY,
+    TOKEN,
+    UNMISTAKABLE,
+)
 
 SHORTEST_SECRET = 4
-_FREE_STANDING = 8
+SHORTEST_CODED = 8
+_FREE_STANDING = 16
 """A known secret shorter than this is masked only where it stands by itself: `test` is part of many words."""
 _LONGEST_CUT = 512
 DEEPEST = 60
@@ -53,6 +64,8 @@ class Redactor:
         the beginning of the text on: it was cut.
         """
         text = self.name(self.known(text))
+        if any(prefix in text for prefix in UNMISTAKABLE):
+            text = GLUED_TOKEN.sub(MASK, text)
         lowered = text.lower()
         for rule in AROUND:
             if any(hint in lowered for hint in rule.hints):
@@ -108,7 +121,15 @@ class Redactor:
             return self(value)
         if isinstance(value, Mapping):
             return {self.name(name): self._field(name, inner, depth) for name, inner in value.items()}
-        return [self.value(inner, depth + 1) for inner in value] if isinstance(value, list) else value
+        return self._list(value, depth + 1) if isinstance(value, list) else value
+
+    def _list(self, values: Sequence[Any], depth: int) -> list[Any]:
+        """As `value`; what follows an option such as `--password` is its value."""
+        options = [isinstance(one, str) and one.startswith("-") and is_secret_name(one) for one in values]
+        return [
+            MASK if isinstance(one, str) and place and options[place - 1] else self.value(one, depth)
+            for place, one in enumerate(values)
+        ]
 
     def also(self, secrets: Iterable[str]) -> "Redactor":
         """One that knows these secrets as well."""
@@ -146,7 +167,10 @@ def _without_keys(text: str) -> str:
 def redactor(secrets: Iterable[str]) -> Redactor:
     """A redactor that also knows these secrets; each line of one with several is one itself."""
     lines = {line.strip() for secret in secrets for line in secret.splitlines()}
-    long = {form for line in lines if len(line) >= _FREE_STANDING for form in _forms(line)}
+    coded = {line: _forms(line) for line in lines if len(line) >= SHORTEST_CODED}
+    long = {
+        form for line, forms in coded.items() for form in forms if form != line or len(line) >= _FREE_STANDING
+    }
     short = sorted(line for line in lines if SHORTEST_SECRET <= len(line) < _FREE_STANDING)
     return Redactor(tuple(sorted(long, key=lambda form: (-len(form), form))), tuple(short))
 
@@ -170,7 +194,9 @@ def _base64(secret: bytes, place: int) -> set[str]:
 
 # ---- facts about builds --------------------------------------------------------------------------
 
-_NAMES = ("workflow", "branch", "commit", "url", "preview_url", "raw_status", "raw_conclusion", "trigger")
+_LINE = ("workflow", "branch")
+"""What history, filters and badges tell builds apart by."""
+_NAMES = ("commit", "url", "preview_url", "raw_status", "raw_conclusion", "trigger")
 _REFS = ("repo", "branch", "commit")
 
 
@@ -184,13 +210,15 @@ def masked(seen: Observation, redact: Redactor) -> Observation:
     """An observation without secrets, as it may be recorded.
 
     Texts (error, detail) are masked as free texts; names, refs and addresses only where they hold a secret by
-    its own form.  Repository and build id of a CI platform stay, since the next poll is addressed by them;
-    those of a build script, which nobody asks, do not.
+    its own form, and two workflows or branches that differ in a secret alone still differ.  Repository and
+    build id of a CI platform stay, since the next poll is addressed by them; those of a build script, which
+    nobody asks, do not.
     """
     joined = "\n".join(names_of(seen))
     changes: dict[str, Any] = {}
     if redact.name(joined) != joined:
         changes = {name: told and redact.name(told) for name in _NAMES for told in [getattr(seen, name)]}
+        changes |= {name: told and redact.identity(told) for name in _LINE for told in [getattr(seen, name)]}
         changes["jobs"] = tuple(replace(job, name=redact.name(job.name)) for job in seen.jobs)
     if seen.observed_by is ObservedBy.REPORT:
         build_id = redact.identity(seen.build_id)

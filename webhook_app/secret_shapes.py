@@ -7,7 +7,7 @@ Every pattern is bounded or consumes what it has read, so that no text makes one
 import base64
 import binascii
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 MASK = "***"
@@ -38,7 +38,7 @@ _TOKENS: Mapping[str, str] = {
          "gloas-", "glffct-", "glwt-"), r"[\w.-]{16,}"),
     "GR1348941": _W + "{16,}",
     # CI, packages, code
-    "npm_": _A + "{30,}", "pypi-": r"(?=[\w-]{0,40}[A-Z])[\w-]{20,}", "rubygems_": _A + "{20,}",
+    "npm_": _A + "{30,}", "pypi-AgE": _W + "{20,}", "rubygems_": _A + "{20,}",
     "oy2": "[a-z0-9]{43}", "CLOJARS_": _A + "{20,}", "dckr_pat_": _W + "{16,}", "dckr_oat_": _W + "{16,}",
     "AKCp": _A + "{50,}", "cmVmdGtu": r"[\w=-]{40,}", "sqp_": _A + "{20,}", "squ_": _A + "{20,}",
     "sqa_": _A + "{20,}", "sgp_": r"\w{40,}", "ATATT3x": r"[\w=-]{16,}", "ATCTT3x": r"[\w=-]{16,}",
@@ -72,11 +72,12 @@ _TOKENS: Mapping[str, str] = {
     "tfp_": r"[\w.-]{40,}", "CFPAT-": _W + "{40,}", "EZAK": _A + "{54}", "FLWSECK": r"[\w-]{20,}",
     "rdme_": _A + "{40,}",
     # models
-    "hf_": _A + "{30,}", "api_org_": _A + "{30,}", "sk-": r"(?=[\w-]{0,100}\d)[\w-]{20,}",
+    "hf_": _A + "{30,}", "api_org_": _A + "{30,}",
+    "sk-": r"(?:(?:proj|ant|svcacct|admin|or|lf)-[\w-]{20,}|[A-Za-z0-9]{32,})",
     "gsk_": _A + "{30,}", "xai-": _A + "{40,}", "pplx-": _A + "{30,}", "r8_": _A + "{30,}",
     "nvapi-": _W + "{40,}", "lsv2_": r"\w{30,}", "tvly-": _W + "{24,}",
     # signed ones
-    "eyJ": r"[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?",
+    "eyJ": r"[\w-]{8,800}\.[\w-]{8,}(?:\.[\w-]*)?",
 }  # fmt: skip
 """What tokens begin with, and what must follow; as GitHub's secret scanning and gitleaks name them."""
 
@@ -86,16 +87,24 @@ _ESCAPE_ENDS = rf"(?:(?<=\\[nrt])|(?<=%{_HEX}{{2}})|(?<=\\u{_HEX}{{4}})|(?<=[0-9
 """What is escaped (`\\n`, `%3D`, `\\u003d`) and the end of a colour: a token may follow it."""
 
 
-def _tokens(begin: str) -> re.Pattern[str]:
+def _tokens(begin: str, prefixes: Iterable[str] = _TOKENS) -> re.Pattern[str]:
     """All tokens in one pattern that looks at each beginning of a word once, by its first character."""
     by_first: dict[str, list[str]] = {}
-    for prefix, rest in _TOKENS.items():
+    for prefix in prefixes:
+        rest = _TOKENS[prefix]
         by_first.setdefault(prefix[0], []).append(re.escape(prefix[1:]) + rest)
     branches = (f"{first}(?:{'|'.join(rest)})" for first, rest in by_first.items())
     return re.compile(f"{begin}(?:{'|'.join(branches)})", re.ASCII)
 
 
 TOKEN, ESCAPED_TOKEN = _tokens(_WORD_BEGINS), _tokens(_ESCAPE_ENDS)
+
+UNMISTAKABLE = tuple(
+    prefix for prefix in _TOKENS
+    if prefix[-1] in "_-" and (len(prefix) >= 5 or prefix in ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "npm_"))
+)  # fmt: skip
+"""What no word contains: in a free text a token may stand right behind an option, as in `-tTOKEN`."""
+GLUED_TOKEN = _tokens("", UNMISTAKABLE)
 
 
 # ---- credentials in addresses --------------------------------------------------------------------

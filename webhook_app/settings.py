@@ -366,7 +366,7 @@ def _secrets(text: str) -> tuple[str, ...]:
     if short:
         raise ValueError(
             f"a secret of at least {LEAST_SECRET} characters (as `openssl rand -hex 32` makes one; a comma"
-            f" separates secrets: {len(secrets)} are given, one of {min(short)} characters)"
+            f" separates secrets: this one has {len(secrets)} parts, the shortest of {min(short)} characters)"
         )
     return secrets
 

@@ -26,13 +26,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from webhook_app import deadline
+
 SUFFIX = "-queue"
 NEXT, QUEUED, OVERDUE, WRITING = range(4)
 """Bytes of the file that are locked."""
 
 PATIENCE_SECONDS = 0.03
 LONGEST_WAIT_SECONDS = 1.5
-"""For a turn; then somebody is stuck, and for `DISTRUST_SECONDS` nobody here waits."""
+SHORT_WAIT_SECONDS = 0.2
+"""For a turn.  Who waited the longer time found somebody stuck: for `DISTRUST_SECONDS`, or until a turn
+comes all the same, this process waits the shorter one."""
 DISTRUST_SECONDS = 10.0
 LOOK_SECONDS = 0.0005
 
@@ -55,7 +59,7 @@ class Turnstile:
         """Wait for the turn of one write transaction, and hold it.  `first`: before those that are not."""
         door, now = self._doors[first], time.monotonic()
         trusted = now >= self._distrusted_until
-        until = now + LONGEST_WAIT_SECONDS if trusted else now
+        until = now + deadline.cap(LONGEST_WAIT_SECONDS if trusted else SHORT_WAIT_SECONDS)
         if not door.line.enter(until - now):
             yield
             return
@@ -64,7 +68,9 @@ class Turnstile:
                 yield
                 return
             held = door.take_turn(until)
-            if not held and trusted:
+            if held:
+                self._distrusted_until = 0.0
+            elif trusted and time.monotonic() >= now + LONGEST_WAIT_SECONDS:
                 self._distrusted_until = time.monotonic() + DISTRUST_SECONDS
             try:
                 yield

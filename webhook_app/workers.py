@@ -17,11 +17,11 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, bindparam, delete, select, text, update
+from sqlalchemy import Connection, Engine, bindparam, delete, literal_column, select, text, update
 
 from webhook_app import db, models
 from webhook_app.models import Moment
@@ -93,12 +93,13 @@ def _locked_id(data_dir: Path, role: str) -> str:
 
 
 def _kept_id(lock: int) -> str:
-    kept = os.pread(lock, 64, 0).decode("ascii", "replace")
-    if _ID.fullmatch(kept):
-        return kept
+    """The id in the file, if this machine wrote it: a copy of the directory elsewhere is another worker's."""
+    id_, _, host = os.pread(lock, 512, 0).decode(errors="replace").partition(" ")
+    if _ID.fullmatch(id_) and host == os.uname().nodename:
+        return id_
     made = _new_id()
     os.ftruncate(lock, 0)
-    os.pwrite(lock, made.encode("ascii"), 0)
+    os.pwrite(lock, f"{made} {os.uname().nodename}".encode(), 0)
     return made
 
 
@@ -119,6 +120,17 @@ def show(connection: Connection, worker: str, messages: Collection[int], now: da
         connection.execute(_SHOW, {"id": worker, "now": now, "claimed": sorted(messages)})
     else:
         connection.execute(delete(models.workers).where(_w.id == worker))
+
+
+def disown(connection: Connection, worker: str, kept: Collection[int], now: datetime) -> None:
+    """Free what a living worker's row has and it does not: the commit of that claim was not confirmed."""
+    claimed: Sequence[int] | None = connection.execute(
+        select(_w.claimed).where(_w.id == worker)
+    ).scalar_one_or_none()
+    lost = set(claimed or ()) - set(kept)
+    if lost:
+        theirs = (_m.id.in_(lost), _m.state == "pending", _m.claim.startswith(f"{worker}:"))
+        connection.execute(update(models.messages).where(*theirs).values(due_at=now, claim=None))
 
 
 def renew(engine: Engine, worker: str, now: datetime) -> None:
@@ -160,10 +172,19 @@ def _free(connection: Connection, late: Late, now: datetime) -> int:
     rows = connection.execute(theirs.with_for_update(of=models.messages)).all()
     if not connection.execute(delete(models.workers).where(*mine)).rowcount:
         return 0
-    ids = [row.id for row in rows]
-    connection.execute(update(models.messages).where(_m.id.in_(ids)).values(due_at=now, claim=None))
+    for subscriber in sorted({row.subscriber for row in rows}):
+        ids = [row.id for row in rows if row.subscriber == subscriber]
+        _make_due(connection, subscriber, ids, now)
     _free_probes(connection, {(row.subscriber, row.due_at) for row in rows}, now)
-    return len(ids)
+    return len(rows)
+
+
+def _make_due(connection: Connection, subscriber: str, ids: Sequence[int], now: datetime) -> None:
+    """Make messages due before what their subscriber waits for: they had their turn already."""
+    waiting = select(_m.due_at).where(_m.state == literal_column("'pending'"), _m.subscriber == subscriber)
+    first = connection.execute(waiting.order_by(_m.due_at).limit(1)).scalar_one()
+    due_at = min(now, first - timedelta(milliseconds=1))
+    connection.execute(update(models.messages).where(_m.id.in_(ids)).values(due_at=due_at, claim=None))
 
 
 def _free_probes(connection: Connection, leases: Collection[tuple[str, datetime]], now: datetime) -> None:

@@ -199,10 +199,6 @@ def _length(environ: Environ) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
 
 
-class TooSlow(Exception):
-    """The reading of a body was ended because it came too slowly: what there is of it proves nothing."""
-
-
 def _read_body(environ: Environ) -> bytes:
     """The raw body.  Raises `BodyRefused`, or `BodyAwaited` if it is not here yet."""
     arrived(environ, MOST_BYTES)

@@ -18,6 +18,7 @@ one after another.  Here it waits for all of them at once, beside its other work
 Its own errors are problem+json here.
 """
 
+import ctypes
 import errno
 import resource
 import selectors
@@ -37,7 +38,7 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from webhook_app import deadline
 from webhook_app.web.arrivals import ARRIVALS, COLLECTED_BYTES, PIECE_BYTES, PIECE_SECONDS, wanted
-from webhook_app.web.uploads import IN_FLIGHT, READ_BYTES, BodyAwaited, Upload, no_room, upload_of
+from webhook_app.web.uploads import IN_FLIGHT, READ_BYTES, BodyAwaited, Budget, Upload, no_room, upload_of
 
 COLLECTING_SECONDS = 10.0
 """From its first look at a connection on, for a head, or for what the kernel collects of a body."""
@@ -62,6 +63,8 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _close_graceful = util.close_graceful
+ANSWERS = Budget(16 * 1024 * 1024)
+"""What answers that are not read may hold: bytes of their own, so they take none from pushes."""
 _scratch = bytearray(READ_BYTES)
 
 
@@ -106,7 +109,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def enqueue_req(self, conn: Any) -> None:
         """A connection is new or has something for us: give its request a thread, or wait for the rest."""
-        conn.since = time.monotonic()
+        conn.since, conn.waited = time.monotonic(), 0.0
         self._look(conn, 0)
 
     def _look(self, conn: Any, asked: int) -> None:
@@ -155,7 +158,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     @staticmethod
     def _in_time(work: Callable[[Any], Any], conn: Any, since: float) -> Any:
         """In a thread: what it has waited for one counts against the time for its answer."""
-        deadline.note_wait(time.monotonic() - since)
+        conn.waited += time.monotonic() - since
+        deadline.note_wait(conn.waited)
         return work(conn)
 
     def handle(self, conn: Any) -> Any:
@@ -187,6 +191,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self._collect_body(conn, upload)
         elif conn.sock in self.unsent:
             self._send_later(conn, fs)
+        elif conn.sock.fileno() < 0:  # closed after a fault: gunicorn would count it as gone twice
+            self.nr_conns -= 1
         else:
             super().finish_request(conn, fs)
 
@@ -201,14 +207,16 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         rest = rest[_send_now(sock, rest) :]
         if not rest:
             return
-        if len(rest) <= MOST_LEAVING_BYTES and IN_FLIGHT.take(len(rest)):
+        if len(rest) <= MOST_LEAVING_BYTES and ANSWERS.take(len(rest)):
             self.unsent[sock] = rest
+        elif len(rest) <= MOST_LEAVING_BYTES:
+            raise BrokenPipeError(errno.EPIPE, "too many answers are not read")
         else:
             _write_in_time(write, sock, rest)
 
     def _take_unsent(self, sock: Any) -> bytes:
         rest = self.unsent.pop(sock, b"")
-        IN_FLIGHT.give_back(len(rest))
+        ANSWERS.give_back(len(rest))
         return rest
 
     def _send_later(self, conn: Any, fs: Any) -> None:
@@ -232,7 +240,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self._leave_answer(conn)
             self._give_up(conn)
             return
-        IN_FLIGHT.give_back(sent)
+        ANSWERS.give_back(sent)
         self.unsent[conn.sock] = self.unsent[conn.sock][sent:]
         if not self.unsent[conn.sock]:
             super().finish_request(conn, self._leave_answer(conn))
@@ -370,6 +378,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             return
         self.next_sweep = now + SWEEP_SECONDS
         super().murder_pending()
+        # All seats may have been in threads when we stopped accepting, and be idle by now.
+        while self.nr_conns >= self.worker_connections and self._drop_oldest():
+            pass
         for sock in [sock for sock, until in self.lingering.items() if until < now]:
             self._hang_up(sock)
         for conn, count in list(self.collecting.items()):
@@ -387,11 +398,26 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         util.write = partial(self._send, util.write)
         util.close_graceful = self._linger
         threading.Thread(target=ARRIVALS.watch, name="arrivals", daemon=True).start()
+        _give_memory_back()
         room = _files() - SPARE_FILES
         self.worker_connections = min(self.cfg.worker_connections, max(room * 3 // 4, self.cfg.threads + 1))
         self.max_keepalived = self.worker_connections - self.cfg.threads
         self.most_lingering = min(self.most_lingering, max(room // 4, 1))
         super().init_process()
+
+
+def _give_memory_back() -> None:
+    """Have glibc return large buffers to the system when they are freed.
+
+    Once a larger one was freed it would keep those of up to that size, and in each thread's arena.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 256 * 1024)
+
+
+_MMAP_THRESHOLD = -3
+"""`M_MMAP_THRESHOLD` of malloc.h."""
 
 
 def _send_now(sock: Any, data: bytes) -> int:

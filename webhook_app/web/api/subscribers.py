@@ -314,6 +314,13 @@ def _need_delivery(connection: Connection, delivery_id: str) -> Row:
     return row
 
 
+def _shown_attempt(tried: Row) -> dict[str, Any]:
+    """An attempt; its texts were masked when they came, but not those of an earlier version."""
+    redact = state().redact
+    texts = {name: tried[name] and redact(tried[name]) for name in ("response", "note")}
+    return {**tried, **texts, "duration_seconds": tried["duration_ms"] / 1000}
+
+
 @operation(blueprint, "GET", "/deliveries/<string:delivery_id>", schemas.DeliveryWithAttempts, errors=[404])
 def get_delivery(delivery_id: str) -> Any:
     """Get one delivery with each of its attempts, and what it waits for."""
@@ -321,7 +328,7 @@ def get_delivery(delivery_id: str) -> Any:
         row = _need_delivery(connection, delivery_id)
         (shown,) = _with_words(connection, [row])
         tries = queries.delivery_attempts(connection, row["message"], MOST_TRIES)
-    attempts = [{**tried, "duration_seconds": tried["duration_ms"] / 1000} for tried in tries]
+    attempts = [_shown_attempt(tried) for tried in tries]
     return {**shown, "attempts": attempts}
 
 
