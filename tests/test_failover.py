@@ -215,8 +215,8 @@ def test_reads_wait_for_a_connection_and_leave_one_to_writers(postgres_engine, m
         over.set()
         assert [read.result(60) for read in reads] == [1] * 4
     monkeypatch.setattr(deadline, "UNIT_SECONDS", 0.2)
-    seats = engine.get_execution_options()["seats"]
-    with db._turn(seats.reads), db._turn(seats.reads), pytest.raises(StoreUnavailable), db.reading(engine):
+    limit = engine.get_execution_options()["connection_limit"]
+    with db._slot(limit.reads), db._slot(limit.reads), pytest.raises(StoreUnavailable), db.reading(engine):
         pass
     engine.dispose()
 

@@ -28,7 +28,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import QueuePool
 
 from webhook_app import bulk, deadline, models, postgres
-from webhook_app.turnstile import Turnstile
+from webhook_app.write_queue import WriteQueue
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -110,7 +110,7 @@ def connect(
             pool_size=pool_size,
             max_overflow=pool_size,
             connect_args={"timeout": busy_seconds, "check_same_thread": False},
-            execution_options={"turnstile": _turnstile(url), "busy_seconds": busy_seconds},
+            execution_options={"write_queue": _write_queue(url), "busy_seconds": busy_seconds},
         )
         _prepare_sqlite(engine, synchronous)
         return engine
@@ -139,7 +139,7 @@ def _connect_postgres(url: str, connections: int, pooler: bool | None) -> Engine
         pool_timeout=deadline.UNIT_SECONDS,
         pool_recycle=1800,
         pool_pre_ping=True,  # a read is not repeated, and the database may have been restarted since
-        execution_options={"seats": _Seats(connections)},
+        execution_options={"connection_limit": _ConnectionLimit(connections)},
     )
     dialect = engine.dialect
     assert isinstance(dialect, postgres.Dialect)
@@ -153,7 +153,7 @@ def _connect_postgres(url: str, connections: int, pooler: bool | None) -> Engine
     return engine
 
 
-class _Seats:
+class _ConnectionLimit:
     """Turns at the connections of an engine; reads leave one to the writers."""
 
     def __init__(self, connections: int) -> None:
@@ -167,20 +167,20 @@ def _limited(engine: Engine, *, writing: bool, more: float | None = None) -> Ite
 
     Raises `StoreUnavailable` when no turn comes in time.
     """
-    seats: _Seats | None = engine.get_execution_options().get("seats")
-    if seats is None:
+    limit: _ConnectionLimit | None = engine.get_execution_options().get("connection_limit")
+    if limit is None:
         yield
         return
     with (
         deadline.until(deadline.answer_at() if more is None else time.monotonic() + more),
-        nullcontext() if writing else _seat(seats.reads),
-        _seat(seats.all),
+        nullcontext() if writing else _slot(limit.reads),
+        _slot(limit.all),
     ):
         yield
 
 
 @contextmanager
-def _seat(semaphore: threading.Semaphore) -> Iterator[None]:
+def _slot(semaphore: threading.Semaphore) -> Iterator[None]:
     if not semaphore.acquire(timeout=deadline.left()):
         raise StoreUnavailable("the database is too slow: every connection was in use all the time")
     try:
@@ -189,15 +189,15 @@ def _seat(semaphore: threading.Semaphore) -> Iterator[None]:
         semaphore.release()
 
 
-def _turnstile(url: str) -> Turnstile | None:
+def _write_queue(url: str) -> WriteQueue | None:
     """The order of those that write to this file of SQLite; None for a store in memory."""
     file = sqlite_file(url)
-    return Turnstile(str(file)) if file else None
+    return WriteQueue(str(file)) if file else None
 
 
 def _turn(engine: Engine, first: bool) -> AbstractContextManager[None]:
-    turnstile: Turnstile | None = engine.get_execution_options().get("turnstile")
-    return turnstile.turn(first) if turnstile is not None else nullcontext()
+    write_queue: WriteQueue | None = engine.get_execution_options().get("write_queue")
+    return write_queue.turn(first) if write_queue is not None else nullcontext()
 
 
 def missing_file(engine: Engine) -> str | None:
@@ -290,7 +290,7 @@ def in_transaction(engine: Engine, unit: Callable[[Connection], Result], *, firs
     """Run `unit` in one write transaction and commit; repeat the whole unit after a lost race.
 
     The unit must have no other effect than on its connection, or by `after_commit`.  `first`: before
-    those that are not, where writers take turns (`turnstile`).  Raises `StoreUnavailable` when the store
+    those that are not, where writers take turns (`write_queue`).  Raises `StoreUnavailable` when the store
     can't be reached or stays locked.
     """
     with _limited(engine, writing=True):

@@ -13,9 +13,9 @@ import pytest
 from sqlalchemy import text
 
 from tests.facts import NOON, PACE
-from webhook_app import db, inbox, platforms, turnstile
+from webhook_app import db, inbox, platforms, write_queue
 from webhook_app.db import StoreUnavailable
-from webhook_app.turnstile import NEXT, QUEUED, WRITING, Turnstile
+from webhook_app.write_queue import NEXT, QUEUED, WRITING, WriteQueue
 
 SPAWN = multiprocessing.get_context("spawn")
 COUNT = text("UPDATE t SET n = n + 1")
@@ -34,18 +34,18 @@ def url(tmp_path):
 @pytest.fixture
 def patient(monkeypatch):
     """Nobody gives up a turn, or takes reception's, because this machine is slow."""
-    monkeypatch.setattr(turnstile, "LONGEST_WAIT_SECONDS", 600.0)
-    monkeypatch.setattr(turnstile, "PATIENCE_SECONDS", 600.0)
+    monkeypatch.setattr(write_queue, "LONGEST_WAIT_SECONDS", 600.0)
+    monkeypatch.setattr(write_queue, "PATIENCE_SECONDS", 600.0)
 
 
 def is_locked(path, place):
-    """Does any process, or another `Turnstile` of this one, hold that place?"""
-    door = turnstile._Door(place)
-    assert door.open(path.with_name(path.name + "-queue"))
+    """Does any process, or another `WriteQueue` of this one, hold that place?"""
+    writers = write_queue._Writers(place)
+    assert writers.open(path.with_name(path.name + "-queue"))
     try:
-        return door._is_locked(place)
+        return writers._is_locked(place)
     finally:
-        os.close(door._file)
+        os.close(writers._file)
 
 
 # ---- several processes ---------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_whoever_writes_all_the_time_lets_others_in_after_a_few_transactions(
 
 
 def _hold(path, held):
-    with Turnstile(path).turn(first=False):
+    with WriteQueue(path).turn(first=False):
         held.set()
         signal.pause()
 
@@ -139,7 +139,7 @@ def test_a_killed_process_leaves_its_turn(tmp_path, patient):
     path = tmp_path / "x.db"
     path.touch()
     with holder(_hold, str(path)) as pid, ThreadPoolExecutor(1) as pool:
-        entered = pool.submit(_enter, Turnstile(str(path)), path)
+        entered = pool.submit(_enter, WriteQueue(str(path)), path)
         assert is_locked(path, WRITING)
         assert not entered.done()
         os.kill(pid, signal.SIGKILL)
@@ -152,13 +152,13 @@ def _enter(stile, path):
 
 
 def test_a_stopped_process_costs_the_others_their_order_and_nothing_else(url, tmp_path, monkeypatch):
-    monkeypatch.setattr(turnstile, "LONGEST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(write_queue, "LONGEST_WAIT_SECONDS", 0.05)
     engine = db.connect(url)
     with holder(_hold, str(tmp_path / "x.db")) as pid:
         os.kill(pid, signal.SIGSTOP)
         db.in_transaction(engine, lambda connection: connection.execute(COUNT), first=True)
         # Once is enough: the next ones do not wait for it at all.
-        monkeypatch.setattr(turnstile, "LONGEST_WAIT_SECONDS", 3600.0)
+        monkeypatch.setattr(write_queue, "LONGEST_WAIT_SECONDS", 3600.0)
         for first in (True, False):
             db.in_transaction(engine, lambda connection: connection.execute(COUNT), first=first)
     with db.reading(engine) as connection:
@@ -169,8 +169,8 @@ def test_a_stopped_process_costs_the_others_their_order_and_nothing_else(url, tm
 def test_a_process_that_is_stopped_in_its_transaction_makes_the_store_unavailable(
     url, monkeypatch, wait_until
 ):
-    monkeypatch.setattr(turnstile, "LONGEST_WAIT_SECONDS", 0.05)
-    monkeypatch.setattr(turnstile, "DISTRUST_SECONDS", 0.05)
+    monkeypatch.setattr(write_queue, "LONGEST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(write_queue, "BYPASS_SECONDS", 0.05)
     monkeypatch.setattr(db, "RECEPTION_BUSY_SECONDS", 0.05)
     engine = db.connect(url, busy_seconds=0.05)
     with holder(_hold_both, url) as pid:
@@ -205,7 +205,7 @@ def steps(tmp_path, wait_until):
             noted.append(name)
 
     def wait(first, name):
-        future = pool.submit(enter, Turnstile(str(path)), first, name)
+        future = pool.submit(enter, WriteQueue(str(path)), first, name)
         wait_until(lambda: is_locked(path, NEXT if first else QUEUED))
         return future
 
@@ -215,7 +215,7 @@ def steps(tmp_path, wait_until):
 
 
 def test_reception_comes_before_those_that_waited(steps, patient):
-    with Turnstile(str(steps.path)).turn(first=False):
+    with WriteQueue(str(steps.path)).turn(first=False):
         futures = [steps(False, "worker"), steps(True, "reception")]
     for future in futures:
         future.result(60)
@@ -223,10 +223,10 @@ def test_reception_comes_before_those_that_waited(steps, patient):
 
 
 def test_whoever_has_waited_too_long_comes_before_reception(steps, patient, monkeypatch, wait_until):
-    with Turnstile(str(steps.path)).turn(first=True):
-        monkeypatch.setattr(turnstile, "PATIENCE_SECONDS", 0.0)
+    with WriteQueue(str(steps.path)).turn(first=True):
+        monkeypatch.setattr(write_queue, "PATIENCE_SECONDS", 0.0)
         overdue = steps(False, "worker")
-        wait_until(lambda: is_locked(steps.path, turnstile.OVERDUE))
+        wait_until(lambda: is_locked(steps.path, write_queue.OVERDUE))
         futures = [overdue, steps(True, "reception")]
     for future in futures:
         future.result(60)
@@ -234,13 +234,13 @@ def test_whoever_has_waited_too_long_comes_before_reception(steps, patient, monk
 
 
 def test_threads_of_one_process_come_in_their_order(tmp_path, patient, wait_until):
-    stile, noted = Turnstile(str(tmp_path / "x.db")), []
+    stile, noted = WriteQueue(str(tmp_path / "x.db")), []
 
     def enter(name):
         with stile.turn(first=True):
             noted.append(name)
 
-    line, threads = stile._doors[True].line, []
+    line, threads = stile._writers[True].lock, []
     (tmp_path / "x.db").touch()
     with stile.turn(first=True):
         for name in "abcde":
@@ -253,7 +253,7 @@ def test_threads_of_one_process_come_in_their_order(tmp_path, patient, wait_unti
 
 
 def test_a_thread_that_gives_up_leaves_the_line(wait_until):
-    line = turnstile._Line()
+    line = write_queue._FairLock()
     assert line.enter(0)
     assert not line.enter(0.01)
     line.leave()
@@ -267,7 +267,7 @@ def test_pushes_are_taken_as_the_first(migrated_sqlite, tmp_path, patient, wait_
     source = platforms.Source(name="github", platform="github")
     arrival = inbox.read(source, {"x-github-event": "ping", "x-github-delivery": "1"}, b"{}")
     with ThreadPoolExecutor(1) as pool:
-        with Turnstile(str(path)).turn(first=False):
+        with WriteQueue(str(path)).turn(first=False):
             taken = pool.submit(inbox.take, engine, [arrival], NOON, PACE)
             wait_until(lambda: is_locked(path, NEXT))
         assert len(taken.result(60)) == 1
@@ -282,7 +282,7 @@ def test_the_file_has_the_mode_of_the_database(tmp_path, mode):
     path = tmp_path / "x.db"
     path.touch()
     path.chmod(mode)
-    with Turnstile(str(path)).turn(first=True):
+    with WriteQueue(str(path)).turn(first=True):
         assert stat.S_IMODE((tmp_path / "x.db-queue").stat().st_mode) == mode
 
 
@@ -293,13 +293,13 @@ def test_without_such_a_file_transactions_go_on_as_before(url, tmp_path):
     queue.unlink()
     queue.symlink_to(theirs)
     engine = db.connect(url)
-    with engine.execution_options().get_execution_options()["turnstile"].turn(first=True):
+    with engine.execution_options().get_execution_options()["write_queue"].turn(first=True):
         db.in_transaction(engine, lambda connection: connection.execute(COUNT))
     engine.dispose()
     assert theirs.read_text() == "theirs"
 
 
-def test_a_store_in_memory_has_no_turnstile():
+def test_a_store_in_memory_has_no_write_queue():
     for url in ("sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true"):
-        assert db.connect(url).get_execution_options()["turnstile"] is None
-    assert "turnstile" not in db.connect("postgresql+psycopg://nobody@/none").get_execution_options()
+        assert db.connect(url).get_execution_options()["write_queue"] is None
+    assert "write_queue" not in db.connect("postgresql+psycopg://nobody@/none").get_execution_options()

@@ -35,9 +35,9 @@ NEXT, QUEUED, OVERDUE, WRITING = range(4)
 PATIENCE_SECONDS = 0.03
 LONGEST_WAIT_SECONDS = 1.5
 SHORT_WAIT_SECONDS = 0.2
-"""For a turn.  Who waited the longer time found somebody stuck: for `DISTRUST_SECONDS`, or until a turn
+"""For a turn.  Who waited the longer time found somebody stuck: for `BYPASS_SECONDS`, or until a turn
 comes all the same, this process waits the shorter one."""
-DISTRUST_SECONDS = 10.0
+BYPASS_SECONDS = 10.0
 LOOK_SECONDS = 0.0005
 
 _SET, _GET = getattr(fcntl, "F_OFD_SETLK", 0), getattr(fcntl, "F_OFD_GETLK", 0)
@@ -46,45 +46,45 @@ _FLOCK = struct.Struct("hhqqi4x")
 """`struct flock`: l_type, l_whence, l_start, l_len, l_pid."""
 
 
-class Turnstile:
+class WriteQueue:
     """The turns of this process at one database file.  Nothing is opened before the first turn."""
 
     def __init__(self, database: str) -> None:
         self._path = Path(os.path.realpath(database) + SUFFIX)
-        self._doors = {True: _Door(NEXT), False: _Door(QUEUED)}
-        self._distrusted_until = 0.0
+        self._writers = {True: _Writers(NEXT), False: _Writers(QUEUED)}
+        self._bypassed_until = 0.0
 
     @contextmanager
     def turn(self, first: bool) -> Iterator[None]:
         """Wait for the turn of one write transaction, and hold it.  `first`: before those that are not."""
-        door, now = self._doors[first], time.monotonic()
-        trusted = now >= self._distrusted_until
-        until = now + deadline.cap(LONGEST_WAIT_SECONDS if trusted else SHORT_WAIT_SECONDS)
-        if not door.line.enter(until - now):
+        writers, now = self._writers[first], time.monotonic()
+        waits_long = now >= self._bypassed_until
+        until = now + deadline.cap(LONGEST_WAIT_SECONDS if waits_long else SHORT_WAIT_SECONDS)
+        if not writers.lock.enter(until - now):
             yield
             return
         try:
-            if not door.open(self._path):
+            if not writers.open(self._path):
                 yield
                 return
-            held = door.take_turn(until)
+            held = writers.take_turn(until)
             if held:
-                self._distrusted_until = 0.0
-            elif trusted and time.monotonic() >= now + LONGEST_WAIT_SECONDS:
-                self._distrusted_until = time.monotonic() + DISTRUST_SECONDS
+                self._bypassed_until = 0.0
+            elif waits_long and time.monotonic() >= now + LONGEST_WAIT_SECONDS:
+                self._bypassed_until = time.monotonic() + BYPASS_SECONDS
             try:
                 yield
             finally:
-                door.unlock(WRITING)
+                writers.unlock(WRITING)
         finally:
-            door.line.leave()
+            writers.lock.leave()
 
 
-class _Door:
+class _Writers:
     """Where one kind of writers of this process waits: one thread at a time takes the locks."""
 
     def __init__(self, place: int) -> None:
-        self.line = _Line()
+        self.lock = _FairLock()
         self._place = place
         self._file = -1
         self._owner = 0
@@ -157,7 +157,7 @@ def _open(path: Path) -> int:
     return file
 
 
-class _Line:
+class _FairLock:
     """The threads of one process, in the order in which they came."""
 
     def __init__(self) -> None:
