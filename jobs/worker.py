@@ -162,13 +162,31 @@ def _begin(held: Resources, names: Sequence[str]) -> None:
         queues.enqueue_once(held.redis, queues.DELIVER)
 
 
+_said_at = [-queues.NEWS_SECONDS]
+"""When a line of the log last said that the worker waits for Redis (monotonic)."""
+
+
 def _is_news(record: logging.LogRecord) -> bool:
-    """RQ tells an error of Redis with a trace before it hands it on to us, who say it in a line."""
-    return not (record.exc_info and isinstance(record.exc_info[1], RedisError))
+    """Keep RQ's words about a Redis that is away out of the log, but for one line in a while in ours.
+
+    It tells each error with a trace before it hands it on to us, and each of its own attempts to go on.
+    """
+    if record.exc_info and isinstance(record.exc_info[1], RedisError):
+        return False
+    given = record.args if isinstance(record.args, tuple) else ()
+    error = next((one for one in given if isinstance(one, RedisError)), None)
+    if error is not None:
+        _say_waiting(error)
+    return error is None
+
+
+def _say_waiting(error: RedisError) -> None:
+    if time.monotonic() - _said_at[0] > queues.NEWS_SECONDS:
+        log.warning("%s: the worker waits: %s", queues.trouble(error), queues.reason(error))
+        _said_at[0] = time.monotonic()
 
 
 def _work(names: Sequence[str], redis: Redis) -> None:
-    told = -queues.NEWS_SECONDS
     while not _asked_to_end.is_set():
         try:
             worker = PatientWorker(
@@ -186,9 +204,7 @@ def _work(names: Sequence[str], redis: Redis) -> None:
         except RedisError as error:
             if _asked_to_end.is_set():
                 return
-            if time.monotonic() - told > queues.NEWS_SECONDS:
-                log.warning("%s: the worker waits: %s", queues.trouble(error), queues.reason(error))
-                told = time.monotonic()
+            _say_waiting(error)
             time.sleep(WAIT_SECONDS)
 
 

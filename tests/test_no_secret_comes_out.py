@@ -56,7 +56,7 @@ class Scene:
 
     def report(self, **fields: Any) -> None:
         body = json.dumps({"runId": "run-1", "event": "stage_started"} | fields).encode()
-        self.post("/api/internal/build-events", body, {"X-Build-Token": "script-token"})
+        self.post("/api/internal/build-events", body, {"X-Build-Token": "script-token-of-the-tests"})
 
 
 class Receiver:
@@ -175,7 +175,7 @@ def gitlab(scene: Scene) -> None:
         }
         body["builds"] = [{"id": at, "name": leak.text, "status": "running", "failure_reason": leak.text}]
         kept = {name: value for name, value in headers.items() if name.lower() == "x-gitlab-event"}
-        event = {"X-Gitlab-Event-UUID": f"uuid-{at}", "X-Gitlab-Token": "gitlab-token"}
+        event = {"X-Gitlab-Event-UUID": f"uuid-{at}", "X-Gitlab-Token": "gitlab-token-of-the-tests"}
         scene.post("/webhooks/gitlab", json.dumps(body).encode(), kept | event)
 
 
@@ -190,7 +190,9 @@ def jenkins(scene: Scene) -> None:
                 "parameters": {"PASSWORD": leak.secret}, "notes": leak.text,
             },
         }  # fmt: skip
-        scene.post("/webhooks/jenkins", json.dumps(body).encode(), {"X-Build-Token": "jenkins-token"})
+        scene.post(
+            "/webhooks/jenkins", json.dumps(body).encode(), {"X-Build-Token": "jenkins-token-of-the-tests"}
+        )
 
 
 def polls(scene: Scene) -> None:

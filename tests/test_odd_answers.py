@@ -384,8 +384,8 @@ def test_a_name_is_kept_as_it_was_given_and_delivered_to(deliver_to, held, monke
     assert message["state"] == "delivered"
     assert [asked.headers["host"] for asked in server.asked] == [f"{host}:{server.port}"]
     with db.reading(held.engine) as connection:
-        url = connection.execute(select(models.subscribers.c.url)).scalar_one()
-    assert url == f"http://{written}:{server.port}/hook"
+        row = connection.execute(select(models.subscribers)).mappings().one()
+    assert subscribers.callback_url(row, (KEY,)) == f"http://{written}:{server.port}/hook"
 
 
 @pytest.mark.parametrize(("own", "sent"), [({}, "*/*"), ({"Accept": "application/json"}, "application/json")])
