@@ -156,7 +156,7 @@ npm info run webpack@5.91.0 build node_modules/webpack ./bin/webpack.js --mode p
 npm_config_registry_is_a_rather_long_name is not set
 npm warn deprecated @babel/plugin-proposal-private-property-in-object@7.21.11
 added 1423 packages, and audited 1424 packages in 32s
-"resolved": "https://registry.npmjs.org/lodash/-/lodash-4.17.21.tgz",
+"resolved": "https://registry.example/lodash/-/lodash-4.17.21.tgz",
 "integrity": "sha512-v2kDEe57lecTulaDIuNTPy3Ry4gLGJ6Z1O3vE1krgXZNrsQ+LFTGHVxVjcXPs17LhbZVGedAJv8XZ1tvj5FvSg==",
 [INFO] Downloading from central: https://repo.maven.apache.org/maven2/org/apache/x/1.2.3/x-1.2.3.jar
 [INFO] Downloaded from central: https://repo.maven.apache.org/maven2/org/a/b.jar (1.2 MB at 3.4 MB/s)
@@ -188,7 +188,7 @@ PASS src/components/PasswordField.test.tsx (5.2 s)
 -p 8080:80
 tar -xzf app.tar.gz -C /opt && unzip -q tools.zip -d /opt/tools
 zip -qr dist.zip dist
-curl -fsSL https://deb.nodesource.com/setup_20.x -o setup.sh
+curl -fsSL https://deb.example.com/setup_20.x -o setup.sh
 curl --retry 3 --output out.tgz https://example.com/x.tgz
 mysql -u root -h 127.0.0.1 app < schema.sql
 psql -U postgres -d app -f schema.sql
