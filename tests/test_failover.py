@@ -442,34 +442,6 @@ def test_a_failover_of_either_store_is_over_soon_and_nothing_is_lost():
             callback.wait_for(sender.hub, build.build_id)
 
 
-def test_a_crowd_of_pushes_is_answered_in_time_while_both_stores_are_silent():
-    """More than the web process has threads; nothing is closed or refused, and nothing comes back."""
-    with ExitStack() as stack:
-        first, callback, (before_database, database), (before_redis, redis) = relay(stack)
-        crowd = [first, *(Sender(first.hub, first.platforms) for _ in range(31))]
-        with ExitStack() as sending:
-            for sender in crowd:
-                sending.enter_context(sender)
-            until(lambda: len(first.builds) > 1, PATIENCE_SECONDS, "the end of a build")
-            before_database.swallow()
-            before_redis.swallow()
-            silent = time.monotonic()
-            until(
-                lambda: all(each.refused_since(silent) for each in crowd), PATIENCE_SECONDS, "a 503 for each"
-            )
-            before_database.lead_to(postgres.address(database))
-            before_redis.lead_to(urlsplit(redis).path)
-            moved, begun = time.monotonic(), [build for each in crowd for build in each.builds[:-1]]
-            until(lambda: first.taken_since(moved), RESUME_SECONDS, "a push that is taken")
-            until(lambda: is_complete(callback, first, begun), RESUME_SECONDS, "the messages that were due")
-            for sender in crowd:
-                sender.stop()
-        for sender in crowd:
-            sender.check()
-        builds = [build for each in crowd for build in each.builds]
-        until(lambda: is_complete(callback, first, builds), PATIENCE_SECONDS, "every message")
-
-
 def test_of_several_hosts_the_one_that_can_be_written_is_found(postgres_engine):
     """And found again when it is another one: the pooled connections are to one that is demoted."""
     database = postgres_engine.url.database

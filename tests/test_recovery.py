@@ -209,7 +209,7 @@ def test_a_worker_that_was_only_stopped_finds_its_claims_gone_and_goes_on(
             tell(time.monotonic() - stopped, "one worker was stopped and another started")
         os.kill(one.pid, signal.SIGCONT)
         endpoint.close()  # the requests that hung fail now, and put nothing back
-        until(lambda: len(failed(engine)) == RUNS, WITHIN_SECONDS, "the failures of the one that was stopped")
+        until(lambda: len(failed(engine)) == RUNS, 180.0, "the failures of the one that was stopped")
         assert pending(engine) == []
         until(lambda: not has_claimed(engine), WITHIN_SECONDS, "an end of its claims")
     assert endpoint.faults() == {}
