@@ -158,10 +158,6 @@ def test_what_follows_a_secret_option_in_a_list_goes():
     assert SHAPES.value({"args": told}) == {"args": ["deploy", "--password", "***", "--verbose", "yes"]}
 
 
-def test_headers_of_tokens_without_an_end_take_linear_time():
-    assert SHAPES("eyJ-" * 32_768).startswith("eyJ-")
-
-
 def test_identities_stay_different():
     redact = redactor([])
     first, second = (redact.identity(f"run {token}") for token in FORMS[:2])
@@ -265,7 +261,7 @@ HOSTILE = [
     "-----END PRIVATE KEY-----", "curl ", "curl -u", "curl -", "mysql -p", "docker login -p ", "login ", "echo a|",
     "echo a --password-stdin", "<password>", "<password", "</<password ", "<password><![CDATA[", "machine a ",
     "default login a ", "_auth", '"auth":"', "a.atlasv1.", "Q~", "aQ~", "1:AA", "key-", "0-us1", "value=", 'password" ',
-    "htpasswd -b a ", "bearer ", "basic a", r"\n", "%3D", "\x1b[31m", "sk-", "sk-a", "pypi-", "--password ", "token=${a",
+    "htpasswd -b a ", "bearer ", "basic a", r"\n", "%3D", "\x1b[31m", "sk-", "eyJ-", "sk-a", "pypi-", "--password ", "token=${a",
     'token="', "smbclient -U a", "openssl -pass", "SG.a", "AKIA",
 ]  # fmt: skip
 
